@@ -1,0 +1,352 @@
+"""Hooks on a live model that sum up what passes them; the model is never changed.
+
+A tensor is read once, inside the hook that sees it: an in-place activation function overwrites the
+pre-activation right afterwards. Every hook returns None. Gradients are seen by hooks on tensors,
+never by full backward hooks of modules, which raise when an in-place operation follows.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from threading import RLock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fastplastic._parameters import Part, WeightReader, add_part
+from fastplastic._readers import Reader, readers_of
+from fastplastic.kernels import activation_stats, gradient_stats
+from fastplastic.stats import (
+    ACTIVATION_STATISTICS,
+    STATISTICS,
+    empty_table,
+    merge_into,
+)
+from fastplastic.wiring import UnitGraph
+
+_ROW = {name: row for row, name in enumerate(STATISTICS)}
+_NONFINITE_GRADIENTS = [
+    _ROW[name] for name in ("n_nonfinite_g", "n_nonfinite_dw", "n_nonfinite_dw_out")
+]
+_GRADIENT_COUNTS = [_ROW[name] for name in ("n_g", "n_dw", "n_dw_out")]
+# How each sum of gradients grows with the scale of the loss.
+_POWER_OF_SCALE = {
+    "sum_abs_g": 1, "sum_sq_g": 2, "sum_abs_dw": 1, "sum_sq_dw": 2, "sum_abs_w_dw": 1,
+    "sum_w_out_dw_out": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """What an observer has seen so far.
+
+    Attributes:
+        table: float64 [statistics, units of all layers] on the CPU.
+        modes: "train", "eval" or "mixed", of every step.
+        samples: Sum of the first dimension of the model's first input.
+        steps: Forward passes measured.
+        dropped: Steps without gradients, because they were not finite under a loss scale.
+        masked: Whether padding was left out by an attention mask.
+        problems: {layer name: why its hook could not read the tensor}.
+    """
+
+    table: Tensor
+    modes: frozenset[str]
+    samples: int
+    steps: int
+    dropped: int
+    masked: bool
+    problems: Mapping[str, str]
+
+
+def in_backward() -> bool:
+    """Tell whether this thread is inside a backward pass, as in a recomputation of activations."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def mode_of(model: nn.Module) -> str:
+    """Return "train", "eval", or "mixed" when modules differ."""
+    flags = {module.training for module in model.modules()}
+    return "mixed" if len(flags) > 1 else "train" if flags == {True} else "eval"
+
+
+class Observer:
+    """Sums up activations and gradients of the layers of a graph while the model runs.
+
+    Args:
+        model: The model; its forward pass is one step.
+        graph: Its wiring.
+        parameters: Whether to read weights and the gradients of every single backward pass too.
+        every: Measure the first of every so many steps.
+        scale: Returns the factor on the loss; None when there is none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: UnitGraph,
+        *,
+        parameters: bool = False,
+        every: int = 1,
+        scale: Callable[[], float] | None = None,
+    ) -> None:
+        self.model = model
+        self.starts: dict[str, int] = {}
+        self.units = 0
+        for layer in graph.layers:
+            self.starts[layer.name] = self.units
+            self.units += layer.n_units
+        self.paused = False
+        self.weights = WeightReader(graph, self.starts)
+        self._readers = readers_of(graph, self.starts)
+        self._parameters = parameters
+        self._every = every
+        self._scale = scale
+        # Gradient hooks run on threads of the autograd engine.
+        self._lock = RLock()
+        self._handles: list[RemovableHandle] = []
+        self._hooked: set[str] = set()
+        # Whether the current step is measured, and whether its forward pass is on.
+        self._measuring = self._running = False
+        self._mask: Tensor | None = None
+        self.reset()
+
+    def __reduce__(self) -> tuple[Callable[[], "Observer"], tuple[()]]:
+        # The hooks go along when a model is copied or pickled: the copy is not observed.
+        return _idle_observer, ()
+
+    def reset(self) -> None:
+        """Forget everything seen, and start counting steps anew."""
+        with self._lock:
+            self._total = empty_table(self.units)
+            # Weights whose gradient was seen.
+            self.weights_seen: set[str] = set()
+            # The sums of the step on each device; folded into the total when the next one starts.
+            self._step: dict[torch.device, Tensor] = {}
+            self._factor = 1.0
+            self._calls = self._steps = self._samples = self._dropped = 0
+            self._modes: set[str] = set()
+            self._masked = False
+            self._problems: dict[str, str] = {}
+
+    def attach(self) -> None:
+        """Put the hooks on the model; does nothing when they are."""
+        if self._handles:
+            return
+        begin = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        # Called after an exception too: what runs outside of the model's forward is not read.
+        end = self.model.register_forward_hook(self._end, always_call=True)
+        self._handles.extend((begin, end))
+        for (name, where), readers in self._readers.items():
+            module = self.model.get_submodule(name)
+            if where == "output":
+                hook = partial(self._see_output, readers)
+                self._handles.append(module.register_forward_hook(hook))
+            else:
+                pre_hook = partial(self._see_input, readers)
+                self._handles.append(module.register_forward_pre_hook(pre_hook, with_kwargs=True))
+
+    def detach(self) -> None:
+        """Take all hooks off the model; what was seen is kept."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._hooked.clear()
+        self._measuring = self._running = False
+        self._mask = None
+
+    def observation(self) -> Observation:
+        """Return what was seen so far."""
+        with self._lock:
+            self._fold()
+            return Observation(
+                self._total.clone(), frozenset(self._modes), self._samples, self._steps,
+                self._dropped, self._masked, dict(self._problems),
+            )  # fmt: skip
+
+    def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Start a step: runs before the forward pass of the model."""
+        if self.paused or in_backward():
+            return
+        with self._lock:
+            if self._scale is not None:
+                self._fold()
+            self._measuring = self._running = self._calls % self._every == 0
+            self._calls += 1
+            if not self._measuring:
+                return
+            self._steps += 1
+            self._samples += _samples([*args, *kwargs.values()])
+            self._modes.add(mode_of(self.model))
+            self._mask = self._padding(kwargs)
+            self._factor = 1.0 if self._scale is None else self._scale()
+            if self._parameters:
+                self._hook_parameters()
+
+    def _end(self, *_: Any) -> None:
+        if not in_backward():
+            self._running = False
+
+    def _padding(self, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """Return a bool mask [batch, tokens] of the positions that count, or None for all."""
+        mask = kwargs.get("attention_mask")
+        # In an encoder-decoder the mask is for the encoder's tokens only.
+        config = getattr(self.model, "config", None)
+        if getattr(config, "is_encoder_decoder", False) or not isinstance(mask, Tensor):
+            return None
+        if mask.ndim != 2 or bool((mask != 0).all()):
+            return None
+        self._masked = True
+        return mask != 0
+
+    def _hook_parameters(self) -> None:
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        for name in self.weights.names:
+            weight = named.get(name)
+            # Looked at before every step: a parameter may be unfrozen in between.
+            if weight is not None and weight.requires_grad and name not in self._hooked:
+                self._hooked.add(name)
+                hook = partial(self._see_parameter, name, weight)
+                self._handles.append(_hook_gradient(weight, hook))
+
+    def _see_output(
+        self, readers: Sequence[Reader], _: nn.Module, args: tuple[Any, ...], output: Any
+    ) -> None:
+        self._see(readers, [output])
+
+    def _see_input(
+        self, readers: Sequence[Reader], _: nn.Module, args: tuple[Any, ...], kwargs: Any
+    ) -> None:
+        self._see(readers, [*args, *kwargs.values()])
+
+    def _see(self, readers: Sequence[Reader], values: Sequence[Any]) -> None:
+        # During backward modules run again where activations are recomputed (checkpointing).
+        again = in_backward()
+        if self.paused or not (self._measuring if again else self._running):
+            return
+        tensor = _first_tensor(values)
+        for reader in readers:
+            if tensor is None or not self._fits(reader, tensor):
+                self._note_problem(reader, tensor)
+                continue
+            # What is recomputed was counted in the forward pass, but with reentrant checkpointing
+            # only the recomputed tensors get a gradient.
+            if reader.activations and not again:
+                self._read_activations(reader, tensor)
+            if reader.gradients and tensor.requires_grad:
+                _hook_gradient(tensor, partial(self._see_gradient, reader, self._mask))
+
+    def _fits(self, reader: Reader, tensor: Tensor) -> bool:
+        inside = -tensor.ndim <= reader.axis < tensor.ndim and tensor.is_floating_point()
+        return inside and tensor.shape[reader.axis] == reader.channels
+
+    def _note_problem(self, reader: Reader, tensor: Tensor | None) -> None:
+        found = "no tensor" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+        text = f"its hook saw {found}, expected {reader.channels} channels on axis {reader.axis}"
+        with self._lock:
+            self._problems.update(dict.fromkeys(reader.layers, text))
+
+    def _read_activations(self, reader: Reader, tensor: Tensor) -> None:
+        with _reading():
+            x, axis = _unpadded(tensor.detach(), reader.axis, self._mask)
+            seen: dict[tuple[int, int, str], Tensor] = {}
+            for target in reader.activations:
+                key = (target.start, target.stop, target.activation)
+                if key not in seen:
+                    part = x.narrow(axis, target.start, target.stop - target.start)
+                    seen[key] = activation_stats(part, axis, target.activation)
+                self._add(Part(0, target.columns, seen[key]))
+
+    def _see_gradient(self, reader: Reader, mask: Tensor | None, gradient: Tensor) -> None:
+        if self.paused or not self._handles:
+            return
+        with _reading():
+            g, axis = _unpadded(gradient.detach(), reader.axis, mask)
+            sums = gradient_stats(g, axis)
+            for target in reader.gradients:
+                known = target.columns >= 0
+                part = sums[:, known.to(sums.device)]
+                self._add(Part(len(ACTIVATION_STATISTICS), target.columns[known], part))
+
+    def _see_parameter(self, name: str, weight: Tensor, gradient: Tensor) -> None:
+        if self.paused or not self._measuring:
+            return
+        with _reading():
+            for part in self.weights.read(name, weight.detach(), _dense(gradient)):
+                self._add(part)
+        self.weights_seen.add(name)
+
+    def _add(self, part: Part) -> None:
+        device = part.sums.device
+        columns = part.columns.to(device)
+        with self._lock:
+            if device not in self._step:
+                self._step[device] = empty_table(self.units, device)
+            add_part(self._step[device], part.row, columns, part.sums)
+
+    def _fold(self) -> None:
+        """Add the sums of the step to the total, divided by the loss scale, and clear them."""
+        with _reading():
+            tables = [table.cpu() for table in self._step.values()]
+            bad = sum(float(table[_NONFINITE_GRADIENTS].sum()) for table in tables)
+            drop = self._scale is not None and bad > 0
+            self._dropped += drop
+            for table in tables:
+                merge_into(self._total, self._unscaled(table, drop))
+            self._step.clear()
+
+    def _unscaled(self, table: Tensor, drop: bool) -> Tensor:
+        table = table.clone()
+        for name, power in _POWER_OF_SCALE.items():
+            table[_ROW[name]] /= self._factor**power
+        if drop:
+            rows = [*_NONFINITE_GRADIENTS, *_GRADIENT_COUNTS]
+            rows += [_ROW[name] for name in _POWER_OF_SCALE]
+            table[rows] = 0
+        return table
+
+
+def _idle_observer() -> Observer:
+    observer = Observer.__new__(Observer)
+    observer.paused = True
+    return observer
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Compute without a graph, on tensors that can be written to later."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _unpadded(x: Tensor, axis: int, mask: Tensor | None) -> tuple[Tensor, int]:
+    """Return x and its axis; [batch, tokens, channels] without padding is [positions, channels]."""
+    tokens = mask is not None and x.ndim == 3 and axis in (2, -1) and x.shape[:2] == mask.shape
+    return (x[mask], 1) if tokens else (x, axis)
+
+
+def _hook_gradient(tensor: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    register: Callable[[Callable[[Tensor], None]], RemovableHandle] = tensor.register_hook
+    return register(hook)
+
+
+def _first_tensor(values: Any) -> Tensor | None:
+    """Return the first tensor in nested tuples and lists."""
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            value = _first_tensor(value)
+        if isinstance(value, Tensor):
+            return value
+    return None
+
+
+def _samples(values: Sequence[Any]) -> int:
+    first = _first_tensor(values)
+    return first.shape[0] if first is not None and first.ndim else 0
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()

@@ -1,0 +1,226 @@
+"""From which law the fresh rows of each parameter are drawn.
+
+An initializer is made for a model and then asked for the `Law` of one parameter at a time; `notes`
+says afterwards what a reader should know. Only `default` gives biases other than zero.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastplastic.errors import InputError
+from fastplastic.law_recorder import record_laws
+from fastplastic.laws import Law
+from fastplastic.wiring import UnitLayer
+
+_ZERO = Law("constant", (0.0,))
+# Hugging Face's Conv1D initialises itself with this (after GPT-2).
+_CONV1D_STD = 0.02
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A parameter of which some rows are drawn afresh.
+
+    Attributes:
+        name: Its dotted name.
+        tensor: Its present values.
+        layer: The layer that it belongs to.
+        rows: int64, the rows to draw; the others are live.
+    """
+
+    name: str
+    tensor: Tensor
+    layer: UnitLayer
+    rows: Tensor
+
+    @property
+    def is_bias(self) -> bool:
+        """Whether it is the bias of the layer, with one element per unit."""
+        return self.name == self.layer.bias
+
+
+class Initializer(Protocol):
+    """Gives the law of each parameter."""
+
+    def __call__(self, target: Target) -> Law:
+        """Return the law from which the rows of the target are drawn."""
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what there is to say about the laws given so far."""
+
+
+class KaimingUniform:
+    """U(-b, b) with b = sqrt(6 / fan_in), fan_in the number of incoming weights; bias 0.
+
+    Source: He et al., "Delving deep into rectifiers", arXiv 1502.01852, for ReLU.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        pass
+
+    def __call__(self, target: Target) -> Law:
+        """Return the law from which the rows of the target are drawn."""
+        if target.is_bias:
+            return _ZERO
+        fan_in = target.tensor.numel() // target.layer.n_units
+        bound = math.sqrt(6 / fan_in)
+        return Law("uniform", (-bound, bound))
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what there is to say about the laws given so far."""
+        return ()
+
+
+class Empirical:
+    """Normal with the mean and standard deviation of the layer's own live rows; bias 0.
+
+    Live are the rows that are not drawn afresh. Without any, the law of `default` is taken.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._default = Default(model)
+        self._without_live: list[str] = []
+
+    def __call__(self, target: Target) -> Law:
+        """Return the law from which the rows of the target are drawn."""
+        if target.is_bias:
+            return _ZERO
+        live = torch.ones(target.layer.n_units, dtype=torch.bool)
+        live[target.rows] = False
+        if not live.any():
+            self._without_live.append(target.name)
+            return self._default(target)
+        rows = live.nonzero().flatten().to(target.tensor.device)
+        values = target.tensor.detach().index_select(target.layer.unit_dim, rows).double()
+        return Law("normal", (float(values.mean()), float(values.std(correction=0))))
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what there is to say about the laws given so far."""
+        own = tuple(f"{name}: no live row to imitate, default law" for name in self._without_live)
+        return (*own, *self._default.notes())
+
+
+class Default:
+    """The law with which the library initialises that very parameter.
+
+    For a timm model it is read off a fresh model of the same architecture, parameter by parameter;
+    otherwise, or where the fresh one differs in shape or has no law per element, it is the law of
+    PyTorch's `reset_parameters`: U(-b, b) with b = 1 / sqrt(fan_in) for weights and biases of
+    linear layers and convolutions, `MultiheadAttention` and Hugging Face's Conv1D as they do.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._fresh: dict[str, tuple[torch.Size, Law | None]] | None = None
+        self._failures: list[str] = []
+        self._fallbacks: Counter[str] = Counter()
+
+    def __call__(self, target: Target) -> Law:
+        """Return the law from which the rows of the target are drawn."""
+        if self._fresh is None:
+            self._fresh = self._record()
+        if not self._fresh:
+            return _pytorch_law(target, self._model)
+        shape, law = self._fresh.get(target.name, (None, None))
+        if law is not None and shape == target.tensor.shape:
+            return law
+        if shape is None:
+            reason = "not in a fresh timm model"
+        elif shape != target.tensor.shape:
+            reason = "of another shape in a fresh timm model"
+        else:
+            reason = "initialised by timm without a law per element"
+        self._fallbacks[reason] += 1
+        return _pytorch_law(target, self._model)
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what there is to say about the laws given so far."""
+        return (
+            *self._failures,
+            *(
+                f"{count} parameters are {reason}: PyTorch's default law is used for them"
+                for reason, count in self._fallbacks.items()
+            ),
+        )
+
+    def _record(self) -> dict[str, tuple[torch.Size, Law | None]]:
+        laws: dict[str, tuple[torch.Size, Law | None]] = {}
+        for prefix, module, architecture in _timm_models(self._model):
+            try:
+                fresh = _record_timm(module, architecture)
+            except Exception as error:  # the code of a model may raise anything on the meta device
+                self._failures.append(
+                    f"no fresh {architecture} could be made ({type(error).__name__}): "
+                    "PyTorch's default law is used"
+                )
+                continue
+            laws |= {f"{prefix}{name}": law for name, law in fresh.items()}
+        return laws
+
+
+INITIALIZERS: Mapping[str, Callable[[nn.Module], Initializer]] = {
+    "default": Default,
+    "kaiming_uniform": KaimingUniform,
+    "empirical": Empirical,
+}
+
+
+def make_initializer(name: str, model: nn.Module) -> Initializer:
+    """Return the initializer with this name for a model.
+
+    Raises:
+        InputError: There is none with this name.
+    """
+    if name not in INITIALIZERS:
+        raise InputError(f"init {name!r} is unknown, expected one of {', '.join(INITIALIZERS)}")
+    return INITIALIZERS[name](model)
+
+
+def _timm_models(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Yield (prefix of parameter names, module, architecture) of the outermost timm models."""
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        architecture = _architecture(module)
+        if architecture is not None and not any(prefix.startswith(outer) for outer in inside):
+            inside.append(prefix)
+            yield prefix, module, architecture
+
+
+def _architecture(module: nn.Module) -> str | None:
+    config: Any = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None)
+    name = config.get("architecture") if isinstance(config, Mapping) else None
+    return name if isinstance(name, str) else None
+
+
+def _record_timm(module: nn.Module, architecture: str) -> dict[str, tuple[torch.Size, Law | None]]:
+    import timm
+
+    # create_model also takes names that it would download.
+    if not timm.is_model(architecture):
+        raise InputError(f"architecture {architecture!r} is not in timm, expected one that is")
+    classes = getattr(module, "num_classes", None)
+    options: dict[str, Any] = {"num_classes": classes} if isinstance(classes, int) else {}
+    return record_laws(lambda: timm.create_model(architecture, pretrained=False, **options))
+
+
+def _pytorch_law(target: Target, model: nn.Module) -> Law:
+    owner = model.get_submodule(target.name.rpartition(".")[0])
+    if target.layer.kind == "conv1d":
+        return _ZERO if target.is_bias else Law("normal", (0.0, _CONV1D_STD))
+    weight = model.get_parameter(target.layer.weight)
+    if isinstance(owner, nn.MultiheadAttention):
+        if target.is_bias:
+            return _ZERO
+        # Xavier: one fan for both ends of the whole projection.
+        bound = math.sqrt(6 / (weight.shape[0] + weight.shape[1]))
+    else:
+        # As in torch.nn.init, the fan is taken from the first row in memory.
+        bound = 1 / math.sqrt(weight[0].numel())
+    return Law("uniform", (-bound, bound))

@@ -1,0 +1,395 @@
+"""The plasticity profile of a model: what it holds, and the function that makes one."""
+
+import difflib
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fastplastic import __version__
+from fastplastic._batches import Batch, loss_of, read_batches
+from fastplastic._coverage import Coverage, coverage_of, notes_of
+from fastplastic._mean_gradient import MeanGradient
+from fastplastic._observer import Observation, Observer
+from fastplastic._restore import undisturbed
+from fastplastic.checkpoint import fingerprint
+from fastplastic.criteria import CRITERIA
+from fastplastic.errors import InputError
+from fastplastic.graph import build_graph
+from fastplastic.kernels import backend
+from fastplastic.stats import LayerStats
+from fastplastic.wiring import Consumer, UnitGraph, UnitLayer
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class LayerProfile:
+    """What was measured of one weight layer. Tensors are on the CPU, one entry per unit.
+
+    Attributes:
+        wiring: What makes the units and what reads them.
+        stats: The sums behind all numbers here.
+    """
+
+    wiring: UnitLayer
+    stats: LayerStats
+
+    @property
+    def name(self) -> str:
+        """Dotted module name of the producer."""
+        return self.wiring.name
+
+    @property
+    def kind(self) -> str:
+        """One of linear, conv, depthwise conv, conv transpose, conv1d (Hugging Face)."""
+        return self.wiring.kind
+
+    @property
+    def n_units(self) -> int:
+        """Number of units."""
+        return self.wiring.n_units
+
+    @property
+    def activation(self) -> str:
+        """Name of the activation function."""
+        return self.wiring.activation
+
+    @property
+    def hidden(self) -> Tensor:
+        """Bool: units that reach the network through their consumers' columns only."""
+        return self.wiring.hidden
+
+    @property
+    def consumers(self) -> tuple[Consumer, ...]:
+        """The layers that read the units."""
+        return self.wiring.consumers
+
+    @property
+    def reason(self) -> str | None:
+        """Why units are not hidden, with their number; None when all are."""
+        reasons = self.wiring.reasons.items()
+        return "; ".join(f"{reason} ({number})" for reason, number in reasons) or None
+
+    @property
+    def dead(self) -> Tensor:
+        """Bool: h is constant over every position seen (more than one)."""
+        return self.stats.range_h == 0
+
+    @property
+    def frozen(self) -> Tensor:
+        """Bool: abs(f'(z)) <= 0.01 at every position seen."""
+        return (self.stats["n_flat"] == self.stats["n"]) & (self.stats["n"] > 0)
+
+    @property
+    def saturated_fraction(self) -> Tensor:
+        """float64: share of positions with abs(f'(z)) <= 0.01; NaN where nothing was seen."""
+        return self.stats.flat_share
+
+    @property
+    def dormant_score(self) -> Tensor:
+        """float64: mean abs(h) / (its mean over the layer + 1e-9) (ReDo, arXiv 2302.12902)."""
+        return CRITERIA["dormant"].score(self.stats, layer=self.name)
+
+    @property
+    def dormant(self) -> Tensor:
+        """Bool: `dormant_score` is at most the 0.025 of ReDo's default setting."""
+        threshold = CRITERIA["dormant"].threshold
+        assert threshold is not None
+        return self.dormant_score <= threshold
+
+    @property
+    def no_gradient(self) -> bool:
+        """Whether no gradient reached the weights: gradient scores are NaN then."""
+        return not self.stats.has_gradients
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the layer's part of the JSON schema."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "activation": self.activation,
+            "units": self.n_units,
+            "hidden": int(self.hidden.sum()),
+            "dead": int(self.dead.sum()),
+            "frozen": int(self.frozen.sum()),
+            "dormant": int(self.dormant.sum()),
+            "saturated_fraction": _share(self.stats, "n_flat", "n"),
+            "mean_abs_activation": _share(self.stats, "sum_abs_h", "n"),
+            "mean_abs_gradient": _share(self.stats, "sum_abs_g", "n_g"),
+        }
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Counts over all layers; dead, frozen and dormant units need not be hidden."""
+
+    layers: int
+    units: int
+    hidden_units: int
+    dead: int
+    frozen: int
+    dormant: int
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """The plasticity profile of a model on some data.
+
+    Attributes:
+        layers: One entry per weight layer, in execution order.
+        coverage: Which weight layers were measured, and why others were not.
+        mode: "train" or "eval", the mode the model was in, or "mixed".
+        samples: Number of samples.
+        batches: Number of batches (forward passes).
+        backend: What computed the statistics.
+        device: Device of the model.
+        dtype: Type of its first floating-point parameter.
+        seed: Seed of torch's random numbers when profiling began (dropout draws from them).
+        fingerprint: Fingerprint of the model.
+        gradients: {parameter name: mean gradient over the batches}, if they were asked for.
+        notes: What a reader of the numbers has to know.
+    """
+
+    layers: tuple[LayerProfile, ...]
+    coverage: Coverage
+    mode: str
+    samples: int
+    batches: int
+    backend: str
+    device: str
+    dtype: str
+    seed: int
+    fingerprint: str
+    gradients: Mapping[str, Tensor] | None = None
+    notes: tuple[str, ...] = ()
+    _by_name: dict[str, LayerProfile] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_by_name", {layer.name: layer for layer in self.layers})
+
+    def __getitem__(self, name: str) -> LayerProfile:
+        """Return the layer with this name; InputError when there is none."""
+        if name not in self._by_name:
+            raise InputError(_no_such("layer", name, self._by_name))
+        return self._by_name[name]
+
+    @property
+    def totals(self) -> Totals:
+        """Counts over all layers."""
+        rows = [layer.to_dict() for layer in self.layers]
+        sums = {
+            key: sum(row[key] for row in rows)
+            for key in ("units", "hidden", "dead", "frozen", "dormant")
+        }
+        return Totals(layers=len(rows), hidden_units=sums.pop("hidden"), **sums)
+
+    def score(self, criterion: str, *, seed: int = 0) -> dict[str, Tensor]:
+        """Return {layer name: float64 [n_units]}, NaN where the score is unknown.
+
+        Args:
+            criterion: Name of a criterion in `criteria.CRITERIA`; it says which scores are bad.
+            seed: Read by the criterion `random` only.
+
+        Raises:
+            InputError: There is no such criterion.
+        """
+        if criterion not in CRITERIA:
+            raise InputError(_no_such("criterion", criterion, CRITERIA))
+        rule = CRITERIA[criterion]
+        return {x.name: rule.score(x.stats, layer=x.name, seed=seed) for x in self.layers}
+
+    def to_dict(
+        self, *, model: str | None = None, weights: str | None = None, data: str | None = None
+    ) -> dict[str, Any]:
+        """Return the profile as plain values (schema version 1); unknown numbers are None.
+
+        Args:
+            model: Name of the model, if it has one.
+            weights: Where its weights come from.
+            data: Name of the data.
+        """
+        skipped = [{"name": name, "reason": reason} for name, reason in self.coverage.skipped]
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "fastplastic_version": __version__,
+            "model": model,
+            "weights": weights,
+            "data": data,
+            "device": self.device,
+            "dtype": self.dtype,
+            "mode": self.mode,
+            "samples": self.samples,
+            "seed": self.seed,
+            "coverage": {
+                "found": self.coverage.found,
+                "measured": self.coverage.measured,
+                "skipped": skipped,
+            },
+            "totals": asdict(self.totals),
+            "layers": [layer.to_dict() for layer in self.layers],
+        }
+
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Write the profile as safetensors with JSON metadata.
+
+        Raises:
+            FileError: The path cannot be written, or exists and `force` is not set.
+        """
+        from fastplastic.profile_file import save_profile
+
+        save_profile(self, path, force=force)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Profile":
+        """Read a profile from a file.
+
+        Raises:
+            FileError: The file is missing, damaged or not a profile.
+        """
+        from fastplastic.profile_file import load_profile
+
+        return load_profile(path)
+
+
+def profile(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    loss_fn: Callable[[Any, Any], Tensor] = cross_entropy,
+    gradients: bool = False,
+    example_inputs: Any = None,
+    progress: Callable[[int], None] | None = None,
+) -> Profile:
+    """Run batches forward and backward and return the plasticity profile; the model is unchanged.
+
+    The model is measured in the mode it is in (train or eval). Gradients of weights are means over
+    the batches, each of the same weight. A batch whose loss is not finite gives no gradient.
+
+    Args:
+        model: Any module with floating-point parameters.
+        batches: Yields (inputs, targets), where inputs is a tensor, a tuple of positional or a
+            mapping of keyword arguments; or yields mappings with "labels", as for Hugging Face
+            models. Tensors are moved to the model's device.
+        loss_fn: (output, targets) -> loss, one element. A model's own loss takes precedence over
+            the default where a mapping is passed.
+        gradients: Keep the mean gradient of every parameter (as much memory as the parameters).
+        example_inputs: What to trace the model with: a tensor, a tuple of positional or a mapping
+            of keyword arguments. By default up to two samples of the first batch.
+        progress: Called with the number of batches done after each.
+
+    Raises:
+        InputError: There are no batches, a batch has another form, there is nothing to compute a
+            loss from, or no layer could be measured.
+    """
+    device = _device(model)
+    seed = torch.initial_seed()
+    mean = MeanGradient(model)
+    with undisturbed(model), torch.inference_mode(False), torch.enable_grad():
+        stream = read_batches(batches, device)
+        first = next(stream, None)
+        if first is None:
+            raise InputError("there are no batches, expected at least one: check the data")
+        graph = build_graph(model, first.example() if example_inputs is None else example_inputs)
+        observer = Observer(model, graph)
+        try:
+            observer.attach()
+            notes = _run(model, itertools.chain([first], stream), loss_fn, mean, progress)
+        finally:
+            observer.detach()
+        observation = observer.observation()
+        means = mean.take()
+        observer.weights.add_all(observation.table, model, means)
+    kept = means if gradients else None
+    return assemble(model, graph, observation, seed=seed, gradients=kept, notes=notes)
+
+
+def assemble(
+    model: nn.Module,
+    graph: UnitGraph,
+    observation: Observation,
+    *,
+    seed: int,
+    gradients: Mapping[str, Tensor] | None = None,
+    notes: tuple[str, ...] = (),
+) -> Profile:
+    """Return the profile of what an observer has seen; InputError when it saw nothing."""
+    layers = []
+    start = 0
+    for wiring in graph.layers:
+        stats = LayerStats(observation.table[:, start : start + wiring.n_units])
+        layers.append(LayerProfile(wiring, stats))
+        start += wiring.n_units
+    device = _device(model)
+    return Profile(
+        layers=tuple(layers),
+        coverage=coverage_of(graph, layers, observation),
+        mode=next(iter(observation.modes)) if len(observation.modes) == 1 else "mixed",
+        samples=observation.samples,
+        batches=observation.steps,
+        backend=backend(device),
+        device=str(device),
+        dtype=_dtype(model),
+        seed=seed,
+        fingerprint=fingerprint(model),
+        gradients=gradients,
+        notes=(*notes_of(graph, layers, observation), *notes),
+    )
+
+
+def _run(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    loss_fn: Callable[[Any, Any], Tensor],
+    mean: MeanGradient,
+    progress: Callable[[int], None] | None,
+) -> tuple[str, ...]:
+    """Run all batches; return what is to be said about their losses."""
+    done = dropped = 0
+    attached = True
+    for batch in batches:
+        loss = loss_of(model, batch, loss_fn)
+        attached = loss.requires_grad
+        if not math.isfinite(loss.item()):
+            dropped += 1
+        elif attached:
+            torch.autograd.backward(loss)
+            mean.add()
+        done += 1
+        if progress is not None:
+            progress(done)
+    notes = []
+    if dropped:
+        notes.append(f"the loss of {dropped} of {done} batches is not finite: no gradients of them")
+    if not attached:
+        notes.append("the loss depends on no parameter with requires_grad: there are no gradients")
+    return tuple(notes)
+
+
+def _device(model: nn.Module) -> torch.device:
+    for parameter in model.parameters():
+        return parameter.device
+    raise InputError("the model has no parameters, expected weight layers: nothing to profile")
+
+
+def _dtype(model: nn.Module) -> str:
+    types = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return str(next(types, torch.float32)).removeprefix("torch.")
+
+
+def _share(stats: LayerStats, total: str, count: str) -> float | None:
+    """Return the ratio of two sums over the layer, None when nothing was counted."""
+    counted = float(stats[count].sum())
+    return float(stats[total].sum()) / counted if counted else None
+
+
+def _no_such(what: str, name: str, known: Iterable[str]) -> str:
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=3) or names[:3]
+    return f"no {what} {name!r} among {len(names)}: did you mean {', '.join(near)}?"

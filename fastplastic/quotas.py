@@ -1,0 +1,125 @@
+"""How many units each layer gives: thresholds, exact counts and the cap of a layer."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastplastic.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """The eligible units of one layer, those to re-initialise first in front.
+
+    Attributes:
+        name: Name of the layer.
+        units: int64 [eligible].
+        scores: float64 [eligible].
+        keys: float64 [eligible], ascending: a small key makes a unit a candidate.
+        ties: float64 [eligible], ascending among equal keys.
+        cap: Largest number of units that may be taken.
+    """
+
+    name: str
+    units: Tensor
+    scores: Tensor
+    keys: Tensor
+    ties: Tensor
+    cap: int
+
+    @classmethod
+    def ordered(
+        cls, name: str, units: Tensor, scores: Tensor, *, keys: Tensor, ties: Tensor, cap: int
+    ) -> "Pool":
+        """Return the pool of these units, which may stand in any order."""
+        order = _order(keys, ties)
+        return cls(name, units[order], scores[order], keys[order], ties[order], cap)
+
+
+def counts_by_threshold(pools: Sequence[Pool], limit: float, notes: list[str]) -> Mapping[str, int]:
+    """Return the number of units per layer whose key is at most `limit`, capped with a note."""
+    counts = {}
+    for pool in pools:
+        passing = int((pool.keys <= limit).sum())
+        counts[pool.name] = min(passing, pool.cap)
+        if passing > pool.cap:
+            notes.append(
+                f"{pool.name}: {passing} of {len(pool.units)} eligible units pass the threshold, "
+                f"max_layer_fraction allows {pool.cap}: the most extreme are taken"
+            )
+    return counts
+
+
+def counts_by_ratio(
+    pools: Sequence[Pool], ratio: float, scope: str, max_layer_fraction: float
+) -> Mapping[str, int]:
+    """Return the number of units per layer, together exactly floor(ratio * eligible).
+
+    Args:
+        pools: At least one.
+        ratio: In (0, 1].
+        scope: "global" or "layer", as for `planner.plan`.
+        max_layer_fraction: What made the caps; for the error text.
+
+    Raises:
+        InputError: The caps leave too few units.
+    """
+    eligible = sum(len(pool.units) for pool in pools)
+    wanted = math.floor(ratio * eligible)
+    room = sum(pool.cap for pool in pools)
+    if wanted > room:
+        raise InputError(
+            f"ratio {ratio:g} asks for {wanted} of {eligible} eligible units, but "
+            f"max_layer_fraction {max_layer_fraction:g} allows {room}: "
+            "lower the ratio or raise max_layer_fraction"
+        )
+    if scope == "global":
+        return _global_counts(pools, wanted)
+    return _layer_counts(pools, ratio, wanted)
+
+
+def take(
+    pools: Sequence[Pool], counts: Mapping[str, int]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return units and scores per layer with a count above 0, units ascending."""
+    units: dict[str, Tensor] = {}
+    scores: dict[str, Tensor] = {}
+    for pool in pools:
+        count = counts[pool.name]
+        if count:
+            units[pool.name], order = pool.units[:count].sort()
+            scores[pool.name] = pool.scores[:count][order]
+    return units, scores
+
+
+def _order(keys: Tensor, ties: Tensor) -> Tensor:
+    return torch.from_numpy(np.lexsort((ties.numpy(), keys.numpy())))
+
+
+def _global_counts(pools: Sequence[Pool], wanted: int) -> dict[str, int]:
+    # The first `cap` of each layer are all that can be taken of it.
+    keys = torch.cat([pool.keys[: pool.cap] for pool in pools])
+    ties = torch.cat([pool.ties[: pool.cap] for pool in pools])
+    owner = torch.repeat_interleave(torch.tensor([pool.cap for pool in pools]))
+    taken = owner[_order(keys, ties)[:wanted]].bincount(minlength=len(pools)).tolist()
+    return {pool.name: count for pool, count in zip(pools, taken, strict=True)}
+
+
+def _layer_counts(pools: Sequence[Pool], ratio: float, wanted: int) -> dict[str, int]:
+    """Share out `wanted` by largest remainder; a layer at its cap passes its turn on."""
+    # Exact products: rounded ones could add up to more than `wanted`.
+    quotas = {pool.name: Fraction(ratio) * len(pool.units) for pool in pools}
+    caps = {pool.name: pool.cap for pool in pools}
+    counts = {name: min(math.floor(quota), caps[name]) for name, quota in quotas.items()}
+    # The tie of its first unit is fixed by the seed and the layer's name, so it orders layers too.
+    ties = {pool.name: float(pool.ties[0]) for pool in pools}
+    for _ in range(wanted - sum(counts.values())):
+        open_layers = [name for name in counts if counts[name] < caps[name]]
+        best = max(open_layers, key=lambda name: (quotas[name] - counts[name], ties[name]))
+        counts[best] += 1
+    return counts

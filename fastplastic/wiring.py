@@ -1,0 +1,141 @@
+"""How the units of a model are wired: plain values, made by `graph`, read by all the rest.
+
+Nothing here holds a model. Index maps are int64 tensors on the CPU with -1 for "none".
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Where a hook sees the units of a layer in the running model.
+
+    Attributes:
+        module: Dotted name of the module to hook.
+        where: Whether its first input or its output is the tensor.
+        unit_axis: Dimension of that tensor which runs over channels.
+        unit_of_channel: int64 [size of that dimension], the layer's unit in each channel, or -1.
+    """
+
+    module: str
+    where: Literal["input", "output"]
+    unit_axis: int
+    unit_of_channel: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """A BatchNorm with channels that belong to units of the layer.
+
+    Attributes:
+        name: Dotted module name; it owns weight, bias, running_mean and running_var where present.
+        unit_of_channel: int64 [channels], the layer's unit in each channel, or -1.
+    """
+
+    name: str
+    unit_of_channel: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Consumer:
+    """A weight layer that reads units of the layer through its columns.
+
+    Attributes:
+        name: Dotted module name of the reading layer.
+        weight: Name of its weight parameter.
+        column_dim: Dimension of the weight that runs over columns
+            (1 for Linear and convolution, 0 for Hugging Face Conv1D and transposed convolution).
+        groups: Convolution groups. With more than one, column c stands at index
+            c % (columns / groups) of `column_dim`, in the rows of group c // (columns / groups).
+        unit_of_column: int64 [columns], the layer's unit that each column reads, or -1.
+    """
+
+    name: str
+    weight: str
+    column_dim: int
+    groups: int
+    unit_of_column: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Coupling:
+    """Rows of a (possibly the same) layer that make one unit with the rows of the lead layer.
+
+    Attributes:
+        name: Name of the member layer.
+        row_of_unit: int64 [units of the lead layer], the member's row for each unit, or -1.
+    """
+
+    name: str
+    row_of_unit: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class UnitLayer:
+    """One weight layer: what makes its units and what reads them.
+
+    Attributes:
+        name: Dotted module name of the producer.
+        kind: "linear", "conv", "depthwise conv", "conv transpose" or "conv1d" (Hugging Face).
+        weight: Name of the weight parameter.
+        bias: Name of the bias parameter, or None.
+        unit_dim: Dimension of the weight that runs over units.
+        n_units: Number of units.
+        norm: Name of the BatchNorm between the layer and its activation function, or None.
+        activations: Runs (start, stop, name) of units with one activation function each.
+        hidden: bool [n_units], units that can be re-initialised under this layer's name.
+        reasons: Why the other units cannot, each with its number of units.
+        norms: Every BatchNorm that holds channels of these units (the one in `norm` too).
+        coupled: Rows that are re-initialised together with these units.
+        consumers: What reads these units directly.
+        z_site: Where the pre-activation is seen, or None.
+        g_site: Where the gradient to the activation is seen, or None.
+        transformed: The weight is changed before use (weight standardisation, weight_norm).
+    """
+
+    name: str
+    kind: str
+    weight: str
+    bias: str | None
+    unit_dim: int
+    n_units: int
+    norm: str | None
+    activations: tuple[tuple[int, int, str], ...]
+    hidden: Tensor
+    reasons: dict[str, int] = field(default_factory=dict)
+    norms: tuple[Norm, ...] = ()
+    coupled: tuple[Coupling, ...] = ()
+    consumers: tuple[Consumer, ...] = ()
+    z_site: Site | None = None
+    g_site: Site | None = None
+    transformed: bool = False
+
+    @property
+    def activation(self) -> str:
+        """The activation function; several are joined with "/" in the order of the units."""
+        return "/".join(dict.fromkeys(name for _, _, name in self.activations))
+
+
+@dataclass(frozen=True, eq=False)
+class UnitGraph:
+    """Every weight layer of a model in execution order, and those left out with the reason.
+
+    Attributes:
+        layers: The unit layers.
+        skipped: (layer name, reason) of weight layers that are not in `layers`.
+        note: Why the wiring is unknown, when the model could not be traced; else None.
+    """
+
+    layers: tuple[UnitLayer, ...]
+    skipped: tuple[tuple[str, str], ...] = ()
+    note: str | None = None
+
+    def __getitem__(self, name: str) -> UnitLayer:
+        """Return the layer with this name; KeyError when there is none."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(name)
