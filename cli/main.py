@@ -1,0 +1,124 @@
+"""The program: reads the arguments, runs one command, turns every outcome into an exit code."""
+
+import io
+import os
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Annotated
+
+import typer
+
+import fastplastic
+from fastplastic.cli import options, plan, profile, reinit
+from fastplastic.errors import FileError, InputError
+
+# Typer carries its own copy of click, whose base class of usage errors has no public name.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+_DONE, _UNEXPECTED, _USAGE, _FILE, _INTERRUPTED = 0, 1, 2, 3, 130
+
+_PAIR = re.compile(r"[A-Za-z_]\w*=")
+
+_EXAMPLES = """
+[bold]Examples[/bold]
+
+fastplastic profile resnet50
+
+fastplastic profile vit_small_patch16_224 --data DIR --json -
+
+fastplastic plan resnet50 --ratio 0.05 -o plan.json
+
+fastplastic reinit resnet50 --plan plan.json -o resnet50-fresh.safetensors
+"""
+
+app = typer.Typer(
+    name="fastplastic",
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("profile")(options.command(options.ProfileOptions, profile.run))
+app.command("plan")(options.command(options.PlanOptions, plan.run))
+app.command("reinit")(options.command(options.ReinitOptions, reinit.run))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fastplastic {fastplastic.__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True, epilog=_EXAMPLES)
+def _program(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    """Find the units of a model that no longer learn, and re-initialise them."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def _spread_model_kwargs(arguments: Sequence[str]) -> Iterator[str]:
+    """Repeat --model-kwargs before each KEY=VALUE after it: timm takes several at once."""
+    spreading = False
+    for argument, following in pairwise([*arguments, ""]):
+        if spreading and _PAIR.match(argument):
+            yield f"--model-kwargs={argument}"
+            continue
+        spreading = argument == "--model-kwargs" and bool(_PAIR.match(following))
+        if not spreading:
+            yield argument
+
+
+def _outcome(error: BaseException) -> tuple[int, str]:
+    """Return the exit code for an exception, and the line to print."""
+    if isinstance(error, KeyboardInterrupt):
+        return _INTERRUPTED, "interrupted"
+    if isinstance(error, _UsageError):
+        message = getattr(error, "format_message", error.__str__)()
+        program = getattr(getattr(error, "ctx", None), "command_path", "fastplastic")
+        return _USAGE, f"{message.rstrip('.')}: see {program} --help"
+    if isinstance(error, InputError):
+        return _USAGE, str(error)
+    if isinstance(error, FileError):
+        return _FILE, str(error)
+    return _UNEXPECTED, f"{type(error).__name__}: {error} (FASTPLASTIC_DEBUG=1 shows where)"
+
+
+def _run(arguments: Sequence[str]) -> int:
+    try:
+        action = app(list(_spread_model_kwargs(arguments)), "fastplastic", standalone_mode=False)
+        # --help and --version are done by now, and leave the exit code in place of a command.
+        if callable(action):
+            action()
+        sys.stdout.flush()
+        return _DONE
+    except BrokenPipeError:
+        # The reader of our output has gone: what is left unwritten must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _UNEXPECTED
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code; `arguments` are those of the process if None."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    debug = bool(os.environ.get("FASTPLASTIC_DEBUG"))
+    if not (debug or sys.warnoptions):
+        # The libraries below warn about themselves; what matters to the user, the commands say.
+        warnings.simplefilter("ignore")
+    try:
+        return _run(sys.argv[1:] if arguments is None else arguments)
+    # Not Exception alone: Ctrl-C ends the program in one line too.
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        code, message = _outcome(error)
+        print(f"fastplastic: error: {' '.join(message.split())}", file=sys.stderr)
+        return code

@@ -1,0 +1,93 @@
+"""`fastplastic plan`: choose the units to re-initialise, and write them down."""
+
+import shlex
+import sys
+from typing import TYPE_CHECKING
+
+from fastplastic.cli.options import ModelOptions, PlanOptions, SelectOptions, arguments
+from fastplastic.cli.profile import Measured, measure
+from fastplastic.cli.terminal import console, follow
+
+if TYPE_CHECKING:
+    from fastplastic import Plan
+    from fastplastic.cli.render import PlanRow
+
+
+def choose(options: SelectOptions, measured: Measured) -> "Plan":
+    """Return the plan that the options ask for; InputError when the model cannot fulfil it."""
+    import fastplastic
+
+    return fastplastic.plan(
+        measured.profile,
+        criterion=options.criterion,
+        ratio=options.ratio,
+        threshold=options.threshold,
+        granularity=options.granularity,
+        scope=options.scope,
+        include=options.include,
+        exclude=options.exclude,
+        max_layer_fraction=options.max_layer_fraction,
+        seed=options.seed,
+    )
+
+
+def plan_fact(plan: "Plan") -> tuple[str, str]:
+    """Return what a plan does, as a fact for the header."""
+    amount = f"ratio {plan.ratio:g}" if plan.ratio is not None else f"threshold {plan.threshold:g}"
+    share = f"{plan.count:,} of {plan.eligible:,} eligible units"
+    return "plan", f"{share}: {plan.criterion}, {amount}, {plan.scope}, seed {plan.seed}"
+
+
+def plan_rows(plan: "Plan") -> tuple["PlanRow", ...]:
+    """Return one line for each layer of a plan."""
+    from fastplastic.cli.render import PlanRow
+
+    return tuple(
+        PlanRow(
+            name=name,
+            units=plan.wiring[name].n_units,
+            hidden=int(plan.wiring[name].hidden.sum()),
+            chosen=len(units),
+            lowest=float(plan.scores[name].min()),
+            highest=float(plan.scores[name].max()),
+        )
+        for name, units in plan.units.items()
+    )
+
+
+def _following(options: PlanOptions, measured: Measured, plan: "Plan") -> str:
+    """Return the command to type next; "" where `reinit` would have nothing to work on."""
+    accidental = measured.loaded.weights == "random" and options.pretrained is None
+    if not plan.count or accidental:
+        return ""
+    program = ["fastplastic"]
+    fresh = ["-o", f"{options.model.rpartition('/')[2]}-fresh.safetensors"]
+    if options.output:
+        applied = ["reinit", *arguments(options, ModelOptions), "--plan", str(options.output)]
+        return shlex.join([*program, *applied, *fresh])
+    return shlex.join([*program, "plan", *arguments(options, PlanOptions), "-o", "plan.json"])
+
+
+def run(options: PlanOptions) -> None:
+    """Choose the units to re-initialise; look at them before anything is changed.
+
+    Profiles the model, ranks the units that can be re-initialised, and shows how many would be
+    taken from which layer. With -o the plan is written to a file for `reinit --plan`.
+    """
+    options.check()
+    measured = measure(options, pretrained=options.pretrained)
+    plan = choose(options, measured)
+    if options.output:
+        plan.save(options.output, force=options.force)
+    if options.quiet:
+        return
+    from fastplastic.cli import render
+
+    view = render.PlanView(
+        facts=(*measured.facts, plan_fact(plan)),
+        rows=plan_rows(plan),
+        notes=plan.notes,
+    )
+    out = console(sys.stdout)
+    out.print(render.plan(view))
+    follow(out, _following(options, measured, plan))

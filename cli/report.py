@@ -1,0 +1,71 @@
+"""From a profile to the values that `render` shows: counts per layer, reasons over all layers."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+
+from torch import Tensor
+
+from fastplastic.cli.render import LayerRow, Report
+from fastplastic.criteria import CRITERIA
+from fastplastic.profile import LayerProfile, Profile
+
+# How the reason starts for rows that follow another layer's; which layer, the plan shows.
+_TOGETHER = "re-initialised together with"
+
+
+def report_of(profile: Profile, facts: tuple[tuple[str, str], ...]) -> Report:
+    """Return what to show of a profile, under these facts."""
+    weak = {layer.name: layer.dead | layer.frozen | layer.dormant for layer in profile.layers}
+    members = {other.name for layer in profile.layers for other in layer.wiring.coupled}
+    return Report(
+        facts=facts,
+        rows=tuple(_row(layer, weak, members) for layer in profile.layers),
+        tau=_threshold("dormant"),
+        saturated=_threshold("saturated"),
+        found=profile.coverage.found,
+        skipped=profile.coverage.skipped,
+        fixed=_fixed(profile.layers),
+        notes=profile.notes,
+    )
+
+
+def _row(layer: LayerProfile, weak: Mapping[str, Tensor], members: set[str]) -> LayerRow:
+    saturated = layer.saturated_fraction >= _threshold("saturated")
+    columns = {field.name for field in fields(LayerRow)}
+    return LayerRow(
+        **{name: value for name, value in layer.to_dict().items() if name in columns},
+        saturated=int(saturated.sum()),
+        weak=int(_weak_units(layer, weak).sum()),
+        fixed=not layer.hidden.any() and layer.name not in members,
+        nonfinite=int((layer.stats["n_nonfinite_h"] > 0).sum()),
+    )
+
+
+def _weak_units(layer: LayerProfile, weak: Mapping[str, Tensor]) -> Tensor:
+    """Return which hidden units are weak: one made by several rows is as weak as any of them."""
+    units = weak[layer.name].clone()
+    for member in layer.wiring.coupled:
+        known = member.row_of_unit >= 0
+        units[known] |= weak[member.name][member.row_of_unit[known]]
+    return units & layer.hidden
+
+
+def _threshold(criterion: str) -> float:
+    threshold = CRITERIA[criterion].threshold
+    assert threshold is not None
+    return threshold
+
+
+def _fixed(layers: Iterable[LayerProfile]) -> tuple[tuple[str, int, int], ...]:
+    """Return (reason, units, layers) of units that cannot be re-initialised alone, most first."""
+    units: Counter[str] = Counter()
+    touched: Counter[str] = Counter()
+    for layer in layers:
+        reasons = Counter[str]()
+        for reason, number in layer.wiring.reasons.items():
+            together = reason.startswith(_TOGETHER)
+            reasons[f"{_TOGETHER} those of another layer" if together else reason] += number
+        units += reasons
+        touched.update(reasons.keys())
+    return tuple((reason, number, touched[reason]) for reason, number in units.most_common())
