@@ -1,0 +1,28 @@
+"""Set-up for all tests: what has to be decided before triton is imported."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+HAS_GPU = torch.cuda.is_available()
+# Triton reads this when it is imported: without a GPU its kernels run in the interpreter.
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# Tests are timed on two cores; more threads than cores only slow the small models down.
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+# No test depends on the clock, and a failure found once is found again.
+settings.register_profile("fastplastic", deadline=None, derandomize=True)
+settings.load_profile("fastplastic")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_GPU:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))

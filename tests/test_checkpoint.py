@@ -1,0 +1,389 @@
+"""Weight files: read without code, written whole or not at all."""
+
+import argparse
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fastplastic import checkpoint
+from fastplastic.checkpoint import (
+    atomic_write,
+    fingerprint,
+    load_into,
+    load_state_dict,
+    save_state_dict,
+)
+from fastplastic.errors import FileError, InputError
+
+
+def small() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+class Tied(nn.Module):
+    """A decoder that reads words with the weight that made them, and a view of a larger tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 3)
+        self.out = nn.Linear(3, 5, bias=False)
+        self.out.weight = self.embed.weight
+        self.register_buffer("part", torch.arange(10.0)[2:4])
+        self.register_buffer("other", self.part[1:])
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# Fingerprint
+
+
+def test_fingerprint_is_of_names_shapes_and_dtypes():
+    model = small()
+    print_ = fingerprint(model)
+    assert len(print_) == 64
+    assert fingerprint(small()) == print_, "values do not count"
+    assert fingerprint(nn.ModuleList(small())) == print_, "the class does not count"
+    assert fingerprint(small().double()) != print_
+    assert fingerprint(nn.Sequential(nn.Linear(4, 3), *small()[1:])) != print_
+    assert fingerprint(nn.ModuleDict({"a": nn.Linear(2, 2)})) != fingerprint(
+        nn.ModuleDict({"b": nn.Linear(2, 2)})
+    )
+
+
+# Reading
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state, "epoch": 3, "args": argparse.Namespace(lr=0.1)},
+        lambda state: {"model": state, "optimizer": {}},
+        lambda state: {"state_dict_ema": state, "state_dict": {"0.weight": torch.zeros(1)}},
+        lambda state: {"model_ema": state, "model": {"0.weight": torch.zeros(1)}},
+        lambda state: {"state_dict": {f"module.{name}": value for name, value in state.items()}},
+        lambda state: {f"_orig_mod.{name}": value for name, value in state.items()},
+    ],
+    ids=["bare", "timm", "model", "ema", "model_ema", "parallel", "compiled"],
+)
+def test_checkpoints_as_training_scripts_write_them(tmp_path, wrap):
+    state = small().state_dict()
+    torch.save(wrap(state), tmp_path / "last.pth.tar")
+    assert equal(load_state_dict(tmp_path / "last.pth.tar"), state)
+
+
+def test_safetensors_under_any_name(tmp_path):
+    state = small().state_dict()
+    save_file(state, tmp_path / "weights.bin")
+    assert equal(load_state_dict(tmp_path / "weights.bin"), state)
+
+
+class Runs:
+    """A pickle that makes a file when it is loaded the careless way."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_code_in_a_file_is_not_run(tmp_path):
+    victim, path = tmp_path / "victim", tmp_path / "evil.pth"
+    torch.save({"state_dict": {"0.weight": Runs(victim)}}, path)
+    torch.load(path, weights_only=False)
+    assert victim.exists(), "the pickle works"
+    victim.unlink()
+    with pytest.raises(FileError) as error:
+        load_state_dict(path)
+    assert str(error.value) == (
+        f"{path}: holds more than tensors and plain values, and could run code on loading: "
+        "save only the model's state_dict(), best as safetensors"
+    )
+    assert not victim.exists()
+
+
+HEADER = (60).to_bytes(
+    8, "little"
+) + b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}     '
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("a.pth", b"", "corrupt or not a checkpoint; expected a state dict in safetensors or"),
+        ("a.pth", b"no checkpoint at all", "corrupt or not a checkpoint"),
+        ("a.pth", b"PK\3\4 not a zip", "corrupt or not a checkpoint"),
+        ("a.safetensors", b"", "corrupt safetensors"),
+        ("a.safetensors", b"\xff" * 99, "corrupt safetensors"),
+        ("a.safetensors", HEADER + b"cut", "corrupt safetensors"),
+        ("a.bin", HEADER + b"cut", "corrupt safetensors"),
+    ],
+)
+def test_corrupt_files(tmp_path, name, content, text):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(FileError) as error:
+        load_state_dict(tmp_path / name)
+    assert str(error.value).startswith(f"{tmp_path / name}: {text}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ({"epoch": 3, "net": {"w": torch.ones(1)}}, "not weights: epoch, net; expected a state"),
+        ({"state_dict": {"w": 3}}, "not weights: w; expected a state dict"),
+        ({}, "holds no weights; expected a state dict in safetensors or PyTorch format"),
+        (torch.ones(3), "holds no weights; expected"),
+        ([torch.ones(3)], "holds no weights; expected"),
+    ],
+)
+def test_files_without_weights(tmp_path, content, text):
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(FileError) as error:
+        load_state_dict(tmp_path / "a.pth")
+    assert str(error.value).startswith(f"{tmp_path / 'a.pth'}: {text}")
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(FileError, match=r"none\.pth: no such file; expected .*: check the path"):
+        load_state_dict(tmp_path / "none.pth")
+    with pytest.raises(FileError, match=r": is a folder; expected"):
+        load_state_dict(tmp_path)
+
+
+# Loading into a model
+
+
+def test_what_does_not_fit_is_named_and_changes_nothing(tmp_path):
+    state = small().state_dict()
+    state["0.weight"] = torch.ones(5, 3)
+    state["extra"] = state.pop("2.bias")
+    save_file(state, tmp_path / "other.safetensors")
+    model = small()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(FileError) as error:
+        load_into(model, tmp_path / "other.safetensors")
+    assert str(error.value) == (
+        f"{tmp_path / 'other.safetensors'} does not fit the model: of 9 tensors expected, "
+        "1 missing (2.bias), 1 unexpected (extra), 1 of another shape "
+        "(0.weight [5, 3] instead of [4, 3]): pass the checkpoint of this very model"
+    )
+    assert equal(model.state_dict(), before)
+
+
+def test_only_the_first_names_are_shown(tmp_path):
+    save_file({"x": torch.ones(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(
+        FileError, match=r"8 missing \(0\.weight, 0\.bias, 1\.weight, \.\.\.\), 1 unexpected \(x\)"
+    ):
+        load_into(small(), tmp_path / "a.safetensors")
+
+
+def test_a_head_of_another_size_has_a_way_out(tmp_path):
+    save_state_dict(tmp_path / "a.safetensors", timm.create_model("test_resnet", num_classes=7))
+    with pytest.raises(FileError, match=r"only the classifier differs: pass --num-classes 7$"):
+        load_into(timm.create_model("test_resnet"), tmp_path / "a.safetensors")
+
+
+def test_old_files_without_counters(tmp_path):
+    state = small().state_dict()
+    del state["1.num_batches_tracked"]
+    torch.save(state, tmp_path / "old.pth")
+    model = small()
+    load_into(model, tmp_path / "old.pth")
+    assert torch.equal(model[0].weight, state["0.weight"])
+
+
+# Writing
+
+
+def test_a_written_file_loads_into_timm_strictly(tmp_path):
+    path = tmp_path / "new.safetensors"
+    model = timm.create_model("test_resnet").to(memory_format=torch.channels_last)
+    save_state_dict(path, model, metadata={"model": "test_resnet"})
+    other = timm.create_model("test_resnet", checkpoint_path=str(path))
+    assert equal(other.state_dict(), model.state_dict())
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    expected = {"format": "pt", "fingerprint": fingerprint(model), "model": "test_resnet"}
+    assert metadata == expected
+
+
+def test_tied_weights_are_written_under_every_name(tmp_path):
+    path, model, other = tmp_path / "tied.safetensors", Tied(), Tied()
+    save_state_dict(path, model)
+    other.load_state_dict(load_file(path), strict=True)
+    assert equal(other.state_dict(), model.state_dict())
+    assert other.out.weight is other.embed.weight
+
+
+def test_tied_weights_may_be_missing_under_other_names(tmp_path):
+    path, model, other = tmp_path / "tied.safetensors", Tied(), Tied()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    del state["out.weight"]
+    save_file(state, path)
+    load_into(other, path)
+    assert equal(other.state_dict(), model.state_dict())
+
+
+def test_state_that_is_no_tensor(tmp_path):
+    class Odd(nn.Module):
+        def get_extra_state(self):
+            return {"version": 1}
+
+    with pytest.raises(InputError, match=r"^_extra_state: dict cannot be saved, expected a tensor"):
+        save_state_dict(tmp_path / "a.safetensors", Odd())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(FileError, match=r"cannot be written \(I/O error: No space left on device"):
+        save_state_dict(tmp_path / "a.safetensors", small())
+    assert not list(tmp_path.iterdir())
+
+
+def test_written_files_have_the_usual_mode(tmp_path):
+    (tmp_path / "usual").touch()
+    save_state_dict(tmp_path / "a.safetensors", small())
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+# Atomic writing
+
+
+def test_an_existing_file_stays_without_force(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with pytest.raises(FileError) as error, atomic_write(path):
+        raise AssertionError("not reached")
+    assert str(error.value) == (
+        f"{path}: exists already: choose another name, or replace it with --force"
+    )
+    path.chmod(0o604)
+    with atomic_write(path, force=True) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o604
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_appears_meanwhile_stays(tmp_path):
+    path = tmp_path / "a.json"
+    with pytest.raises(FileError, match="exists already"), atomic_write(path) as temporary:
+        temporary.write_text("ours")
+        path.write_text("theirs")
+    assert path.read_text() == "theirs"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (KeyboardInterrupt, KeyboardInterrupt),
+        (ValueError, ValueError),
+        (OSError(28, "No space left on device"), FileError),
+    ],
+)
+def test_a_failure_leaves_the_old_file(tmp_path, raised, expected):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with pytest.raises(expected), atomic_write(path, force=True) as temporary:
+        temporary.write_text("half")
+        raise raised
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from fastplastic.checkpoint import atomic_write
+os.fsync = {fsync}
+with atomic_write(Path(sys.argv[1]), force=True) as temporary:
+    temporary.write_text("half of the new file")
+    {inside}
+"""
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+@pytest.mark.parametrize(
+    ("fsync", "inside"),
+    [("os.fsync", KILL), (f"lambda _: {KILL}", "pass")],
+    ids=["while writing", "while syncing"],
+)
+def test_a_kill_leaves_the_old_file(tmp_path, fsync, inside):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    program = KILLED.format(fsync=fsync, inside=inside)
+    result = subprocess.run([sys.executable, "-c", program, str(path)], check=False)
+    assert result.returncode == -signal.SIGKILL
+    assert path.read_text() == "old"
+
+
+def test_file_and_folder_are_synced_around_the_rename(tmp_path, monkeypatch):
+    path, done = tmp_path / "a.json", []
+    fsync, replace = os.fsync, os.replace
+
+    def spy_fsync(descriptor):
+        kind = "folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file"
+        done.append(kind)
+        fsync(descriptor)
+
+    def spy_replace(old, new):
+        done.append("rename")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(os, "replace", spy_replace)
+    with atomic_write(path) as temporary:
+        assert temporary.parent == tmp_path
+        temporary.write_text("new")
+    assert done == ["file", "rename", "folder"]
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("real.json")
+    with atomic_write(tmp_path / "link.json", force=True) as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "link.json").is_symlink()
+    assert (tmp_path / "real.json").read_text() == "new"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("none/a.json", r"cannot be written \(No such file or directory\): choose another place"),
+        ("file/a.json", r"cannot be written \(Not a directory\): choose another place"),
+        ("folder", r": is a folder, expected the name of a file: choose another name"),
+        ("pipe", r": is not a regular file, expected the name of a file"),
+        ("x" * 300, r"cannot be written \(File name too long\)"),
+    ],
+)
+def test_places_that_cannot_be_written(tmp_path, name, text):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(FileError, match=text), atomic_write(tmp_path / name, force=True):
+        raise AssertionError("not reached")
+    assert sorted(tmp_path.iterdir()) == before

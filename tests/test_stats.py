@@ -1,0 +1,148 @@
+"""The additive table and the numbers read off it."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastplastic import kernels
+from fastplastic.errors import InputError
+from fastplastic.stats import (
+    ACTIVATION_STATISTICS,
+    GRADIENT_STATISTICS,
+    STATISTICS,
+    LayerStats,
+    UnitStats,
+    empty_table,
+    merge_into,
+)
+
+
+def layer_stats(units=1, **rows):
+    table = empty_table(units)
+    for name, values in rows.items():
+        table[STATISTICS.index(name)] = torch.as_tensor(values, dtype=torch.float64)
+    return LayerStats(table)
+
+
+def measured(h, g):
+    """The table of activations [positions, units] and gradients to them."""
+    table = empty_table(h.shape[1])
+    sums = torch.cat([kernels.activation_stats(h, 1, "relu"), kernels.gradient_stats(g, 1)])
+    table[: len(sums)] = sums
+    return table
+
+
+def test_rows_are_those_of_the_kernels():
+    assert kernels.ACTIVATION_ROWS == ACTIVATION_STATISTICS
+    assert kernels.GRADIENT_ROWS == GRADIENT_STATISTICS
+    assert len(set(STATISTICS)) == len(STATISTICS) == 27
+
+
+def test_empty_is_neutral():
+    table = measured(torch.randn(5, 3), torch.randn(5, 3))
+    filled = UnitStats(table, {"a": (0, 2), "b": (2, 3)})
+    empty = UnitStats.empty({"a": 2, "b": 1})
+    assert empty.layers == filled.layers
+    assert torch.equal(empty.merged(filled).table, table)
+    assert torch.equal(filled.merged(empty).table, table)
+
+
+@given(
+    sizes=st.lists(st.integers(0, 6), min_size=1, max_size=5),
+    units=st.integers(1, 4),
+    seed=st.integers(0, 10**6),
+)
+def test_merging_is_seeing_all_at_once(sizes, units, seed):
+    generator = torch.Generator().manual_seed(seed)
+    # Eighths: their sums are exact in any order.
+    h, g = torch.randint(-40, 40, (2, sum(sizes), units), generator=generator) / 8
+    merged = empty_table(units)
+    for part_h, part_g in zip(h.split(sizes), g.split(sizes), strict=True):
+        merge_into(merged, measured(part_h, part_g))
+    assert torch.equal(merged, measured(h, g))
+
+
+def test_merging_leaves_its_arguments():
+    one, two = (UnitStats(measured(torch.ones(2, 1), torch.ones(2, 1)), {"a": (0, 1)}),) * 2
+    before = one.table.clone()
+    assert one.merged(two).layer("a")["n"].item() == 4
+    assert torch.equal(one.table, before)
+
+
+@pytest.mark.parametrize("other", [{"a": 3}, {"b": 2}, {"a": 2, "b": 1}])
+def test_merging_other_layers_is_an_error(other):
+    with pytest.raises(InputError, match=r"differ in '[ab]'; both must be of the same model"):
+        UnitStats.empty({"a": 2}).merged(UnitStats.empty(other))
+
+
+def test_layer_is_a_view():
+    stats = UnitStats.empty({"a": 2, "b": 3})
+    stats.table[0] = torch.arange(5)
+    assert stats.layer("b")["n"].tolist() == [2, 3, 4]
+    assert stats.layer("b").n_units == 3
+    with pytest.raises(KeyError):
+        stats.layer("c")
+    with pytest.raises(KeyError):
+        stats.layer("a")["no such statistic"]
+
+
+def test_means_against_plain_formulas():
+    h, g = torch.randn(50, 4).double(), torch.randn(50, 4).double()
+    stats = LayerStats(measured(h, g))
+    active = h.relu()
+    torch.testing.assert_close(stats.mean_abs_h, active.abs().mean(0))
+    torch.testing.assert_close(stats.std_h, active.std(0, correction=0))
+    torch.testing.assert_close(stats.range_h, active.amax(0) - active.amin(0))
+    torch.testing.assert_close(stats.flat_share, (h <= 0).double().mean(0))
+    torch.testing.assert_close(stats.zero_share, (active == 0).double().mean(0))
+    torch.testing.assert_close(stats.mean_abs_g, g.abs().mean(0))
+    assert stats.has_activations
+
+
+def test_parameter_means():
+    stats = layer_stats(
+        2, n_dw=4, sum_abs_dw=[8, 0], n_out=[2, 0], sum_abs_w_out=[3, 0], n_dw_out=[5, 0],
+        sum_w_out_dw_out=[-7, 0],
+    )  # fmt: skip
+    assert stats.mean_abs_dw.tolist() == [2, 0]
+    assert stats.mean_abs_w_out[0] == 1.5
+    assert stats.first_order[0] == 7
+    # The second unit has no known consumer.
+    assert stats.mean_abs_w_out[1].isnan()
+    assert stats.first_order[1].isnan()
+    assert stats.has_gradients
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mean_abs_h", "std_h", "range_h", "flat_share", "zero_share", "mean_abs_g", "mean_abs_dw",
+     "mean_abs_w_out", "first_order"],
+)  # fmt: skip
+def test_unknown_is_nan(name):
+    assert getattr(layer_stats(3), name).isnan().all()
+
+
+def test_one_position_has_no_range():
+    assert layer_stats(n=1, min_h=2, max_h=2).range_h.isnan().all()
+    assert layer_stats(n=2, min_h=2, max_h=2).range_h.item() == 0
+
+
+def test_rounding_leaves_no_negative_variance():
+    stats = layer_stats(n=3, sum_h=0.3, sum_sq_h=0.03 * (1 - 1e-15))
+    assert stats.std_h.item() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("mean_abs_g", {"n_g": 5}),
+        ("mean_abs_dw", {"n_dw": 5}),
+        ("first_order", {"n_dw_out": 5}),
+    ],
+)
+def test_layer_without_any_gradient_is_unknown(name, rows):
+    """Zero for every unit says nothing; zero for one of them does."""
+    assert getattr(layer_stats(2, **rows), name).isnan().all()
+    total = {"mean_abs_g": "sum_abs_g", "mean_abs_dw": "sum_abs_dw"}.get(name, "sum_w_out_dw_out")
+    assert getattr(layer_stats(2, **rows, **{total: [0, 5]}), name)[0] == 0
