@@ -1,6 +1,7 @@
 """The float64 reference against numpy, loops and autograd."""
 
 import math
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -12,13 +13,12 @@ from fastplastic.kernels import (
     ACTIVATION_ROWS,
     ACTIVATIONS,
     GRADIENT_ROWS,
+    PARAMETER_COLUMNS,
     PARAMETER_ROWS,
-    activation_stats,
     backend,
-    gradient_stats,
-    parameter_stats,
     reference,
 )
+from fastplastic.kernels.reference import activation_stats, gradient_stats, parameter_stats
 
 # Written out a second time, on purpose: the names are what the rest of the package relies on.
 TORCH = {
@@ -85,7 +85,13 @@ def test_row_names():
     )  # fmt: skip
     assert GRADIENT_ROWS == ("n_g", "sum_abs_g", "sum_sq_g", "n_nonfinite_g")
     assert set(TORCH) == set(ACTIVATIONS)
-    assert len(PARAMETER_ROWS) == 9
+    assert PARAMETER_ROWS == (
+        "n", "sum_abs_w", "sum_sq_w", "n_dw", "sum_abs_dw", "sum_sq_dw", "sum_abs_w_dw",
+        "n_nonfinite_dw",
+    )  # fmt: skip
+    assert PARAMETER_COLUMNS == (
+        "n", "sum_abs_w", "sum_sq_w", "n_dw", "sum_w_dw", "n_nonfinite_dw",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -255,35 +261,74 @@ def test_sums_are_float64(dtype):
     assert gradient_stats(x, 1)[1].item() == pytest.approx(1e6 * value, rel=1e-12)
 
 
-@pytest.mark.parametrize("dim", [0, 1, 2, -1])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_parameters(dim, dtype):
-    w, dw = noise(7, 5, 3, dtype=dtype), noise(5, 7, 3, dtype=dtype, scale=0.1).transpose(0, 1)
+def along(w, dw, dim):
+    """All sums of a weight and its gradient for each index of one dimension."""
     wide, dwide = (x.double().movedim(dim, 0).flatten(1) for x in (w, dw))
     count = torch.full((len(wide),), wide.shape[1]).double()
-    expected = [
-        count, wide.abs().sum(1), (wide**2).sum(1), count, dwide.abs().sum(1),
-        (dwide**2).sum(1), (wide * dwide).abs().sum(1), (wide * dwide).sum(1), 0 * count,
-    ]  # fmt: skip
-    same(parameter_stats(w, dw, dim), torch.stack(expected))
-    alone = parameter_stats(w, None, dim)
-    same(alone[:3], torch.stack(expected[:3]))
-    assert not alone[3:].any()
+    return {
+        "n": count, "sum_abs_w": wide.abs().sum(1), "sum_sq_w": (wide**2).sum(1),
+        "n_dw": count, "sum_abs_dw": dwide.abs().sum(1), "sum_sq_dw": (dwide**2).sum(1),
+        "sum_abs_w_dw": (wide * dwide).abs().sum(1), "sum_w_dw": (wide * dwide).sum(1),
+        "n_nonfinite_dw": 0 * count,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parameters(dtype):
+    w, dw = noise(7, 5, 3, dtype=dtype), noise(5, 7, 3, dtype=dtype, scale=0.1).transpose(0, 1)
+    rows, columns = parameter_stats([w], [dw])
+    for name, values in zip(PARAMETER_ROWS, rows, strict=True):
+        same(values, along(w, dw, 0)[name])
+    for name, values in zip(PARAMETER_COLUMNS, columns, strict=True):
+        same(values, along(w, dw, 1)[name])
+    alone = parameter_stats([w], [None])
+    for with_dw, without in zip((rows, columns), alone, strict=True):
+        same(without[:3], with_dw[:3])
+        assert not without[3:].any()
+
+
+def test_groups_of_parameters():
+    w, dw = noise(6, 2, 3), noise(6, 2, 3, scale=0.1)
+    rows, columns = parameter_stats([w, w], [dw, dw], [3, 1])
+    assert rows.shape == (8, 12)
+    assert columns.shape == (6, 8)
+    same(rows[:, :6], rows[:, 6:])
+    for group in range(3):
+        part = slice(2 * group, 2 * group + 2)
+        same(columns[:, part], parameter_stats([w[part]], [dw[part]])[1])
+    same(columns[:, 6:], parameter_stats([w], [dw])[1])
 
 
 def test_parameters_over_many_pieces():
     w, dw = noise(300, 1000), noise(1000, 300, scale=0.01).t()
-    stats = parameter_stats(w, dw, 1)
-    same(stats[7], (w.double() * dw.double()).sum(0))
-    same(stats[1], w.double().abs().sum(0))
+    _, columns = parameter_stats([w], [dw])
+    same(columns[4], (w.double() * dw.double()).sum(0))
+    same(columns[1], w.double().abs().sum(0))
 
 
 def test_nonfinite_weight_gradients():
     w, dw = torch.ones(2, 3), torch.ones(2, 3)
     dw[0, 0], dw[0, 1] = math.nan, math.inf
-    assert parameter_stats(w, dw, 0).tolist() == [
-        [3, 3], [3, 3], [3, 3], [1, 3], [1, 3], [1, 3], [1, 3], [1, 3], [2, 0],
-    ]  # fmt: skip
+    rows, columns = parameter_stats([w], [dw])
+    assert rows.tolist() == [[3, 3], [3, 3], [3, 3], [1, 3], [1, 3], [1, 3], [1, 3], [2, 0]]
+    assert columns[3:].tolist() == [[1, 1, 2], [1, 1, 2], [1, 1, 0]]
+
+
+def test_adding_to_tables():
+    z, w = noise(9, 5), noise(4, 3)
+    table = torch.zeros(9, 10, dtype=torch.float64)[:, 2:7]
+    table[4:6] = torch.tensor([[1.0], [2.0]])
+    found = activation_stats(z, out=table)
+    assert found is table
+    same(table[:4], activation_stats(z)[:4])
+    same(table[4], z.amin(0).double().clamp(max=1))
+    same(table[5], z.amax(0).double().clamp(min=2))
+    once = gradient_stats(z)
+    same(gradient_stats(z, out=once.clone()), 2 * once)
+    once = parameter_stats([w], [w])
+    twice = parameter_stats([w], [w], out=(once[0].clone(), once[1].clone()))
+    for one, two in zip(once, twice, strict=True):
+        same(two, 2 * one)
 
 
 @pytest.mark.parametrize(
@@ -296,8 +341,19 @@ def test_nonfinite_weight_gradients():
         (lambda: gradient_stats(torch.ones(2, 2), -3), "axis is -3, expected"),
         (lambda: gradient_stats(torch.ones(2, 2, dtype=torch.int64)), "is torch.int64, expected"),
         (
-            lambda: parameter_stats(torch.ones(2, 2), torch.ones(2, 3), 0),
+            lambda: parameter_stats([torch.ones(2, 2)], [torch.ones(2, 3)]),
             r"gradient has shape \(2, 3\), expected that of the weight, \(2, 2\)",
+        ),
+        (lambda: parameter_stats([torch.ones(2, 2)], []), "1 weights, 0 gradients and 1 groups"),
+        (lambda: parameter_stats([torch.ones(3, 2)], [None], [2]), r"\(3, 2\) and 2 groups, expec"),
+        (lambda: parameter_stats([torch.ones(3)], [None]), r"shape \(3,\) and 1 groups, expected"),
+        (
+            lambda: activation_stats(torch.ones(2, 2), out=torch.zeros(9, 2)),
+            r"out is torch.float32 \(9, 2\) .* expected float64 \(9, 2\)",
+        ),
+        (
+            lambda: gradient_stats(torch.ones(2, 2), out=torch.zeros(2, 4).double().t()),
+            r"with strides \(1, 4\), expected float64 \(4, 2\) with adjacent columns",
         ),
     ],
 )
@@ -315,11 +371,14 @@ def test_inputs_are_untouched():
 
 
 def test_backend():
-    assert backend("cpu") == backend(torch.device("cpu")) == "pytorch"
+    assert backend("cpu") == backend(torch.device("cpu")) == "numba"
+    assert backend("meta") == backend("mps") == "pytorch"
+    assert backend("cuda") == ("triton" if find_spec("triton") else "pytorch")
 
 
 def test_public_names():
     assert set(kernels.__all__) == {
-        "ACTIVATIONS", "ACTIVATION_ROWS", "GRADIENT_ROWS", "PARAMETER_ROWS", "activation_stats",
-        "backend", "gradient_stats", "parameter_stats",
+        "ACTIVATIONS", "ACTIVATION_ROWS", "GRADIENT_ROWS", "Law", "PARAMETER_COLUMNS",
+        "PARAMETER_ROWS", "Selection", "activation_stats", "backend", "gradient_stats",
+        "parameter_stats", "resample_", "select", "selection_masks",
     }  # fmt: skip

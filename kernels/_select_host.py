@@ -1,0 +1,259 @@
+"""The part of `select` that is the same on every device: which histograms, and what they mean.
+
+Elements are ordered by (key, word, weight number, element). The search goes digit by digit, from
+the highest: 11 + 11 + 10 bits of the keys, the same of the tie words among elements whose key is
+the threshold, and, only where equal words are cut in two, digits of the element among those. Every
+weight has its own prefix: one that meets its cap is searched by itself from then on. A weight is
+left out of further passes as soon as everything or nothing of its bin is taken.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+CRITERIA = ("swr", "gradient", "magnitude", "random")
+DIGITS = 2048
+Number = Literal["key", "word", "element"]
+Table = NDArray[np.int64]
+
+_NUMBERS: tuple[Number, ...] = ("key", "word")
+# (shift, bits) of each digit of a 32-bit number.
+_DIGITS = ((21, 11), (10, 11), (0, 10))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which elements `select` chose, as one threshold per weight.
+
+    Element e of weight i is selected iff (key, word, e) <= (keys[i], words[i], elements[i]) in
+    lexical order, and its score is not NaN. The key is the bit pattern of its float32 score, the
+    word is Philox word 0 of (seed, "ties", names[i]) at e.
+
+    Attributes:
+        criterion: Name of the score.
+        seed: Seed of the tie words.
+        names: Name of each weight.
+        keys: Threshold of the keys, in [0, 2^31].
+        words: Threshold of the words where the key is the threshold, in [-1, 2^32).
+        elements: Threshold of the elements where key and word are the thresholds, -1 or more.
+        counts: Number of elements selected in each weight.
+        eligible: Number of elements whose score is not NaN, over all weights.
+    """
+
+    criterion: str
+    seed: int
+    names: tuple[str, ...]
+    keys: tuple[int, ...]
+    words: tuple[int, ...]
+    elements: tuple[int, ...]
+    counts: tuple[int, ...]
+    eligible: int
+
+    @property
+    def count(self) -> int:
+        """Return the number of elements selected."""
+        return sum(self.counts)
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """What one histogram is asked for.
+
+    Counted are, in each weight i with prefixes[i] >= 0, the elements that are eligible, have
+    number >> (shift + bits) == prefixes[i], and, for "word" and "element", also key == keys[i],
+    and for "element" word == words[i]. `number` is the key, the word or the element itself; the
+    bin of the histogram is its digit (number >> shift) & (2^bits - 1).
+
+    Attributes:
+        number: "key", "word" or "element".
+        shift: Bits to the right of the digit.
+        bits: Bits of the digit, at most 11.
+        prefixes: int64 per weight; -1 leaves it out.
+        keys: int64 per weight.
+        words: int64 per weight.
+    """
+
+    number: Number
+    shift: int
+    bits: int
+    prefixes: Table
+    keys: Table
+    words: Table
+
+
+# Returns int64 [n_weights, 2048]; rows of weights that are left out are not read.
+Histogram = Callable[[Query], Table]
+
+_FREE, _OWN, _DONE = 0, 1, 2
+
+
+def select_with(
+    histogram: Histogram,
+    sizes: Sequence[int],
+    names: Sequence[str],
+    count: int,
+    *,
+    criterion: str,
+    caps: Sequence[int] | None,
+    seed: int,
+) -> Selection:
+    """Find the thresholds of the `count` smallest scores with the histograms of a backend.
+
+    Args:
+        histogram: Counts what a `Query` asks for.
+        sizes: Number of elements of each weight.
+        names: As in `select`, like the arguments that follow; they have passed `check_select`.
+        count: See there.
+        criterion: See there.
+        caps: See there.
+        seed: See there.
+
+    Raises:
+        ValueError: `count` is more than the caps and the eligible elements allow.
+    """
+    if count and not sizes:
+        raise too_many(count, 0, 0)
+    search = _Search(sizes, count, caps)
+    for number in _NUMBERS:
+        for shift, bits in _DIGITS:
+            search.descend(histogram, number, shift, bits)
+    search.share_equal_words()
+    for shift in reversed(range(0, max(sizes, default=0).bit_length(), 11)):
+        search.descend(histogram, "element", shift, 11)
+    return Selection(
+        criterion,
+        int(seed),
+        tuple(names),
+        tuple(search.keys.tolist()),
+        tuple(search.words.tolist()),
+        tuple(search.elements.tolist()),
+        tuple(search.counts.tolist()),
+        max(search.eligible, 0),
+    )
+
+
+class _Search:
+    """How far the search has come in each weight.
+
+    A weight is free while it shares the prefix and the count with others, on its own once its
+    rest of cap alone decides, and done when its thresholds are final.
+    """
+
+    def __init__(self, sizes: Sequence[int], count: int, caps: Sequence[int] | None) -> None:
+        n = len(sizes)
+        self.eligible = -1
+        # How many are still to be taken: by all free weights together, at most by each weight.
+        self.remaining = int(count)
+        self.caps = np.array(sizes if caps is None else caps, dtype=np.int64)
+        self.state = np.full(n, _FREE)
+        # The digits known of the present number, and how many elements share them.
+        self.number: Number = "key"
+        self.prefixes = np.zeros(n, dtype=np.int64)
+        self.bins = np.zeros(n, dtype=np.int64)
+        self.keys = np.zeros(n, dtype=np.int64)
+        self.words = np.full(n, -1, dtype=np.int64)
+        self.elements = np.full(n, -1, dtype=np.int64)
+        self.counts = np.zeros(n, dtype=np.int64)
+
+    def descend(self, histogram: Histogram, number: Number, shift: int, bits: int) -> None:
+        """Find one more digit in every weight that is not done."""
+        active = np.flatnonzero(self.state != _DONE)
+        if not len(active):
+            return
+        if number != self.number:
+            self._end(active, self.prefixes[active])
+            self.prefixes[active] = 0
+            self.number = number
+        prefixes = np.where(self.state == _DONE, -1, self.prefixes)
+        query = Query(number, shift, bits, prefixes, self.keys, self.words)
+        cumulative = histogram(query)[active, : 1 << bits].cumsum(1)
+        if self.eligible < 0:
+            self._check_count(cumulative[:, -1])
+        self._take(active, cumulative, self._digits(active, cumulative), bits)
+        self._finish(active, shift)
+
+    def share_equal_words(self) -> None:
+        """Give elements with equal key and word to the free weights in their order."""
+        active = np.flatnonzero(self.state != _DONE)
+        free = active[self.state[active] == _FREE]
+        most = np.minimum(self.bins[free], self.caps[free])
+        before = most.cumsum() - most
+        self.caps[free] = np.clip(self.remaining - before, 0, most)
+        self.state[free] = _OWN
+        self._finish(active, 0)
+
+    def _check_count(self, eligible: Table) -> None:
+        self.eligible = int(eligible.sum())
+        allowed = int(np.minimum(eligible, self.caps).sum())
+        if self.remaining > allowed:
+            raise too_many(self.remaining, allowed, self.eligible)
+
+    def _digits(self, active: Table, cumulative: Table) -> Table:
+        """Return the digit of each active weight; who meets its cap below goes on by itself."""
+        caps = self.caps[active]
+        free = self.state[active] == _FREE
+        digit = _common_digit(cumulative[free], caps[free], self.remaining)
+        below = cumulative[:, digit - 1] if digit else np.zeros_like(caps)
+        capped = free & (below >= caps)
+        self.remaining -= int(caps[capped].sum())
+        self.state[active[capped]] = _OWN
+        digits = np.full(len(active), digit)
+        own = np.flatnonzero(self.state[active] == _OWN)
+        digits[own] = (cumulative[own] < caps[own, None]).sum(1)
+        return digits
+
+    def _take(self, active: Table, cumulative: Table, digits: Table, bits: int) -> None:
+        """Take what lies below the digits and look at what shares them."""
+        each = np.arange(len(active))
+        below = np.where(digits > 0, cumulative[each, digits - 1], 0)
+        self.counts[active] += below
+        self.caps[active] -= below
+        self.remaining -= int(below[self.state[active] == _FREE].sum())
+        self.prefixes[active] = (self.prefixes[active] << bits) | digits
+        self.bins[active] = cumulative[each, digits] - below
+
+    def _finish(self, active: Table, shift: int) -> None:
+        """End the search where all or none of the elements with the prefix are taken."""
+        free = active[self.state[active] == _FREE]
+        most = np.minimum(self.bins[free], self.caps[free])
+        if self.remaining in (0, most.sum()):
+            self.caps[free] = most if self.remaining else 0
+            self.state[free] = _OWN
+        bins, caps = self.bins[active], self.caps[active]
+        nothing = (bins == 0) | (caps == 0)
+        whole = (caps >= bins) & (self.state[active] == _OWN) & ~nothing
+        done = active[whole | nothing]
+        self.counts[active[whole]] += bins[whole]
+        # The first number that is not taken, and no word: "less than".
+        ends = (self.prefixes[active] + whole) << shift
+        self._end(done, ends[whole | nothing], before=1)
+        self.state[done] = _DONE
+
+    def _end(self, weights: Table, numbers: Table, before: int = 0) -> None:
+        """Store the threshold of the present number."""
+        if self.number == "key":
+            self.keys[weights] = numbers
+        elif self.number == "word":
+            self.words[weights] = numbers
+        else:
+            self.elements[weights] = numbers - before
+
+
+def too_many(count: int, allowed: int, eligible: int) -> ValueError:
+    """Return the error for a count that cannot be met."""
+    return ValueError(
+        f"count is {count}, expected at most {allowed}: {eligible} elements have a score that is "
+        f"not NaN, and the caps let {allowed} of them be selected"
+    )
+
+
+def _common_digit(cumulative: Table, caps: Table, remaining: int) -> int:
+    """Return the first digit up to which the free weights hold what remains, within caps."""
+    if not len(cumulative):
+        return 0
+    met = cumulative[:, -1] > caps
+    held = cumulative[~met].sum(0) + np.minimum(cumulative[met], caps[met, None]).sum(0)
+    return int(np.searchsorted(held, remaining))
