@@ -1,0 +1,112 @@
+"""Launch parameters of the Triton kernels: plain functions of shapes, the same on every card.
+
+There was no card to tune them on. They follow from arithmetic: 16 bytes per thread and load is
+what a GPU reads best, 4 warps leave room for many programs per multiprocessor, and the accumulators
+of a tile (up to 8 for each element) must stay in registers. The compiled kernels are checked for
+spills and for vector loads; see tests/test_triton_compile.py.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+WARPS = 4
+_THREADS = 32 * WARPS
+_VECTOR_BYTES = 16
+# Bytes of a row of a tile: whole cache lines.
+_ROW_BYTES = 128
+# Programs of a large launch: several for each of the 100 to 150 multiprocessors of a big card.
+_PROGRAMS = 1024
+# Tiles of one program: a few at least, since each writes partial sums; values that one accumulator
+# sums up in float32 at most, and less than 1024, where the counters of activation_stats end.
+_LEAST_TILES, _DEPTH = 4, 512
+# The folds read float64 tiles of units times partial sums; twice as many would spill.
+FOLD_UNITS, _FOLD_PARTS, PARAMETER_PARTS = 32, 64, 16
+# parameter_stats: a program reads so many rows of so many elements. A row of 128 is one warp's, so
+# that sums along it need no shared memory; a task writes partial sums of 2 to 5 % of what it reads.
+# Rows that cannot be read wide take an address per element in registers: fewer at once.
+PARAMETER_ROWS, PARAMETER_FAST, PARAMETER_NARROW = 128, 128, 4
+# select and resample_: elements that a program reads at once. Each block pays for emptying and
+# reading 2048 bins in shared memory, so that of the histogram is larger; with 4 warps its tie words
+# would not fit in registers. Each task writes 8 KiB of counts, little beside 2**16 elements.
+ELEMENT_BLOCK = 1024
+HISTOGRAM_BLOCK, HISTOGRAM_WARPS = 2048, 8
+ADD_BLOCK = 256
+_ELEMENT_TASK, _ELEMENT_TASKS = 1 << 16, 2048
+
+
+class Tile(NamedTuple):
+    """What one program reads at once."""
+
+    units: int
+    positions: int
+
+
+class Split(NamedTuple):
+    """How positions are dealt out: each program has `outer` indices of `blocks` tiles."""
+
+    outer: int
+    blocks: int
+    inner_splits: int
+    splits: int
+
+
+def vector_width(itemsize: int, numbers: Iterable[int] = ()) -> int:
+    """Return the most elements per load, a power of two, that divides all sizes and strides."""
+    return math.gcd(_VECTOR_BYTES // itemsize, *numbers)
+
+
+def stats_tile(units: int, positions: int, itemsize: int, units_adjacent: bool) -> Tile:
+    """Return the tile of activation_stats and gradient_stats: one vector for each thread."""
+    elements = _THREADS * _VECTOR_BYTES // itemsize
+    fast, slow = (units, positions) if units_adjacent else (positions, units)
+    slow = min(power_of_two(slow), elements)
+    least = max(_ROW_BYTES // itemsize, elements // slow)
+    block = _snug(fast, least, max(least, elements // 4))
+    rest = min(elements // block, slow)
+    return Tile(block, rest) if units_adjacent else Tile(rest, block)
+
+
+def stats_split(tile: Tile, units: int, inner: int, outer: int) -> Split:
+    """Deal out positions: enough programs to fill a card, accumulators not deeper than _DEPTH."""
+    blocks = cdiv(inner, tile.positions)
+    programs = max(1, _PROGRAMS // cdiv(units, tile.units))
+    share = min(max(outer * blocks // programs, _LEAST_TILES), _DEPTH)
+    each_outer = max(1, min(outer, share // blocks))
+    each_blocks = blocks if each_outer > 1 else min(blocks, share)
+    inner_splits = cdiv(blocks, each_blocks)
+    return Split(each_outer, each_blocks, inner_splits, inner_splits * cdiv(outer, each_outer))
+
+
+def parameter_slow(vector: int) -> int:
+    """Return how many rows parameter_stats reads at once: one vector for each thread."""
+    return _THREADS * vector // PARAMETER_FAST
+
+
+def element_task(total: int) -> int:
+    """Return how many elements a program of select or resample_ owns."""
+    return max(_ELEMENT_TASK, power_of_two(cdiv(total, _ELEMENT_TASKS)))
+
+
+def fold_parts(parts: int) -> int:
+    """Return how many partial sums of a unit the fold reads at once."""
+    return min(power_of_two(parts), _FOLD_PARTS)
+
+
+def power_of_two(size: int) -> int:
+    """Return the least power of two that is not less."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def cdiv(size: int, block: int) -> int:
+    """Return how many blocks cover a size."""
+    return -(-size // block)
+
+
+def _snug(size: int, least: int, most: int) -> int:
+    """Return the largest block in [least, most] that pads a size by an eighth at most."""
+    if size <= least:
+        return power_of_two(size)
+    blocks = [most >> k for k in range((most // least).bit_length())]
+    fitting = (block for block in blocks if 8 * cdiv(size, block) * block <= 9 * size)
+    return next(fitting, least)

@@ -1,0 +1,382 @@
+"""The Triton statistics against the float64 reference, in the interpreter where there is no GPU."""
+
+import importlib
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fastplastic.kernels import ACTIVATIONS, _triton_runtime, launch, reference
+from fastplastic.kernels._definitions import FLAT, ZERO_BELOW
+
+# NumPy says so of the interpreter of Triton 3.6.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What the error may be above that of plain torch in the same dtype, relative to max(1, |value|).
+# Half precision: an h that lies between two numbers may be rounded to the other one.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+COUNTS = [0, 6, 7, 8]
+
+
+activation = importlib.import_module("fastplastic.kernels.activation_stats")
+gradient = importlib.import_module("fastplastic.kernels.gradient_stats")
+parameter = importlib.import_module("fastplastic.kernels.parameter_stats")
+
+
+@pytest.fixture(autouse=True)
+def numpy_does_not_warn():
+    """The interpreter computes with numpy, which warns of infinities where a GPU does not."""
+    with np.errstate(all="ignore"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Fill scratch memory with NaN: an element that is read but was not written shows."""
+
+    def scratch(*arguments):
+        return _triton_runtime.scratch(*arguments).fill_(math.nan)
+
+    for module in (activation, gradient, parameter):
+        monkeypatch.setattr(module, "scratch", scratch)
+
+
+def noise(*shape, dtype=torch.float32, scale=3.0):
+    generator = torch.Generator().manual_seed(sum(shape))
+    z = torch.randn(*shape, generator=generator) * scale
+    # Where GELU becomes 0, torch itself is not monotone.
+    for end in ZERO_BELOW.values():
+        z[(z - end).abs() < 0.1] = 0.5
+    return z.to(device=DEVICE, dtype=dtype)
+
+
+def near(found, expected, plain, dtype):
+    """|found - float64| <= |plain torch in that dtype - float64| + a constant of the dtype."""
+    limit = (plain.double() - expected).abs().nan_to_num(math.inf, math.inf)
+    limit += TOLERANCE[dtype] * expected.abs().nan_to_num(0, 0, 0).clamp(min=1)
+    same = (found == expected) | ((found - expected).abs() <= limit)
+    assert same.all(), (found[~same], expected[~same], limit[~same])
+
+
+def flat_units(x, axis):
+    return x.movedim(axis, 0).flatten(1) if x.ndim > 1 else x[:, None]
+
+
+def plain_sums(h, finite):
+    """The three sums as torch itself makes them in the dtype of h."""
+    h = h.where(finite, 0)
+    return torch.stack([h.sum(1), h.abs().sum(1), (h * h).sum(1)])
+
+
+def check_activation(z, axis=1, name="identity"):
+    expected = reference.activation_stats(z, axis, name)
+    found = activation.activation_stats(z, axis, name)
+    assert found.dtype == torch.float64 and found.device == z.device
+    assert torch.equal(found[COUNTS], expected[COUNTS])
+    units = flat_units(z, axis)
+    base, slope = reference.parse_activation(name)
+    function = reference._FUNCTIONS[base]
+    h = function(units) if slope is None else torch.nn.functional.leaky_relu(units, slope)
+    plain = plain_sums(h, h.isfinite() & units.isfinite())
+    near(found[1:4], expected[1:4], plain, z.dtype)
+    near(found[4:6], expected[4:6], expected[4:6], z.dtype)
+    return found
+
+
+def check_gradient(g, axis=1):
+    expected, found = reference.gradient_stats(g, axis), gradient.gradient_stats(g, axis)
+    assert torch.equal(found[[0, 3]], expected[[0, 3]])
+    units = flat_units(g, axis)
+    near(found[1:3], expected[1:3], plain_sums(units, units.isfinite())[1:], torch.float32)
+    return found
+
+
+# Shapes: one element; awkward primes; whole tiles; nothing at all; each layout that is read in
+# another way: planes (padded or wide rows), channels_last, tokens, transposed, a crop (two outer
+# dimensions), one that must be copied (four dimensions of positions), expanded, a step in units.
+LAYOUTS = {
+    "one element": (noise(1, 1), 1),
+    "primes": (noise(37, 101), 1),
+    "whole tiles": (noise(128, 256), 1),
+    "no position": (noise(0, 64), 1),
+    "no unit": (noise(3, 0), 1),
+    "vector": (noise(13), 0),
+    "planes": (noise(3, 11, 5, 7), 1),
+    "wide planes": (noise(2, 5, 16, 32), 1),
+    "channels_last": (noise(3, 37, 5, 7).contiguous(memory_format=torch.channels_last), 1),
+    "tokens": (noise(2, 17, 29), -1),
+    "transposed view": (noise(37, 101).t(), 1),
+    "crop": (noise(2, 5, 9, 9)[:, :, 1:-1, 1:-1], 1),
+    "crop of channels_last": (noise(2, 9, 9, 8)[:, 1:-1, 1:-1], 3),
+    "step": (noise(4, 20, 9)[:, ::3, 1::2], 1),
+    "copied": (noise(2, 2, 3, 4, 4, 6)[:, :, :, 1:, 1:, ::2], 2),
+    "expanded positions": (noise(4, 5, 1, 1).expand(4, 5, 7, 7), 1),
+    "expanded units": (noise(4, 1, 6).expand(4, 5, 6), 1),
+    "units slow": (noise(5, 300), 0),
+    "unaligned": (noise(8 * 64 + 1)[1:].view(8, 64), 1),
+}
+
+
+@pytest.mark.parametrize(("x", "axis"), LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_layouts(x, axis):
+    check_activation(x, axis, "silu")
+    check_gradient(x, axis)
+
+
+@pytest.mark.parametrize("name", [*ACTIVATIONS, "leaky_relu:0.25"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activations(name, dtype):
+    z = noise(37, 21, dtype=dtype)
+    z[0, 0], z[1, 1] = 0.0, -0.0
+    check_activation(z, 1, name)
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_flat_is_decided_exactly(name):
+    """At the float32 numbers on both sides of every end, where one step changes the answer."""
+    ends = [end for interval in FLAT[name] for end in interval if math.isfinite(end)]
+    values = np.array(ends, dtype=np.float32)
+    near_ends = [values, *(np.nextafter(values, np.float32(to)) for to in (-9e9, 9e9))]
+    z = torch.from_numpy(np.concatenate(near_ends))[None].to(DEVICE)
+    found = activation.activation_stats(z, 1, name)[7]
+    assert torch.equal(found, reference.activation_stats(z, 1, name)[7])
+    assert 0 < found.sum() < z.numel()
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_nonfinite_is_counted_and_does_not_spread(name):
+    z = noise(50, 4)
+    z[3, 1], z[7, 1], z[9, 2] = math.nan, math.inf, -math.inf
+    found = check_activation(z, 1, name)
+    assert found[8].tolist() == [0, 2, 1, 0]
+    assert found.isfinite().all()
+
+
+def test_nonfinite_only():
+    z = torch.full((2, 1), math.nan, device=DEVICE)
+    stats = activation.activation_stats(z, 1, "relu")
+    assert stats[:, 0].tolist() == [0, 0, 0, 0, math.inf, -math.inf, 0, 0, 2]
+    assert gradient.gradient_stats(z)[:, 0].tolist() == [0, 0, 0, 2]
+
+
+def test_overflow_of_h_in_half_precision_is_counted():
+    z = torch.full((2, 1), 65504.0, device=DEVICE).half()
+    assert activation.activation_stats(z, 1, "selu")[8].item() == 2
+    assert activation.activation_stats(z, 1, "gelu")[8].item() == 0
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_extreme_values(name):
+    """Far out, squares and inner products overflow; next to 0, h must not vanish."""
+    huge = torch.tensor([[-1e30, 1e30, -200.0, 200.0, -89.0, -1e4]], device=DEVICE)
+    found = activation.activation_stats(huge, 1, name)
+    expected = reference.activation_stats(huge, 1, name)
+    assert torch.equal(found[COUNTS], expected[COUNTS])
+    torch.testing.assert_close(found[[1, 4, 5]], expected[[1, 4, 5]], rtol=1e-5, atol=1e-30)
+    small = torch.tensor([[1e-30, -1e-30, 1e-10, -1e-10, 1e-4, -1e-4]], device=DEVICE)
+    found = activation.activation_stats(small, 1, name)
+    expected = reference.activation_stats(small, 1, name)
+    assert torch.equal(found[COUNTS], expected[COUNTS])
+    torch.testing.assert_close(found[[1, 2, 4]], expected[[1, 2, 4]], rtol=1e-5, atol=0)
+
+
+def test_squares_beyond_float32_are_infinite_for_that_unit_alone():
+    x = torch.tensor([[1e30, 1.0], [1.0, 2.0]], device=DEVICE)
+    assert gradient.gradient_stats(x)[2].tolist() == [math.inf, 5]
+    assert activation.activation_stats(x)[3].tolist() == [math.inf, 5]
+
+
+def test_denormals_are_not_zero():
+    x = torch.tensor([[1e-40, -1e-42, 0.0, -0.0]], device=DEVICE)
+    assert activation.activation_stats(x)[6].tolist() == [0, 0, 1, 1]
+    assert gradient.gradient_stats(x)[1].tolist() == x[0].double().abs().tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients(dtype):
+    g = noise(37, 21, dtype=dtype, scale=1e-3)
+    g[0, 0], g[1, 0], g[2, 2] = math.nan, -math.inf, math.inf
+    assert check_gradient(g)[3].sum() == 3
+
+
+def test_many_splits_are_folded():
+    """A column that all programs share, more partial sums than the fold reads at once."""
+    x = noise(40_001, 1)
+    assert launch.stats_split(launch.Tile(1, 512), 1, 40_001, 1).splits > 16
+    check_gradient(x)
+    check_activation(x, 1, "relu")
+
+
+def test_counters_hold_the_longest_program(monkeypatch):
+    monkeypatch.setattr(launch, "_PROGRAMS", 1)
+    x = torch.zeros(512 * 512, 1, device=DEVICE)
+    tile = launch.stats_tile(1, len(x), 4, False)
+    assert launch.stats_split(tile, 1, len(x), 1).blocks == 512
+    assert activation.activation_stats(x, 1, "relu")[COUNTS, 0].tolist() == [*[len(x)] * 3, 0]
+
+
+def test_out_is_added_to_and_may_be_a_part_of_a_table():
+    z = noise(9, 5)
+    table = torch.full((9, 12), -7.0, dtype=torch.float64, device=DEVICE)
+    out = table[:, 3:8]
+    out.zero_()
+    out[4], out[5] = math.inf, -math.inf
+    for _ in range(2):
+        assert activation.activation_stats(z, 1, "relu", out=out) is out
+    once = activation.activation_stats(z, 1, "relu")
+    assert torch.equal(out[[0, 1, 6, 7]], 2 * once[[0, 1, 6, 7]])
+    assert torch.equal(out[4:6], once[4:6])
+    assert (table[:, :3] == -7).all() and (table[:, 8:] == -7).all()
+    wide = torch.zeros(4, 12, dtype=torch.float64, device=DEVICE)[:, 3:8]
+    gradient.gradient_stats(z, out=gradient.gradient_stats(z, out=wide))
+    assert torch.equal(wide, 2 * gradient.gradient_stats(z))
+
+
+def test_same_input_same_bits():
+    z = noise(3, 11, 5, 7)
+    twice = [activation.activation_stats(z, 1, "gelu") for _ in range(2)]
+    assert torch.equal(*twice)
+    w, dw = noise(37, 101), noise(37, 101, scale=0.1)
+    first, second = (parameter.parameter_stats([w], [dw]) for _ in range(2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+def test_float64_goes_to_the_reference():
+    z = noise(5, 4).double()
+    assert torch.equal(activation.activation_stats(z), reference.activation_stats(z))
+    assert torch.equal(gradient.gradient_stats(z), reference.gradient_stats(z))
+    found, expected = (m.parameter_stats([z], [z]) for m in (parameter, reference))
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda x: activation.activation_stats(x, 1, "rely"), "activation is 'rely', expected"),
+        (lambda x: activation.activation_stats(x, 2), r"axis is 2, expected .* \(2, 2\)"),
+        (lambda x: gradient.gradient_stats(x.long()), "is torch.int64, expected"),
+        (lambda x: gradient.gradient_stats(x, out=x), "out is torch.float32"),
+        (lambda x: parameter.parameter_stats([x], []), "there are 1 weights, 0 gradients"),
+    ],
+)
+def test_errors(call, text):
+    with pytest.raises(ValueError, match=text):
+        call(torch.ones(2, 2, device=DEVICE))
+
+
+# One weight of each way to read: rows that can be read wide or not, a single element, longer than
+# a tile and taller than a chunk, the layouts of convolutions, transposed views, groups (depthwise
+# too), one that must be copied, nothing.
+WEIGHTS = {
+    "wide rows": (noise(16, 64), 1),
+    "odd rows": (noise(37, 101), 1),
+    "one element": (noise(1, 1), 1),
+    "more than a task": (noise(133, 140), 1),
+    "convolution": (noise(16, 8, 3, 3), 1),
+    "channels_last": (noise(16, 8, 3, 3).contiguous(memory_format=torch.channels_last), 1),
+    "some columns of channels_last": (
+        noise(16, 8, 3, 3).contiguous(memory_format=torch.channels_last)[:, :4],
+        1,
+    ),
+    "transposed": (noise(37, 101).t(), 1),
+    "transposed convolution": (noise(8, 16, 3, 3).transpose(0, 1), 1),
+    "grouped": (noise(8, 3, 3, 3), 4),
+    "grouped, transposed": (noise(6, 8).t(), 4),
+    "depthwise": (noise(6, 1, 3, 3), 6),
+    "depthwise, channels_last": (
+        noise(6, 1, 3, 3).contiguous(memory_format=torch.channels_last),
+        6,
+    ),
+    "two filters a channel": (noise(12, 1, 3, 3), 6),
+    "copied": (noise(20, 30)[:, ::2], 1),
+    "expanded": (noise(1, 6).expand(5, 6), 1),
+    "no row": (noise(0, 64), 1),
+    "no column": (noise(4, 0), 1),
+}
+
+
+def gradient_of(weight, kind):
+    torch.manual_seed(0)
+    if kind == "none":
+        return None
+    if kind == "expanded":
+        return torch.full((), 0.5, device=DEVICE, dtype=weight.dtype).expand(weight.shape)
+    dw = torch.randn(weight.shape).to(weight) * 0.1
+    return dw if kind == "contiguous" else torch.empty_like(weight).copy_(dw)
+
+
+def check_parameters(weights, gradients, groups=None):
+    found = parameter.parameter_stats(weights, gradients, groups)
+    expected = reference.parameter_stats(weights, gradients, groups)
+    scale = [1 + t.abs() for t in expected]
+    # Sums with signs cancel: their error is that of the sum of sizes.
+    scale[1][4] += expected[0][6].max().nan_to_num(0) if expected[0].shape[1] else 0
+    for one, other, size in zip(found, expected, scale, strict=True):
+        assert torch.equal(one.isnan(), other.isnan())
+        error = ((one - other).abs() / size).nan_to_num(0)
+        assert (error <= TOLERANCE[torch.float32]).all(), error.max()
+    assert torch.equal(found[0][[0, 3, 7]], expected[0][[0, 3, 7]])
+    assert torch.equal(found[1][[0, 3, 5]], expected[1][[0, 3, 5]])
+    return found
+
+
+@pytest.mark.parametrize(("weight", "groups"), WEIGHTS.values(), ids=WEIGHTS.keys())
+@pytest.mark.parametrize("kind", ["like the weight", "contiguous", "expanded", "none"])
+def test_parameters(weight, groups, kind):
+    check_parameters([weight], [gradient_of(weight, kind)], [groups])
+
+
+def test_all_weights_at_once():
+    weights = [weight for weight, _ in WEIGHTS.values()]
+    kinds = ["like the weight", "none", "contiguous"] * len(weights)
+    gradients = [gradient_of(w, kind) for w, kind in zip(weights, kinds, strict=False)]
+    check_parameters(weights, gradients, [groups for _, groups in WEIGHTS.values()])
+
+
+def test_weights_of_several_dtypes():
+    weights = [noise(6, 8, dtype=dtype) for dtype in DTYPES] + [noise(6, 8, dtype=DTYPES[1])]
+    gradients = [gradient_of(w, "contiguous") for w in weights[:3]] + [noise(6, 8)]
+    check_parameters(weights, gradients)
+
+
+def test_nonfinite_weight_gradients_and_weights():
+    w, dw = noise(5, 7), noise(5, 7, scale=0.1)
+    dw[0, 0], dw[0, 1], dw[2, 1] = math.nan, math.inf, -math.inf
+    w[0, 0] = math.nan
+    rows, columns = check_parameters([w], [dw])
+    assert rows[7].tolist() == [2, 0, 1, 0, 0]
+    assert columns[5].tolist() == [1, 2, 0, 0, 0, 0, 0]
+    assert rows[1].isnan().tolist() == [True, False, False, False, False]
+    assert rows[3:].isfinite().all()
+
+
+def test_tables_are_added_to():
+    w, dw = noise(5, 7), noise(5, 7, scale=0.1)
+    once = parameter.parameter_stats([w], [dw])
+    tables = [torch.zeros(len(t), 30, dtype=torch.float64, device=DEVICE) for t in once]
+    out = tuple(wide[:, 4 : 4 + t.shape[1]] for wide, t in zip(tables, once, strict=True))
+    for _ in range(2):
+        assert parameter.parameter_stats([w], [dw], out=out)[0] is out[0]
+    for total, table, wide in zip(out, once, tables, strict=True):
+        torch.testing.assert_close(total, 2 * table)
+        assert not wide[:, :4].any() and not wide[:, 4 + table.shape[1] :].any()
+
+
+def test_steady_state_sends_changed_addresses_only(monkeypatch):
+    w, dw, other = noise(6, 8), noise(6, 8), noise(6, 8) * 2
+    parameter.parameter_stats([w], [dw])
+    sent = []
+    send = _triton_runtime.send
+    monkeypatch.setattr(_triton_runtime, "send", lambda *a: (sent.append(a), send(*a)))
+    parameter.parameter_stats([w], [dw])
+    assert not sent
+    found = parameter.parameter_stats([w], [other])
+    assert len(sent) == 1
+    torch.testing.assert_close(found[0], reference.parameter_stats([w], [other])[0])
+    # Addresses that were used lately are still there.
+    found = parameter.parameter_stats([w], [dw])
+    assert len(sent) == 1
+    torch.testing.assert_close(found[0], reference.parameter_stats([w], [dw])[0])
