@@ -16,15 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fastplastic._parameters import Part, WeightReader, add_part
-from fastplastic._readers import Reader, readers_of
+from fastplastic._parameters import WeightReader
+from fastplastic._readers import Reader, Readers
+from fastplastic._sums import Sums, fold_weights
 from fastplastic.kernels import activation_stats, gradient_stats
-from fastplastic.stats import (
-    ACTIVATION_STATISTICS,
-    STATISTICS,
-    empty_table,
-    merge_into,
-)
+from fastplastic.stats import STATISTICS, empty_table, merge_into
 from fastplastic.wiring import UnitGraph
 
 _ROW = {name: row for row, name in enumerate(STATISTICS)}
@@ -100,8 +96,8 @@ class Observer:
             self.starts[layer.name] = self.units
             self.units += layer.n_units
         self.paused = False
-        self.weights = WeightReader(graph, self.starts)
-        self._readers = readers_of(graph, self.starts)
+        self.weights = WeightReader(graph, self.starts, model)
+        self._readers = Readers(graph, self.starts)
         self._parameters = parameters
         self._every = every
         self._scale = scale
@@ -112,6 +108,9 @@ class Observer:
         # Whether the current step is measured, and whether its forward pass is on.
         self._measuring = self._running = False
         self._mask: Tensor | None = None
+        # Weights whose gradient is in `.grad` when the backward pass is over.
+        self._pending: dict[str, Tensor] = {}
+        self._sums: dict[torch.device, Sums] = {}
         self.reset()
 
     def __reduce__(self) -> tuple[Callable[[], "Observer"], tuple[()]]:
@@ -124,8 +123,8 @@ class Observer:
             self._total = empty_table(self.units)
             # Weights whose gradient was seen.
             self.weights_seen: set[str] = set()
-            # The sums of the step on each device; folded into the total when the next one starts.
-            self._step: dict[torch.device, Tensor] = {}
+            for sums in self._sums.values():
+                sums.clear()
             self._factor = 1.0
             self._calls = self._steps = self._samples = self._dropped = 0
             self._modes: set[str] = set()
@@ -140,7 +139,7 @@ class Observer:
         # Called after an exception too: what runs outside of the model's forward is not read.
         end = self.model.register_forward_hook(self._end, always_call=True)
         self._handles.extend((begin, end))
-        for (name, where), readers in self._readers.items():
+        for (name, where), readers in self._readers.sites.items():
             module = self.model.get_submodule(name)
             if where == "output":
                 hook = partial(self._see_output, readers)
@@ -166,6 +165,23 @@ class Observer:
                 self._total.clone(), frozenset(self._modes), self._samples, self._steps,
                 self._dropped, self._masked, dict(self._problems),
             )  # fmt: skip
+
+    def read_weights(self, table: Tensor, gradients: Mapping[str, Tensor]) -> None:
+        """Add the weights as they are now to a table, those without any gradient seen so far.
+
+        Args:
+            table: float64 [statistics, units] on the CPU.
+            gradients: {weight name: gradient} of those that have one.
+        """
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        left = {name: parameters[name] for name in self.weights.names}
+        left = {name: weight for name, weight in left.items() if name not in self.weights_seen}
+        with _reading():
+            for device in {weight.device for weight in left.values()}:
+                here = {name: weight for name, weight in left.items() if weight.device == device}
+                sums = self.weights.new_tables(device)
+                self.weights.add(sums, here, gradients)
+                fold_weights(table, self.weights, sums)
 
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Start a step: runs before the forward pass of the model."""
@@ -236,7 +252,7 @@ class Observer:
             # only the recomputed tensors get a gradient.
             if reader.activations and not again:
                 self._read_activations(reader, tensor)
-            if reader.gradients and tensor.requires_grad:
+            if reader.gradients is not None and tensor.requires_grad:
                 _hook_gradient(tensor, partial(self._see_gradient, reader, self._mask))
 
     def _fits(self, reader: Reader, tensor: Tensor) -> bool:
@@ -250,56 +266,78 @@ class Observer:
             self._problems.update(dict.fromkeys(reader.layers, text))
 
     def _read_activations(self, reader: Reader, tensor: Tensor) -> None:
-        with _reading():
+        with _reading(), self._lock:
             x, axis = _unpadded(tensor.detach(), reader.axis, self._mask)
-            seen: dict[tuple[int, int, str], Tensor] = {}
-            for target in reader.activations:
-                key = (target.start, target.stop, target.activation)
-                if key not in seen:
-                    part = x.narrow(axis, target.start, target.stop - target.start)
-                    seen[key] = activation_stats(part, axis, target.activation)
-                self._add(Part(0, target.columns, seen[key]))
+            table = self._sums_on(x.device).activations
+            for run in reader.activations:
+                size = run.stop - run.start
+                part = x if size == reader.channels else x.narrow(axis, run.start, size)
+                out = table[:, run.slot : run.slot + size]
+                activation_stats(part, axis, run.activation, out=out)
 
     def _see_gradient(self, reader: Reader, mask: Tensor | None, gradient: Tensor) -> None:
         if self.paused or not self._handles:
             return
-        with _reading():
+        assert reader.gradients is not None
+        with _reading(), self._lock:
             g, axis = _unpadded(gradient.detach(), reader.axis, mask)
-            sums = gradient_stats(g, axis)
-            for target in reader.gradients:
-                known = target.columns >= 0
-                part = sums[:, known.to(sums.device)]
-                self._add(Part(len(ACTIVATION_STATISTICS), target.columns[known], part))
+            table = self._sums_on(g.device).gradients
+            out = table[:, reader.gradients : reader.gradients + reader.channels]
+            gradient_stats(g, axis, out=out)
 
     def _see_parameter(self, name: str, weight: Tensor, gradient: Tensor) -> None:
         if self.paused or not self._measuring:
             return
-        with _reading():
-            for part in self.weights.read(name, weight.detach(), _dense(gradient)):
-                self._add(part)
-        self.weights_seen.add(name)
+        if (
+            weight.grad is None
+            and not weight._post_accumulate_grad_hooks
+            and not gradient.is_sparse
+        ):
+            # Nothing to add it to: it becomes `.grad` and is read there, together with all others.
+            with self._lock:
+                if not self._pending:
+                    _at_end_of_backward(self._read_pending)
+                self._pending[name] = weight
+        else:
+            self._read_weights({name: weight}, {name: _dense(gradient)})
 
-    def _add(self, part: Part) -> None:
-        device = part.sums.device
-        columns = part.columns.to(device)
+    def _read_pending(self) -> None:
         with self._lock:
-            if device not in self._step:
-                self._step[device] = empty_table(self.units, device)
-            add_part(self._step[device], part.row, columns, part.sums)
+            weights, self._pending = self._pending, {}
+        gradients = {name: w.grad for name, w in weights.items() if w.grad is not None}
+        for device in {weight.device for weight in weights.values()}:
+            here = {name: weights[name] for name in gradients if weights[name].device == device}
+            self._read_weights(here, gradients)
+
+    def _read_weights(self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
+        if not weights:
+            return
+        with _reading(), self._lock:
+            device = next(iter(weights.values())).device
+            self.weights.add(self._sums_on(device).parameters, weights, gradients)
+            self.weights_seen.update(weights)
+
+    def _sums_on(self, device: torch.device) -> Sums:
+        if device not in self._sums:
+            self._sums[device] = Sums.empty(self._readers, self.weights, device)
+        return self._sums[device]
 
     def _fold(self) -> None:
-        """Add the sums of the step to the total, divided by the loss scale, and clear them."""
+        """Add the sums since the last time to the total, without the loss scale, and clear them."""
         with _reading():
-            tables = [table.cpu() for table in self._step.values()]
+            tables = []
+            for sums in self._sums.values():
+                table = empty_table(self.units)
+                sums.fold_into(table, self._readers, self.weights)
+                sums.clear()
+                tables.append(table)
             bad = sum(float(table[_NONFINITE_GRADIENTS].sum()) for table in tables)
             drop = self._scale is not None and bad > 0
             self._dropped += drop
             for table in tables:
                 merge_into(self._total, self._unscaled(table, drop))
-            self._step.clear()
 
     def _unscaled(self, table: Tensor, drop: bool) -> Tensor:
-        table = table.clone()
         for name, power in _POWER_OF_SCALE.items():
             table[_ROW[name]] /= self._factor**power
         if drop:
@@ -331,6 +369,13 @@ def _unpadded(x: Tensor, axis: int, mask: Tensor | None) -> tuple[Tensor, int]:
 def _hook_gradient(tensor: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
     register: Callable[[Callable[[Tensor], None]], RemovableHandle] = tensor.register_hook
     return register(hook)
+
+
+def _at_end_of_backward(callback: Callable[[], None]) -> None:
+    queue: Callable[[Callable[[], None]], None] = (
+        torch.autograd.Variable._execution_engine.queue_callback
+    )
+    queue(callback)
 
 
 def _first_tensor(values: Any) -> Tensor | None:

@@ -1,138 +1,151 @@
-"""The rows of the statistics table that come from weights and their gradients."""
+"""How the weights of a graph are read: all of them by one call of the kernel."""
 
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fastplastic.kernels import PARAMETER_ROWS, parameter_stats
-from fastplastic.stats import COLUMN_STATISTICS, MAX_ROW, MIN_ROW, ROW_STATISTICS, STATISTICS
+from fastplastic._readers import SlotMap
+from fastplastic.kernels import PARAMETER_COLUMNS, PARAMETER_ROWS, parameter_stats
 from fastplastic.wiring import UnitGraph, UnitLayer
 
-_FIRST_ROW = STATISTICS.index(ROW_STATISTICS[0])
-_FIRST_COLUMN = STATISTICS.index(COLUMN_STATISTICS[0])
 
-
-def _rows_of(*names: str) -> Tensor:
-    return torch.tensor([PARAMETER_ROWS.index(name) for name in names])
-
-
-# Which of the kernel's rows make ROW_STATISTICS (incoming) and COLUMN_STATISTICS (outgoing).
-_INCOMING = _rows_of(
-    "n", "sum_abs_w", "sum_sq_w", "n_dw", "sum_abs_dw", "sum_sq_dw", "sum_abs_w_dw",
-    "n_nonfinite_dw",
-)  # fmt: skip
-_OUTGOING = _rows_of("n", "sum_abs_w", "sum_sq_w", "n_dw", "sum_w_dw", "n_nonfinite_dw")
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """Sums to be added to the table.
+@dataclass(frozen=True)
+class _Piece:
+    """A weight, or one group of it, as the kernel takes it: units along dimension 0.
 
     Attributes:
-        row: First row of the table.
-        columns: int64, the column of the table for each column of `sums`; repeats add up.
-        sums: float64 [rows, columns].
+        name: Name of the weight.
+        part, parts: Which of how many equal ranges of dimension 0 of the weight.
+        transposed: Whether its units are along dimension 1.
+        groups: Groups of columns.
+        rows, columns: Numbers of slots, along dimension 0 and 1 of the transposed weight.
+        row, column: First slots.
     """
 
+    name: str
+    part: int
+    parts: int
+    transposed: bool
+    groups: int
+    rows: int
+    columns: int
     row: int
-    columns: Tensor
-    sums: Tensor
+    column: int
 
-
-def add_part(table: Tensor, row: int, columns: Tensor, sums: Tensor) -> None:
-    """Add sums to the columns of the table from `row` on; minima and maxima are compared."""
-    for offset, values in enumerate(sums):
-        target = table[row + offset]
-        if row + offset == MIN_ROW:
-            target.scatter_reduce_(0, columns, values, "amin")
-        elif row + offset == MAX_ROW:
-            target.scatter_reduce_(0, columns, values, "amax")
-        else:
-            target.index_add_(0, columns, values)
-
-
-@dataclass
-class _Reading:
-    """What one weight tells: units through `dim`, or through the columns of its readers."""
-
-    incoming: list[tuple[int, Tensor]] = field(default_factory=list)
-    # (column dimension, number of columns): several layers may be read through the same columns.
-    outgoing: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
+    def view(self, weight: Tensor) -> Tensor:
+        """Return the part of the weight, or of its gradient, that the kernel reads."""
+        if self.parts > 1:
+            size = weight.shape[0] // self.parts
+            weight = weight.narrow(0, self.part * size, size)
+        return weight.transpose(0, 1) if self.transposed else weight
 
 
 class WeightReader:
-    """Reads every weight of a graph with its gradient, by name of the weight.
+    """Reads weights and their gradients into tables of slots.
 
     Args:
         graph: The wiring.
-        starts: {layer name: first column of the table}.
+        starts: {layer name: first column of the statistics table}.
+        model: Its parameters give the shapes.
+
+    Attributes:
+        names: The names of the weights.
+        rows: Slots of the sums over incoming rows.
+        columns: Slots of the sums over outgoing columns.
     """
 
-    def __init__(self, graph: UnitGraph, starts: Mapping[str, int]) -> None:
-        self._readings: dict[str, _Reading] = {}
+    def __init__(self, graph: UnitGraph, starts: Mapping[str, int], model: nn.Module) -> None:
+        self.rows, self.columns = SlotMap(), SlotMap()
+        self._pieces: dict[str, list[_Piece]] = {}
+        shapes = {
+            name: parameter.shape
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+        }
+        # A weight that is computed from other parameters is not among them.
+        for name, forms in _forms(graph, shapes).items():
+            if name in shapes:
+                self._reserve(name, shapes[name], *forms)
+        self.names = tuple(self._pieces)
         for layer in graph.layers:
-            self._plan(layer, starts[layer.name])
+            self._map(layer, starts[layer.name])
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the weights."""
-        return tuple(self._readings)
-
-    def read(self, name: str, weight: Tensor, gradient: Tensor | None) -> Iterator[Part]:
-        """Yield the sums over one weight, for the units it makes and the units it reads."""
-        reading = self._readings[name]
-        for dim, columns in reading.incoming:
-            sums = _stats(weight, gradient, dim, columns.numel())
-            yield Part(_FIRST_ROW, columns, sums[_INCOMING.to(sums.device)])
-        for (dim, size), targets in reading.outgoing.items():
-            sums = _stats(weight, gradient, dim, size)[_OUTGOING.to(weight.device)]
-            for columns in targets:
-                known = columns >= 0
-                yield Part(_FIRST_COLUMN, columns[known], sums[:, known.to(sums.device)])
-
-    def add_all(
+    def add(
         self,
-        table: Tensor,
-        model: nn.Module,
+        tables: tuple[Tensor, Tensor],
+        weights: Mapping[str, Tensor],
         gradients: Mapping[str, Tensor],
-        done: Collection[str] = (),
     ) -> None:
-        """Add the sums over all weights of a model, except those `done`, to a table on the CPU."""
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        for name in self._readings:
-            # A weight that is computed from other parameters is not among them.
-            if name in parameters and name not in done:
-                for part in self.read(name, parameters[name].detach(), gradients.get(name)):
-                    add_part(table, part.row, part.columns, part.sums.cpu())
+        """Add the sums over some weights to the tables, by one call of the kernel.
 
-    def _plan(self, layer: UnitLayer, start: int) -> None:
+        Args:
+            tables: float64 [PARAMETER_ROWS, slots of rows] and [PARAMETER_COLUMNS, of columns].
+            weights: {name: weight}, on the device of the tables.
+            gradients: {name: gradient} of those that have one.
+        """
+        pieces = [piece for name in self.names if name in weights for piece in self._pieces[name]]
+        given = [piece.view(weights[piece.name].detach()) for piece in pieces]
+        steps = [
+            piece.view(gradients[piece.name]) if piece.name in gradients else None
+            for piece in pieces
+        ]
+        groups = [piece.groups for piece in pieces]
+        if len(weights) == len(self.names):
+            parameter_stats(given, steps, groups, out=tables)
+            return
+        rows, columns = parameter_stats(given, steps, groups)
+        tables[0][:, _slots((piece.row, piece.rows) for piece in pieces)] += rows
+        tables[1][:, _slots((piece.column, piece.columns) for piece in pieces)] += columns
+
+    def new_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return tables of zeros for `add`."""
+        sizes = (len(PARAMETER_ROWS), self.rows.size), (len(PARAMETER_COLUMNS), self.columns.size)
+        rows, columns = (torch.zeros(size, dtype=torch.float64, device=device) for size in sizes)
+        return rows, columns
+
+    def _reserve(
+        self, name: str, shape: torch.Size, transposed: bool, parts: int, groups: int
+    ) -> None:
+        """Make the pieces of a weight."""
+        rows, columns = shape[:2]
+        if transposed:
+            rows, columns = columns, rows // parts
+        self._pieces[name] = [
+            _Piece(
+                name, part, parts, transposed, groups, rows, groups * columns,
+                self.rows.reserve(rows), self.columns.reserve(groups * columns),
+            )
+            for part in range(parts)
+        ]  # fmt: skip
+
+    def _map(self, layer: UnitLayer, start: int) -> None:
+        """Say which units the slots of its weight and of the weights that read it belong to."""
         units = torch.arange(start, start + layer.n_units)
-        self._readings.setdefault(layer.weight, _Reading()).incoming.append((layer.unit_dim, units))
+        for piece in self._pieces.get(layer.weight, ()):
+            self.rows.add(piece.row, units[piece.part * piece.rows :][: piece.rows])
         for consumer in layer.consumers:
-            unit = consumer.unit_of_column
-            columns = torch.where(unit >= 0, unit + start, -1)
-            reading = self._readings.setdefault(consumer.weight, _Reading())
-            reading.outgoing.setdefault((consumer.column_dim, unit.numel()), []).append(columns)
+            columns = torch.where(consumer.unit_of_column >= 0, consumer.unit_of_column + start, -1)
+            for piece in self._pieces.get(consumer.weight, ()):
+                first = piece.part * piece.columns
+                self.columns.add(piece.column, columns[first:][: piece.columns])
 
 
-def _stats(weight: Tensor, gradient: Tensor | None, dim: int, size: int) -> Tensor:
-    """Return [9, size] for the `size` units or columns that run along `dim`."""
-    if weight.shape[dim] == size:
-        return parameter_stats(weight, gradient, dim)
-    spread = None if gradient is None else _ungrouped(gradient, dim, size)
-    return parameter_stats(_ungrouped(weight, dim, size), spread, 1)
+def _forms(graph: UnitGraph, shapes: Mapping[str, torch.Size]) -> dict[str, tuple[bool, int, int]]:
+    """Return for each weight: whether units are on dimension 1, their groups, those of columns."""
+    forms: dict[str, tuple[bool, int, int]] = {}
+    for layer in graph.layers:
+        if layer.weight in shapes:
+            parts = layer.n_units // shapes[layer.weight][layer.unit_dim]
+            forms[layer.weight] = (layer.unit_dim == 1, parts, 1)
+    for consumer in (consumer for layer in graph.layers for consumer in layer.consumers):
+        transposed, parts, _ = forms.get(consumer.weight, (consumer.column_dim == 0, 1, 1))
+        # A layer and those that read it agree on the dimension of its columns.
+        assert transposed == (consumer.column_dim == 0), consumer.weight
+        groups = 1 if transposed else consumer.groups
+        forms[consumer.weight] = (transposed, parts, groups)
+    return forms
 
 
-def _ungrouped(weight: Tensor, dim: int, size: int) -> Tensor:
-    """Return the weight of a grouped convolution with its columns, of all groups, as dimension 1.
-
-    Group k has its own range of the other dimension, and index c of `dim` there is column
-    k * (columns per group) + c.
-    """
-    groups = size // weight.shape[dim]
-    rows_first = weight.transpose(0, 1) if dim == 0 else weight
-    rows, columns, *kernel = rows_first.shape
-    by_group = rows_first.reshape(groups, rows // groups, columns, *kernel)
-    return by_group.transpose(0, 1).reshape(rows // groups, size, *kernel)
+def _slots(ranges: Iterable[tuple[int, int]]) -> Tensor:
+    return torch.cat([torch.arange(first, first + size) for first, size in ranges])

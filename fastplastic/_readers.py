@@ -1,4 +1,7 @@
-"""Which channels of which tensors are read, and where in the table their sums go."""
+"""Which channels of which tensors are read, and which slots of the tables their sums go to.
+
+A kernel adds its sums to a range of slots of its own; only afterwards are slots mapped to units.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,66 +12,117 @@ from torch import Tensor
 from fastplastic.wiring import Site, UnitGraph, UnitLayer
 
 
-@dataclass(frozen=True, eq=False)
-class Target:
-    """Channels start..stop of a tensor with one activation function, and where their sums go."""
+@dataclass(frozen=True)
+class Run:
+    """Channels start..stop of a tensor with one activation function, and their first slot."""
 
     start: int
     stop: int
     activation: str
-    columns: Tensor
+    slot: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Reader:
-    """Everything to be read from one tensor, seen at one side of one module.
+    """One tensor to read while the model runs.
 
     Attributes:
         axis: Dimension of the channels.
         channels: Size of that dimension.
         layers: Names of the layers that are read here.
-        activations: Pre-activations to read.
-        gradients: Gradients to read; each covers all channels.
+        activations: The runs of channels whose activations are read.
+        gradients: First slot of the gradients, which are read of all channels; None for no.
     """
 
     axis: int
     channels: int
     layers: list[str]
-    activations: list[Target]
-    gradients: list[Target]
+    activations: list[Run]
+    gradients: int | None = None
 
 
-def readers_of(graph: UnitGraph, starts: Mapping[str, int]) -> dict[tuple[str, str], list[Reader]]:
-    """Return what is read at each side of each module, each tensor once."""
-    readers: dict[tuple[str, str], list[Reader]] = {}
-    for layer in graph.layers:
-        start = starts[layer.name]
-        if layer.z_site is not None:
-            reader = _reader_at(readers, layer.z_site, layer.name)
-            reader.activations.extend(_runs(layer, layer.z_site.unit_of_channel, start))
-        if layer.g_site is not None:
-            unit = layer.g_site.unit_of_channel
-            columns = torch.where(unit >= 0, unit + start, -1)
-            reader = _reader_at(readers, layer.g_site, layer.name)
-            reader.gradients.append(Target(0, unit.numel(), "", columns))
-    return readers
+class SlotMap:
+    """Which column of the statistics table each slot adds to; a slot may serve several."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._slots: list[Tensor] = []
+        self._columns: list[Tensor] = []
+
+    def reserve(self, size: int) -> int:
+        """Return the first of so many new slots."""
+        self.size += size
+        return self.size - size
+
+    def add(self, slot: int, columns: Tensor) -> None:
+        """Let slots from `slot` on add to these columns; -1 for none."""
+        known = (columns >= 0).nonzero().flatten()
+        self._slots.append(known + slot)
+        self._columns.append(columns[known])
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Return (slots, columns), int64, one entry for each that belong together."""
+        if not self._slots:
+            none = torch.zeros(0, dtype=torch.int64)
+            return none, none
+        return torch.cat(self._slots), torch.cat(self._columns)
 
 
-def _reader_at(readers: dict[tuple[str, str], list[Reader]], site: Site, layer: str) -> Reader:
-    """Return the reader of the tensor at a site, which now reads for the layer too."""
-    here = readers.setdefault((site.module, site.where), [])
-    channels = site.unit_of_channel.numel()
-    for reader in here:
-        if (reader.axis, reader.channels) == (site.unit_axis, channels):
-            break
-    else:
-        reader = Reader(site.unit_axis, channels, [], [], [])
-        here.append(reader)
-    reader.layers.append(layer)
-    return reader
+class Readers:
+    """All tensors to read of a graph.
+
+    Args:
+        graph: The wiring.
+        starts: {layer name: first column of the statistics table}.
+
+    Attributes:
+        sites: (module name, "input" or "output") -> what is read there, each tensor once.
+        activations: Slots of the activations.
+        gradients: Slots of the gradients.
+    """
+
+    def __init__(self, graph: UnitGraph, starts: Mapping[str, int]) -> None:
+        self.sites: dict[tuple[str, str], list[Reader]] = {}
+        self.activations = SlotMap()
+        self.gradients = SlotMap()
+        for layer in graph.layers:
+            if layer.z_site is not None:
+                self._read_activations(layer, layer.z_site, starts[layer.name])
+            if layer.g_site is not None:
+                self._read_gradients(layer, layer.g_site, starts[layer.name])
+
+    def _read_activations(self, layer: UnitLayer, site: Site, start: int) -> None:
+        reader = self._reader_at(site, layer.name)
+        for begin, end, activation in _runs(layer, site.unit_of_channel):
+            same = (begin, end, activation)
+            known = [r for r in reader.activations if (r.start, r.stop, r.activation) == same]
+            if not known:
+                known = [Run(*same, self.activations.reserve(end - begin))]
+                reader.activations += known
+            self.activations.add(known[0].slot, site.unit_of_channel[begin:end] + start)
+
+    def _read_gradients(self, layer: UnitLayer, site: Site, start: int) -> None:
+        reader = self._reader_at(site, layer.name)
+        if reader.gradients is None:
+            reader.gradients = self.gradients.reserve(reader.channels)
+        unit = site.unit_of_channel
+        self.gradients.add(reader.gradients, torch.where(unit >= 0, unit + start, -1))
+
+    def _reader_at(self, site: Site, layer: str) -> Reader:
+        """Return the reader of the tensor at a site, which now reads for the layer too."""
+        here = self.sites.setdefault((site.module, site.where), [])
+        channels = site.unit_of_channel.numel()
+        for reader in here:
+            if (reader.axis, reader.channels) == (site.unit_axis, channels):
+                break
+        else:
+            reader = Reader(site.unit_axis, channels, [], [])
+            here.append(reader)
+        reader.layers.append(layer)
+        return reader
 
 
-def _runs(layer: UnitLayer, unit_of_channel: Tensor, start: int) -> Iterator[Target]:
+def _runs(layer: UnitLayer, unit_of_channel: Tensor) -> Iterator[tuple[int, int, str]]:
     """Yield the longest ranges of channels with a unit and one activation function."""
     names: dict[int, str] = {}
     for first, stop, name in layer.activations:
@@ -80,5 +134,5 @@ def _runs(layer: UnitLayer, unit_of_channel: Tensor, start: int) -> Iterator[Tar
             continue
         kind = kinds[begin]
         if kind is not None:
-            yield Target(begin, end, kind, unit_of_channel[begin:end] + start)
+            yield begin, end, kind
         begin = end

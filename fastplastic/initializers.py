@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from fastplastic.errors import InputError
 from fastplastic.law_recorder import record_laws
-from fastplastic.laws import Law
+from fastplastic.laws import Law, constant, normal, uniform
 from fastplastic.wiring import UnitLayer
 
-_ZERO = Law("constant", (0.0,))
+_ZERO = constant(0.0)
 # Hugging Face's Conv1D initialises itself with this (after GPT-2).
 _CONV1D_STD = 0.02
 
@@ -70,7 +70,7 @@ class KaimingUniform:
             return _ZERO
         fan_in = target.tensor.numel() // target.layer.n_units
         bound = math.sqrt(6 / fan_in)
-        return Law("uniform", (-bound, bound))
+        return uniform(-bound, bound)
 
     def notes(self) -> tuple[str, ...]:
         """Return what there is to say about the laws given so far."""
@@ -98,7 +98,13 @@ class Empirical:
             return self._default(target)
         rows = live.nonzero().flatten().to(target.tensor.device)
         values = target.tensor.detach().index_select(target.layer.unit_dim, rows).double()
-        return Law("normal", (float(values.mean()), float(values.std(correction=0))))
+        mean, std = float(values.mean()), float(values.std(correction=0))
+        if not math.isfinite(std):
+            raise InputError(
+                f"{target.name!r} has live rows that are not finite, expected numbers to imitate: "
+                "choose another init"
+            )
+        return normal(mean, std)
 
     def notes(self) -> tuple[str, ...]:
         """Return what there is to say about the laws given so far."""
@@ -213,7 +219,7 @@ def _record_timm(module: nn.Module, architecture: str) -> dict[str, tuple[torch.
 def _pytorch_law(target: Target, model: nn.Module) -> Law:
     owner = model.get_submodule(target.name.rpartition(".")[0])
     if target.layer.kind == "conv1d":
-        return _ZERO if target.is_bias else Law("normal", (0.0, _CONV1D_STD))
+        return _ZERO if target.is_bias else normal(0.0, _CONV1D_STD)
     weight = model.get_parameter(target.layer.weight)
     if isinstance(owner, nn.MultiheadAttention):
         if target.is_bias:
@@ -223,4 +229,4 @@ def _pytorch_law(target: Target, model: nn.Module) -> Law:
     else:
         # As in torch.nn.init, the fan is taken from the first row in memory.
         bound = 1 / math.sqrt(weight[0].numel())
-    return Law("uniform", (-bound, bound))
+    return uniform(-bound, bound)

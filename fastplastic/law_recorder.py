@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastplastic.laws import Law
+from fastplastic.laws import Law, constant, normal, then, truncated_normal, uniform
 
 # torch.nn.init returns at once on the meta device for these (orthogonal and Dirac have no law per
 # element), so they have to be seen as calls.
@@ -68,7 +68,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for target in _written(func._schema, args, kwargs):
                 self.note(target, lambda old: _after(old, name, func._schema, args, kwargs))
         elif name in _FACTORIES and isinstance(result, Tensor):
-            self.note(result, lambda _: _FACTORIES[name](args))
+            self.note(result, lambda _: _finite(lambda: _FACTORIES[name](args)))
         return result
 
     def law(self, tensor: Tensor) -> Law | None:
@@ -100,7 +100,7 @@ def _after(
     if numbers is None:
         return None
     if name in _SOURCES:
-        return _SOURCES[name](numbers)
+        return _finite(lambda: _SOURCES[name](numbers))
     if old is None or name not in _STEPS:
         return None
     return _STEPS[name](old, numbers)
@@ -122,28 +122,36 @@ def _numbers(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict
 
 
 _SOURCES: dict[str, Callable[[dict[str, float]], Law]] = {
-    "zero_": lambda _: Law("constant", (0.0,)),
-    "fill_": lambda n: Law("constant", (n["value"],)),
-    "uniform_": lambda n: Law("uniform", (n["from"], n["to"])),
-    "normal_": lambda n: Law("normal", (n["mean"], n["std"])),
+    "zero_": lambda _: constant(0.0),
+    "fill_": lambda n: constant(n["value"]),
+    "uniform_": lambda n: uniform(n["from"], n["to"]),
+    "normal_": lambda n: normal(n["mean"], n["std"]),
 }
 
-_STEPS: dict[str, Callable[[Law, dict[str, float]], Law]] = {
-    "mul_": lambda law, n: law.then("mul", n["other"]),
-    "div_": lambda law, n: law.then("div", n["other"]),
-    "add_": lambda law, n: law.then("add", n["other"] * n.get("alpha", 1.0)),
-    "sub_": lambda law, n: law.then("add", -n["other"] * n.get("alpha", 1.0)),
-    "erfinv_": lambda law, _: law.then("erfinv"),
-    "clamp_": lambda law, n: law.then("clamp", n.get("min", -torch.inf), n.get("max", torch.inf)),
+_STEPS: dict[str, Callable[[Law, dict[str, float]], Law | None]] = {
+    "mul_": lambda law, n: then(law, "mul", n["other"]),
+    "div_": lambda law, n: then(law, "div", n["other"]),
+    "add_": lambda law, n: then(law, "add", n["other"] * n.get("alpha", 1.0)),
+    "sub_": lambda law, n: then(law, "add", -n["other"] * n.get("alpha", 1.0)),
+    "erfinv_": lambda law, _: then(law, "erfinv"),
+    "clamp_": lambda law, n: then(law, "clamp", n.get("min", -torch.inf), n.get("max", torch.inf)),
 }
 
 _FACTORIES: dict[str, Callable[[tuple[Any, ...]], Law]] = {
-    "zeros": lambda _: Law("constant", (0.0,)),
-    "zeros_like": lambda _: Law("constant", (0.0,)),
-    "ones": lambda _: Law("constant", (1.0,)),
-    "ones_like": lambda _: Law("constant", (1.0,)),
-    "full": lambda args: Law("constant", (float(args[1]),)),
+    "zeros": lambda _: constant(0.0),
+    "zeros_like": lambda _: constant(0.0),
+    "ones": lambda _: constant(1.0),
+    "ones_like": lambda _: constant(1.0),
+    "full": lambda args: constant(float(args[1])),
 }
+
+
+def _finite(make: Callable[[], Law]) -> Law | None:
+    """Return a new law; None where it would not be finite, as in a mask of -inf."""
+    try:
+        return make()
+    except (ValueError, ZeroDivisionError):
+        return None
 
 
 @contextmanager
@@ -152,7 +160,9 @@ def _seen_by(recorder: _Recorder) -> Iterator[None]:
     laws: dict[str, Callable[..., Law | None]] = dict.fromkeys(_WITHOUT_LAW, lambda *_, **__: None)
     # Of a version that has no such function the elementwise operations are seen.
     if hasattr(nn.init, _TRUNCATED):
-        laws[_TRUNCATED] = lambda mean, std, a, b, **_: Law("truncated normal", (mean, std, a, b))
+        laws[_TRUNCATED] = lambda mean, std, a, b, **_: _finite(
+            lambda: truncated_normal(mean, std, a, b)
+        )
     with ExitStack() as stack:
         for name, law in laws.items():
             watched = _watched(getattr(nn.init, name), law, recorder)
@@ -179,4 +189,4 @@ def _sees_truncated_normal(recorder: _Recorder) -> bool:
     nn.init.trunc_normal_(probe, std=0.5)
     # Seen through a second tensor: laws are found by the storage that both share.
     law = recorder.law(probe.detach())
-    return law is not None and law.source != "constant"
+    return law is not None and law.scale != 0

@@ -1,107 +1,97 @@
-"""The law of a parameter: the distribution of its initial values, element by element.
+"""Laws of parameters: how to write down a distribution, and what an elementwise step makes of it.
 
-A law is drawn row by row from streams keyed by (seed, parameter name, row), in float64 on the CPU:
-the same row gets the same values whatever else is drawn, on every device.
+A law is one element's distribution in the form that `kernels` draw from. Not every chain of steps
+has that form: where one leads out of it, there is no law.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
 
-import numpy as np
-import torch
-from torch import Tensor
+from fastplastic.kernels import Law
 
-from fastplastic.randomness import keyed_generator
-
-Step = tuple[str, tuple[float, ...]]
+__all__ = ["Law", "constant", "normal", "then", "truncated_normal", "uniform"]
 
 
-@dataclass(frozen=True)
-class Law:
-    """A source of numbers, and what is done to each of them.
-
-    Attributes:
-        source: "constant" (value), "uniform" (low, high), "normal" (mean, std) or
-            "truncated normal" (mean, std, low, high).
-        arguments: The numbers in parentheses.
-        steps: Elementwise operations in order, named as in PyTorch: ("mul", (factor,)),
-            ("div", (divisor,)), ("add", (summand,)), ("clamp", (low, high)), ("erfinv", ()).
-    """
-
-    source: Literal["constant", "uniform", "normal", "truncated normal"]
-    arguments: tuple[float, ...]
-    steps: tuple[Step, ...] = ()
-
-    def then(self, operation: str, *arguments: float) -> "Law":
-        """Return the law followed by one more elementwise operation."""
-        return Law(self.source, self.arguments, (*self.steps, (operation, arguments)))
+def constant(value: float) -> Law:
+    """Return the law of a single finite value."""
+    return Law("uniform", value, 0.0)
 
 
-def draw(law: Law, seed: int, name: str, rows: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return fresh rows of a parameter, float64 [len(rows), *shape] on the CPU.
+def uniform(low: float, high: float) -> Law:
+    """Return the uniform law between two finite ends."""
+    return Law("uniform", low, high - low)
+
+
+def normal(mean: float, std: float) -> Law:
+    """Return the normal law."""
+    return Law("normal", mean, std)
+
+
+def truncated_normal(mean: float, std: float, low: float, high: float) -> Law:
+    """Return the normal law under the condition that the value is in [low, high]."""
+    p_low, p_high = (_normal_cdf((end - mean) / std) for end in (low, high))
+    return Law("normal", mean, std, p_low, p_high, low, high)
+
+
+def then(law: Law, operation: str, *arguments: float) -> Law | None:
+    """Return the law after one more elementwise operation; None where it has another form.
 
     Args:
-        law: The law of every element.
-        seed: Any integer.
-        name: Name of the parameter.
-        rows: int64, which rows of the parameter.
-        shape: Shape of one row.
+        law: The law before it.
+        operation: Named as in PyTorch: "mul" (factor), "div" (divisor), "add" (summand),
+            "clamp" (low, high), "erfinv" ().
+        arguments: The numbers in parentheses.
     """
-    values = torch.empty(len(rows), *shape, dtype=torch.float64)
-    for value, row in zip(values, rows.tolist(), strict=True):
-        _fill(law, keyed_generator(seed, "initial values", name, row), value)
-    for operation, arguments in law.steps:
-        values = _apply(values, operation, arguments)
-    return values
+    try:
+        return _STEPS[operation](law, *arguments)
+    except (ValueError, ZeroDivisionError):
+        # Not finite: no law is.
+        return None
 
 
-def _fill(law: Law, generator: np.random.Generator, value: Tensor) -> None:
-    """Write the source's numbers into a contiguous float64 tensor."""
-    if law.source == "constant":
-        value.fill_(law.arguments[0])
-        return
-    numbers = value.numpy()
-    if law.source == "uniform":
-        low, high = law.arguments
-        numbers[...] = generator.uniform(low, high, numbers.shape)
-    elif law.source == "normal":
-        mean, std = law.arguments
-        numbers[...] = generator.normal(mean, std, numbers.shape)
-    else:
-        value.copy_(_truncated_normal(generator, value.shape, *law.arguments))
+def _mul(law: Law, factor: float) -> Law:
+    if factor == 0:
+        return constant(0.0)
+    low, high = sorted((law.low * factor, law.high * factor))
+    p = law.p_low, law.p_high
+    return Law(law.kind, law.location * factor, law.scale * factor, *p, low, high)
 
 
-def _truncated_normal(
-    generator: np.random.Generator,
-    shape: Sequence[int],
-    mean: float,
-    std: float,
-    low: float,
-    high: float,
-) -> Tensor:
-    """Draw by the inverse of the normal distribution function, between its values at the ends."""
-    ends = [_normal_cdf((end - mean) / std) for end in (low, high)]
-    uniform = torch.from_numpy(generator.uniform(ends[0], ends[1], tuple(shape)))
-    # At an end that rounds to 0 or 1 the inverse is infinite: the clamp brings it back.
-    normal: Tensor = torch.special.ndtri(uniform)
-    return (mean + std * normal).clamp(low, high)
+def _div(law: Law, divisor: float) -> Law:
+    low, high = sorted((law.low / divisor, law.high / divisor))
+    p = law.p_low, law.p_high
+    return Law(law.kind, law.location / divisor, law.scale / divisor, *p, low, high)
+
+
+def _add(law: Law, summand: float) -> Law:
+    p = law.p_low, law.p_high
+    location = law.location + summand
+    return Law(law.kind, location, law.scale, *p, law.low + summand, law.high + summand)
+
+
+def _clamp(law: Law, low: float, high: float) -> Law:
+    least, most = (min(max(end, low), high) for end in (law.low, law.high))
+    return Law(law.kind, law.location, law.scale, law.p_low, law.p_high, least, most)
+
+
+def _erfinv(law: Law) -> Law | None:
+    """Fold the way by which timm and PyTorch draw a truncated normal: erfinv of a uniform."""
+    plain = law.kind == "uniform" and law.scale != 0 and (law.p_low, law.p_high) == (0, 1)
+    if not plain or (law.low, law.high) != (-math.inf, math.inf):
+        return None
+    # erfinv(2 p - 1) = s / sqrt(2).
+    p_low, p_high = sorted(((1 + law.location) / 2, (1 + law.location + law.scale) / 2))
+    return Law("normal", 0.0, 1 / math.sqrt(2), p_low, p_high)
 
 
 def _normal_cdf(x: float) -> float:
     return math.erfc(-x / math.sqrt(2)) / 2
 
 
-def _apply(values: Tensor, operation: str, arguments: tuple[float, ...]) -> Tensor:
-    match operation:
-        case "mul":
-            return values.mul_(arguments[0])
-        case "div":
-            return values.div_(arguments[0])
-        case "add":
-            return values.add_(arguments[0])
-        case "clamp":
-            return values.clamp_(*arguments)
-    assert operation == "erfinv", operation
-    return values.erfinv_()
+_STEPS: dict[str, Callable[..., Law | None]] = {
+    "mul": _mul,
+    "div": _div,
+    "add": _add,
+    "clamp": _clamp,
+    "erfinv": _erfinv,
+}

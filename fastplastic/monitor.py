@@ -109,8 +109,7 @@ class Monitor:
         """
         observation = self._observer.observation()
         # Weights without any gradient so far are read as they are now.
-        weights = self._observer.weights
-        weights.add_all(observation.table, self._model, {}, done=self._observer.weights_seen)
+        self._observer.read_weights(observation.table, {})
         return assemble(self._model, self._graph, observation, seed=self._seed)
 
 

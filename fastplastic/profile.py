@@ -305,7 +305,7 @@ def profile(
             observer.detach()
         observation = observer.observation()
         means = mean.take()
-        observer.weights.add_all(observation.table, model, means)
+        observer.read_weights(observation.table, means)
     kept = means if gradients else None
     return assemble(model, graph, observation, seed=seed, gradients=kept, notes=notes)
 

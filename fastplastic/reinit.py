@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fastplastic.checkpoint import fingerprint
 from fastplastic.errors import FingerprintError, InputError
 from fastplastic.initializers import Target, make_initializer
-from fastplastic.laws import Law, draw
+from fastplastic.kernels import resample_
+from fastplastic.laws import Law
 from fastplastic.planner import GRANULARITIES, Plan
 from fastplastic.writes import (
     FillWrite,
@@ -20,13 +21,14 @@ from fastplastic.writes import (
     RowWrite,
     Tensors,
     column_write,
+    merged,
+    merged_fills,
     norm_writes,
     row_writes,
     selected_rows,
 )
 
 OUTGOING = ("zero", "keep")
-_Index = tuple[Tensor | slice, ...]
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ def _count_one(tensors: Tensors, name: str, regions: list[Region]) -> Written:
     else:
         # Regions overlap where rows meet columns. They take all dimensions after the second.
         mask = torch.zeros([*tensor.shape[:2], *[1] * (tensor.dim() - 2)], dtype=torch.bool)
-        for region in regions:
+        for region in merged(regions):
             region.view(mask)[region.index] = True
         elements = int(mask.count_nonzero()) * math.prod(tensor.shape[2:])
     kind = "parameter" if name in tensors.parameters else "buffer"
@@ -209,43 +211,85 @@ def _apply(
     tensors: Tensors, fresh: list[tuple[RowWrite, Law]], fills: list[FillWrite], seed: int
 ) -> None:
     """Write everything; whatever interrupts it, the tensors are then as before."""
-    # Only what is overwritten is kept.
-    journal: list[tuple[Tensor, _Index, Tensor]] = []
+    fills = list(merged_fills(fills))
+    places = [_Place(tensors, write.region) for write, _ in fresh]
+    filled = [_Place(tensors, fill.region) for fill in fills]
+    # Only what is overwritten is kept, all of it before the first write.
+    journal = [(place, place.read()) for place in (*places, *filled)]
     with torch.no_grad():
         try:
-            for write, law in fresh:
-                values = _draw(tensors[write.region.name], write, law, seed)
-                _write(journal, tensors, write.region, values)
-            for fill in fills:
-                _write(journal, tensors, fill.region, fill.value)
+            _draw(tensors, fresh, seed)
+            for place, fill in zip(filled, fills, strict=True):
+                _fill(place, fill.value)
         except BaseException:  # also KeyboardInterrupt and MemoryError
-            for view, index, old in reversed(journal):
-                view[index] = old
+            for place, old in journal:
+                place.write(old)
             raise
 
 
-def _draw(tensor: Tensor, write: RowWrite, law: Law, seed: int) -> Tensor:
-    shape = [size for dim, size in enumerate(tensor.shape) if dim != write.unit_dim]
-    values = draw(law, seed, write.region.name, write.rows, shape)
-    return values.movedim(0, write.unit_dim).to(tensor)
+def _draw(tensors: Tensors, fresh: list[tuple[RowWrite, Law]], seed: int) -> None:
+    """Draw the fresh rows of all parameters; those of one device at once."""
+    by_device: dict[torch.device, list[tuple[RowWrite, Law]]] = {}
+    for write, law in fresh:
+        by_device.setdefault(tensors[write.region.name].device, []).append((write, law))
+    for writes in by_device.values():
+        names = [write.region.name for write, _ in writes]
+        weights = [tensors[name] for name in names]
+        masks = [
+            _row_mask(tensor, write) for tensor, (write, _) in zip(weights, writes, strict=True)
+        ]
+        resample_(weights, names, [law for _, law in writes], seed=seed, masks=masks)
 
 
-def _write(
-    journal: list[tuple[Tensor, _Index, Tensor]],
-    tensors: Tensors,
-    region: Region,
-    values: Tensor | float,
-) -> None:
-    tensor = tensors[region.name]
-    view = region.view(tensor)
-    index = tuple(
-        part if isinstance(part, slice) else part.to(tensor.device) for part in region.index
-    )
-    # Indexing with tensors copies. Noted before it is overwritten, so that an interruption in
-    # between is harmless.
-    journal.append((view, index, view[index]))
-    _store(view, index, values)
+def _row_mask(tensor: Tensor, write: RowWrite) -> Tensor:
+    """Return a mask in the shape of the tensor that takes memory for its rows only."""
+    mask = torch.zeros(tensor.shape[write.unit_dim], dtype=torch.bool)
+    mask[write.rows] = True
+    shape = [1] * tensor.dim()
+    shape[write.unit_dim] = -1
+    return mask.to(tensor.device).view(shape).expand(tensor.shape)
 
 
-def _store(view: Tensor, index: _Index, values: Tensor | float) -> None:
-    view[index] = values
+def _fill(place: "_Place", value: float) -> None:
+    place.fill(value)
+
+
+class _Place:
+    """A region of a tensor: what can be read from it and written to it."""
+
+    def __init__(self, tensors: Tensors, region: Region) -> None:
+        tensor = tensors[region.name].detach()
+        self._view = region.view(tensor)
+        self._index = tuple(
+            part if isinstance(part, slice) else part.to(tensor.device) for part in region.index
+        )
+        lists = [dim for dim, part in enumerate(self._index) if isinstance(part, Tensor)]
+        # Along one dimension there are operations that are ten times as fast as indexing.
+        self._dim = lists[0] if len(lists) == 1 else None
+
+    def read(self) -> Tensor:
+        """Return a copy of the values."""
+        if self._dim is None:
+            return self._view[self._index]
+        return self._view.index_select(self._dim, self._rows)
+
+    def write(self, values: Tensor) -> None:
+        """Write what `read` returned."""
+        if self._dim is None:
+            self._view[self._index] = values
+        else:
+            self._view.index_copy_(self._dim, self._rows, values)
+
+    def fill(self, value: float) -> None:
+        """Write one value."""
+        if self._dim is None:
+            self._view[self._index] = value
+        else:
+            self._view.index_fill_(self._dim, self._rows, value)
+
+    @property
+    def _rows(self) -> Tensor:
+        assert self._dim is not None
+        rows = self._index[self._dim]
+        assert isinstance(rows, Tensor)
+        return rows

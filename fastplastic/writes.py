@@ -5,7 +5,7 @@ with the tensor it points into. Nothing is written here.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from fastplastic.errors import FileError, InputError
 from fastplastic.planner import Plan
 from fastplastic.wiring import Consumer, Norm, UnitLayer
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What a norm holds per channel, and the value that makes it the identity.
 _NORM_VALUES = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
 
@@ -99,7 +100,7 @@ class Tensors:
                 f"{name!r} shares its values with {sharing[0]!r}, expected a tensor of its own: "
                 "exclude its layer from the plan"
             )
-        if not tensor.is_floating_point():
+        if tensor.dtype not in _DTYPES:
             raise InputError(
                 f"{name!r} has dtype {tensor.dtype}, expected a floating-point dtype: "
                 "re-initialise before quantising"
@@ -232,6 +233,35 @@ def column_write(tensors: Tensors, layer: UnitLayer, consumer: Consumer, rows: T
         )
     group, column = hit // per_group, hit % per_group
     return FillWrite(Region(consumer.weight, (group, slice(None), column), consumer.groups), 0.0)
+
+
+def merged_fills(fills: Iterable[FillWrite]) -> Iterator[FillWrite]:
+    """Yield the same writes with those together that fill one tensor along one dimension.
+
+    A layer of a DenseNet reads the units of dozens of others.
+    """
+    by_value: dict[float, list[Region]] = {}
+    for fill in fills:
+        by_value.setdefault(fill.value, []).append(fill.region)
+    for value, regions in by_value.items():
+        yield from (FillWrite(region, value) for region in merged(regions))
+
+
+def merged(regions: Iterable[Region]) -> Iterator[Region]:
+    """Yield regions that cover the same, one for each tensor and way of indexing it."""
+    alike: dict[tuple[str, int, int], list[Region]] = {}
+    for region in regions:
+        alike.setdefault((region.name, region.groups, len(region.index)), []).append(region)
+    for (name, parts, _), same in alike.items():
+        # For each dimension, all have a list of indices or all take the whole of it.
+        dims = zip(*(region.index for region in same), strict=True)
+        yield Region(name, tuple(map(_joined, dims)), parts)
+
+
+def _joined(parts: tuple[Tensor | slice, ...]) -> Tensor | slice:
+    """Return the indices of several regions in one dimension, one after the other."""
+    lists = [part for part in parts if isinstance(part, Tensor)]
+    return torch.cat(lists) if lists else parts[0]
 
 
 def _columns(what: str, unit_of_column: Tensor, layer: UnitLayer, rows: Tensor) -> Tensor:

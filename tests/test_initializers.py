@@ -8,7 +8,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fastplastic.errors import InputError
 from fastplastic.initializers import INITIALIZERS, Target, make_initializer
-from fastplastic.laws import Law, draw
+from fastplastic.kernels._reference_resample import resample_
+from fastplastic.laws import Law, constant, uniform
 from fastplastic.wiring import UnitLayer
 
 
@@ -23,6 +24,12 @@ def target(model: nn.Module, name: str, rows=(), kind="linear", unit_dim=0, bias
         ((0, units, "relu"),), torch.ones(units, dtype=torch.bool),
     )  # fmt: skip
     return Target(name, tensor, layer, torch.tensor(rows, dtype=torch.int64))
+
+
+def drawn_from(law: Law, *shape: int, name: str = "") -> torch.Tensor:
+    values = torch.empty(shape)
+    resample_([values], [name], [law])
+    return values
 
 
 def same_moments(one: torch.Tensor, two: torch.Tensor) -> bool:
@@ -65,7 +72,7 @@ def test_default_is_the_law_of_a_fresh_timm_model(name):
             continue
         rows = range(min(len(parameter), 1 + 20_000 // parameter[0].numel()))
         law = default(target(model, key, tuple(rows)))
-        drawn = draw(law, 1, key, torch.tensor(rows), parameter.shape[1:])
+        drawn = drawn_from(law, len(rows), *parameter.shape[1:], name=key)
         assert same_moments(drawn, parameter.detach()), (key, law)
         compared += 1
     assert compared > 15 and default.notes() == ()
@@ -74,13 +81,13 @@ def test_default_is_the_law_of_a_fresh_timm_model(name):
 def test_default_gives_biases_of_a_timm_model_too():
     model = timm.create_model("vit_tiny_patch16_224", num_classes=10)
     default = make_initializer("default", model)
-    assert default(target(model, "blocks.0.mlp.fc1.bias", bias=True)) == Law("constant", (0.0,))
+    assert default(target(model, "blocks.0.mlp.fc1.bias", bias=True)) == constant(0.0)
     model = timm.create_model("mixer_s32_224")
     law = default = make_initializer("default", model)(
         target(model, "blocks.0.mlp_tokens.fc1.bias", bias=True)
     )
     fresh = torch.cat([b.mlp_tokens.fc1.bias.detach() for b in model.blocks])
-    assert same_moments(draw(law, 0, "", torch.arange(2000), ()), fresh)
+    assert same_moments(drawn_from(law, 2000), fresh)
 
 
 def test_default_finds_timm_models_inside_another_one():
@@ -95,10 +102,10 @@ def test_default_finds_timm_models_inside_another_one():
     default = make_initializer("default", model)
     for name, fan_out in {"backbone.layer1.0.conv1": 64 * 9, "student.conv_stem": 16 * 9}.items():
         law = default(target(model, f"{name}.weight"))
-        assert law.source == "normal"
-        assert law.arguments == pytest.approx((0.0, math.sqrt(2 / fan_out)))
+        assert law.kind == "normal"
+        assert (law.location, law.scale) == pytest.approx((0.0, math.sqrt(2 / fan_out)))
     bound = 1 / math.sqrt(512)
-    assert default(target(model, "head.weight")) == Law("uniform", (-bound, bound))
+    assert default(target(model, "head.weight")) == uniform(-bound, bound)
     assert default.notes() == (
         "1 parameters are not in a fresh timm model: PyTorch's default law is used for them",
     )
@@ -108,7 +115,7 @@ def test_default_falls_back_where_the_shape_differs():
     model = timm.create_model("resnet18", in_chans=1)
     default = make_initializer("default", model)
     law = default(target(model, "conv1.weight"))
-    assert law == Law("uniform", (-1 / 7, 1 / 7))
+    assert law == uniform(-1 / 7, 1 / 7)
     assert "of another shape in a fresh timm model" in default.notes()[0]
 
 
@@ -118,7 +125,7 @@ def test_default_falls_back_where_timm_cannot_build(architecture):
     model.pretrained_cfg = {"architecture": architecture}
     default = make_initializer("default", model)
     bound = 1 / math.sqrt(64 * 9)
-    assert default(target(model, "layer1.0.conv1.weight")) == Law("uniform", (-bound, bound))
+    assert default(target(model, "layer1.0.conv1.weight")) == uniform(-bound, bound)
     assert default.notes() == (
         f"no fresh {architecture} could be made (InputError): PyTorch's default law is used",
     )
@@ -139,7 +146,7 @@ def test_default_without_timm_is_what_reset_parameters_does(module, unit_dim, ki
     for name, parameter in model.named_parameters():
         at = target(model, name, kind=kind, unit_dim=unit_dim, bias=name.endswith("bias"))
         law = make_initializer("default", model)(at)
-        drawn = draw(law, 0, name, torch.arange(1000), (20,))
+        drawn = drawn_from(law, 1000, 20, name=name)
         assert same_moments(drawn, parameter.detach())
         assert parameter.abs().max() <= 2 * drawn.abs().max()
 
@@ -149,21 +156,21 @@ def test_default_of_an_attention_projection():
     default = make_initializer("default", model)
     law = default(target(model, "0.in_proj_weight"))
     weight = model[0].in_proj_weight.detach()
-    assert same_moments(draw(law, 0, "", torch.arange(200), (64,)), weight)
+    assert same_moments(drawn_from(law, 200, 64), weight)
     layer = target(model, "0.in_proj_weight").layer
     bias = Target("0.in_proj_bias", model[0].in_proj_bias, layer, torch.arange(3))
     object.__setattr__(layer, "bias", "0.in_proj_bias")
-    assert default(bias) == Law("constant", (0.0,))
+    assert default(bias) == constant(0.0)
 
 
 def test_kaiming_uniform_uses_the_incoming_weights_of_one_unit():
     model = nn.Sequential(nn.Conv2d(12, 8, 3, groups=4), nn.ConvTranspose2d(40, 30, 3))
     kaiming = make_initializer("kaiming_uniform", model)
     bound = math.sqrt(6 / (3 * 9))
-    assert kaiming(target(model, "0.weight")) == Law("uniform", (-bound, bound))
+    assert kaiming(target(model, "0.weight")) == uniform(-bound, bound)
     bound = math.sqrt(6 / (40 * 9))
-    assert kaiming(target(model, "1.weight", unit_dim=1)) == Law("uniform", (-bound, bound))
-    assert kaiming(target(model, "0.bias", bias=True)) == Law("constant", (0.0,))
+    assert kaiming(target(model, "1.weight", unit_dim=1)) == uniform(-bound, bound)
+    assert kaiming(target(model, "0.bias", bias=True)) == constant(0.0)
 
 
 @pytest.mark.parametrize("unit_dim", [0, 1])
@@ -176,17 +183,30 @@ def test_empirical_is_normal_like_the_live_rows(unit_dim):
     values = model[0].weight.detach().double().index_select(unit_dim, torch.tensor(live))
     at = target(model, "0.weight", rows, unit_dim=unit_dim)
     law = make_initializer("empirical", model)(at)
-    assert law.source == "normal"
-    assert law.arguments == pytest.approx((values.mean().item(), values.std().item()), rel=1e-2)
+    assert law.kind == "normal"
+    expected = values.mean().item(), values.std().item()
+    assert (law.location, law.scale) == pytest.approx(expected, rel=1e-2)
     bias = make_initializer("empirical", model)(target(model, "0.bias", rows, bias=True))
-    assert bias == Law("constant", (0.0,))
+    assert bias == constant(0.0)
 
 
 def test_empirical_without_live_rows_is_the_default_law():
     model = nn.Sequential(nn.Linear(4, 3))
     empirical = make_initializer("empirical", model)
-    assert empirical(target(model, "0.weight", (0, 1, 2))) == Law("uniform", (-0.5, 0.5))
+    assert empirical(target(model, "0.weight", (0, 1, 2))) == uniform(-0.5, 0.5)
     assert empirical.notes() == ("0.weight: no live row to imitate, default law",)
+
+
+def test_empirical_refuses_rows_that_are_not_finite():
+    model = nn.Sequential(nn.Linear(4, 3))
+    with torch.no_grad():
+        model[0].weight[1, 1] = torch.nan
+    empirical = make_initializer("empirical", model)
+    with pytest.raises(
+        InputError, match=r"^'0\.weight' has live rows that are not finite, expected"
+    ):
+        empirical(target(model, "0.weight", (0,)))
+    assert empirical(target(model, "0.weight", (1,))).scale > 0
 
 
 def test_an_unknown_initializer_is_refused():

@@ -13,7 +13,7 @@ import fastplastic
 from fastplastic import Monitor, _observer
 from fastplastic._observer import Observer
 from fastplastic.errors import InputError
-from fastplastic.kernels import activation_stats, gradient_stats, parameter_stats
+from fastplastic.kernels.reference import activation_stats, gradient_stats, parameter_stats
 from fastplastic.stats import STATISTICS, LayerStats
 from fastplastic.wiring import Consumer, Site, UnitGraph, UnitLayer
 
@@ -72,8 +72,8 @@ def by_hand(model, seeds):
         g1, g2 = torch.autograd.grad(loss, [h1, h2])
         pairs = [("fc1", z1, g1, "relu", 0), ("fc2", z2, g2, "gelu", 1)]
         for name, z, g, function, i in pairs:
-            rows = parameter_stats(weights[i], dw[i], 0)[[0, 1, 2, 3, 4, 5, 6, 8]]
-            columns = parameter_stats(weights[i + 1], dw[i + 1], 1)[[0, 1, 2, 3, 7, 8]]
+            rows, _ = parameter_stats([weights[i]], [dw[i]])
+            _, columns = parameter_stats([weights[i + 1]], [dw[i + 1]])
             parts = [activation_stats(z, 1, function), gradient_stats(g, 1), rows, columns]
             tables[name] = merged(tables[name], torch.cat(parts))
     return tables
@@ -89,9 +89,14 @@ def merged(one, two):
     return total
 
 
-def close(profile, tables, rtol=1e-6):
+def close(profile, tables, rtol=1e-5):
     for name, table in tables.items():
-        torch.testing.assert_close(profile[name].stats.table, table, rtol=rtol, atol=1e-9)
+        torch.testing.assert_close(profile[name].stats.table, table, rtol=rtol, atol=1e-6)
+
+
+def like(found, expected):
+    """The kernels sum up in float32, the reference in float64."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def traces(model):
@@ -257,7 +262,7 @@ def test_no_grad():
         model(inputs(1))
     profile = monitor.compute()
     stats, expected = profile["fc2"].stats, by_hand(model, [1])["fc2"]
-    torch.testing.assert_close(stats.table[:9], expected[:9])
+    like(stats.table[:9], expected[:9])
     assert not stats.table[9:13].any()
     # Weights are read at the end, without gradients.
     torch.testing.assert_close(stats["sum_abs_w"], expected[STATISTICS.index("sum_abs_w")])
@@ -360,7 +365,9 @@ def test_half_precision(dtype):
     z = model.fc2(model.fc1(x).relu())
     expected = activation_stats(z, 1, "gelu")
     profile = monitor.compute()
-    torch.testing.assert_close(profile["fc2"].stats.table[:9], expected, rtol=1e-9, atol=1e-9)
+    # The reference rounds every h to the dtype, as the network does, the kernel does not.
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(profile["fc2"].stats.table[:9], expected, rtol=eps, atol=eps)
     assert profile.dtype == str(dtype).removeprefix("torch.")
 
 
@@ -390,8 +397,8 @@ def test_convolution_norm_and_groups(layout):
     h.retain_grad()
     model.head(model.conv2(h).mean((2, 3))).square().mean().backward()
     stats = monitor.compute()["conv1"].stats
-    torch.testing.assert_close(stats.table[:9], activation_stats(z, 1, "relu"))
-    torch.testing.assert_close(stats.table[9:13], gradient_stats(h.grad, 1))
+    like(stats.table[:9], activation_stats(z, 1, "relu"))
+    like(stats.table[9:13], gradient_stats(h.grad, 1))
     w, dw = model.conv2.weight.detach().double(), model.conv2.weight.grad.double() / 2
     for unit in range(8):
         # Column `unit` of the grouped weight: index unit % 4 in the rows of group unit // 4.
@@ -423,7 +430,7 @@ def test_module_called_twice_sums_over_calls():
     stats = LayerStats(seen.table)
     z = model.fc(x)
     both = torch.cat([z, model.fc(z.relu())])
-    torch.testing.assert_close(stats.table[:9], activation_stats(both, 1))
+    like(stats.table[:9], activation_stats(both, 1))
     assert stats["n_g"].tolist() == [10] * 4
 
 
@@ -458,9 +465,9 @@ def test_layers_that_share_a_tensor_read_it_once(monkeypatch):
     read = []
 
     def counting(function):
-        def call(x, *args):
+        def call(x, *args, out):
             read.append(x.numel())
-            return function(x, *args)
+            return function(x, *args, out=out)
 
         return call
 
@@ -473,8 +480,8 @@ def test_layers_that_share_a_tensor_read_it_once(monkeypatch):
     h = z.tanh()
     h.retain_grad()
     model.head(h).sum().backward()
-    torch.testing.assert_close(seen.table[:9], activation_stats(z, 1, "tanh"))
-    torch.testing.assert_close(seen.table[9:13], gradient_stats(h.grad, 1))
+    like(seen.table[:9], activation_stats(z, 1, "tanh"))
+    like(seen.table[9:13], gradient_stats(h.grad, 1))
 
 
 def test_two_layers_in_the_same_channels(monkeypatch):
@@ -484,13 +491,15 @@ def test_two_layers_in_the_same_channels(monkeypatch):
     calls = []
     for name, function in (("activation", activation_stats), ("gradient", gradient_stats)):
         monkeypatch.setattr(
-            _observer, f"{name}_stats", lambda *args, f=function: calls.append(f) or f(*args)
+            _observer,
+            f"{name}_stats",
+            lambda *args, out, f=function: calls.append(f) or f(*args, out=out),
         )
     x = torch.randn(5, 3)
     seen = observe(model, graph, lambda: model(x).sum().backward())
     assert calls == [activation_stats, gradient_stats]
     assert torch.equal(seen.table[:, :4], seen.table[:, 4:])
-    torch.testing.assert_close(seen.table[:9, :4], activation_stats(model[0](x), 1))
+    like(seen.table[:9, :4], activation_stats(model[0](x), 1))
 
 
 def test_two_axes_of_one_tensor():
@@ -546,7 +555,7 @@ def test_padding_is_left_out():
 
     seen = observe(model, graph, run)
     kept = model.fc(x)[mask.bool()]
-    torch.testing.assert_close(seen.table[:9], activation_stats(kept, 1))
+    like(seen.table[:9], activation_stats(kept, 1))
     assert seen.table[9].tolist() == [10] * 6
     assert seen.masked
     images = torch.randn(3, 5, 7, 4)
@@ -570,7 +579,7 @@ def test_input_by_keyword():
     graph = UnitGraph((layer("fc", 3, z_site=site("fc", "input", units=torch.arange(3))),))
     x = torch.randn(4, 3)
     seen = observe(model, graph, lambda: model(x=x))
-    torch.testing.assert_close(seen.table[:9], activation_stats(x, 1))
+    like(seen.table[:9], activation_stats(x, 1))
     assert seen.samples == 4
 
 
@@ -714,7 +723,7 @@ def test_weight_that_two_layers_share():
     model(x).square().sum().backward()
     observer.detach()
     stats = LayerStats(observer.observation().table)
-    expected = parameter_stats(model[0].weight, model[0].weight.grad, 0)
+    expected, _ = parameter_stats([model[0].weight], [model[0].weight.grad])
     torch.testing.assert_close(stats["sum_abs_dw"], expected[4])
     assert stats["n_dw"].tolist() == [4] * 4
     assert stats["n_dw_out"].tolist() == [4] * 4
