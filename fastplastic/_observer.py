@@ -108,8 +108,6 @@ class Observer:
         # Whether the current step is measured, and whether its forward pass is on.
         self._measuring = self._running = False
         self._mask: Tensor | None = None
-        # Weights whose gradient is in `.grad` when the backward pass is over.
-        self._pending: dict[str, Tensor] = {}
         self._sums: dict[torch.device, Sums] = {}
         self.reset()
 
@@ -288,30 +286,10 @@ class Observer:
     def _see_parameter(self, name: str, weight: Tensor, gradient: Tensor) -> None:
         if self.paused or not self._measuring:
             return
-        if (
-            weight.grad is None
-            and not weight._post_accumulate_grad_hooks
-            and not gradient.is_sparse
-        ):
-            # Nothing to add it to: it becomes `.grad` and is read there, together with all others.
-            with self._lock:
-                if not self._pending:
-                    _at_end_of_backward(self._read_pending)
-                self._pending[name] = weight
-        else:
-            self._read_weights({name: weight}, {name: _dense(gradient)})
-
-    def _read_pending(self) -> None:
-        with self._lock:
-            weights, self._pending = self._pending, {}
-        gradients = {name: w.grad for name, w in weights.items() if w.grad is not None}
-        for device in {weight.device for weight in weights.values()}:
-            here = {name: weights[name] for name in gradients if weights[name].device == device}
-            self._read_weights(here, gradients)
+        # Not from `.grad` when the backward pass is over: others may have added to it by then.
+        self._read_weights({name: weight}, {name: _dense(gradient)})
 
     def _read_weights(self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
-        if not weights:
-            return
         with _reading(), self._lock:
             device = next(iter(weights.values())).device
             self.weights.add(self._sums_on(device).parameters, weights, gradients)
@@ -369,13 +347,6 @@ def _unpadded(x: Tensor, axis: int, mask: Tensor | None) -> tuple[Tensor, int]:
 def _hook_gradient(tensor: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
     register: Callable[[Callable[[Tensor], None]], RemovableHandle] = tensor.register_hook
     return register(hook)
-
-
-def _at_end_of_backward(callback: Callable[[], None]) -> None:
-    queue: Callable[[Callable[[], None]], None] = (
-        torch.autograd.Variable._execution_engine.queue_callback
-    )
-    queue(callback)
 
 
 def _first_tensor(values: Any) -> Tensor | None:

@@ -94,6 +94,12 @@ class WeightReader:
         if len(weights) == len(self.names):
             parameter_stats(given, steps, groups, out=tables)
             return
+        if len(pieces) == 1:
+            row, column = pieces[0].row, pieces[0].column
+            rows = tables[0][:, row : row + pieces[0].rows]
+            columns = tables[1][:, column : column + pieces[0].columns]
+            parameter_stats(given, steps, groups, out=(rows, columns))
+            return
         rows, columns = parameter_stats(given, steps, groups)
         tables[0][:, _slots((piece.row, piece.rows) for piece in pieces)] += rows
         tables[1][:, _slots((piece.column, piece.columns) for piece in pieces)] += columns

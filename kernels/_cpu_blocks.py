@@ -34,8 +34,10 @@ _LONG_RUN = 512
 
 _RUN_LANES = 512
 _LONG_ROW = 1024
-# A task has at least so many rows, since each writes a partial result.
+# A task has at least so many rows, and there are at most so many chunks of them, since each writes
+# partial results.
 _TASK_ROWS = 256
+_CHUNKS = 32
 # Lanes that LLVM takes in one turn of a loop.
 _VECTORS = 64
 # Elements that are copied at a time.
@@ -363,7 +365,7 @@ def _scratch(size: int) -> int:
     """Return the address of so many float64, in the same place while that is big enough."""
     global _buffer
     if _buffer.size < size:
-        _buffer = np.empty(2 * size)
+        _buffer = np.empty(size)
     return int(_buffer.ctypes.data)
 
 
@@ -397,4 +399,4 @@ def _merge_kernel() -> Any:
 
 
 def _chunks(rows: int, most: int) -> int:
-    return max(1, min(rows // _TASK_ROWS, most))
+    return max(1, min(rows // _TASK_ROWS, most, _CHUNKS))

@@ -218,6 +218,22 @@ def test_threads_of_the_caller():
     assert all(torch.equal(table, expected) for table in found)
 
 
+class SumsInAWorker(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return cpu.activation_stats(noise(700, 40) + index, 1, "relu")
+
+
+def test_workers_of_a_data_loader():
+    """They are forked while the threads of this process wait for work."""
+    expected = [SumsInAWorker()[index] for index in range(4)]
+    loader = torch.utils.data.DataLoader(SumsInAWorker(), batch_size=None, num_workers=2)
+    for found, table in zip(loader, expected, strict=True):
+        assert torch.equal(found, table)
+
+
 def test_float64_is_summed_by_the_reference():
     z = noise(20, 5, dtype=torch.float64)
     assert torch.equal(cpu.activation_stats(z, 1, "silu"), reference.activation_stats(z, 1, "silu"))
