@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from threading import RLock
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,16 @@ class Observation:
     dropped: int
     masked: bool
     problems: Mapping[str, str]
+
+
+_Hook = TypeVar("_Hook", bound=Callable[..., Any])
+
+
+def _untraced(hook: _Hook) -> _Hook:
+    """Let torch.compile call a hook as it is, outside of the compiled graph."""
+    # Unlike torch.compiler.disable, this loads the compiler at the first call only.
+    wrapped: _Hook = torch._disable_dynamo(hook)
+    return wrapped
 
 
 def in_backward() -> bool:
@@ -181,6 +191,7 @@ class Observer:
                 self.weights.add(sums, here, gradients)
                 fold_weights(table, self.weights, sums)
 
+    @_untraced
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Start a step: runs before the forward pass of the model."""
         if self.paused or in_backward():
@@ -200,6 +211,7 @@ class Observer:
             if self._parameters:
                 self._hook_parameters()
 
+    @_untraced
     def _end(self, *_: Any) -> None:
         if not in_backward():
             self._running = False
@@ -226,11 +238,13 @@ class Observer:
                 hook = partial(self._see_parameter, name, weight)
                 self._handles.append(_hook_gradient(weight, hook))
 
+    @_untraced
     def _see_output(
         self, readers: Sequence[Reader], _: nn.Module, args: tuple[Any, ...], output: Any
     ) -> None:
         self._see(readers, [output])
 
+    @_untraced
     def _see_input(
         self, readers: Sequence[Reader], _: nn.Module, args: tuple[Any, ...], kwargs: Any
     ) -> None:
@@ -273,6 +287,7 @@ class Observer:
                 out = table[:, run.slot : run.slot + size]
                 activation_stats(part, axis, run.activation, out=out)
 
+    @_untraced
     def _see_gradient(self, reader: Reader, mask: Tensor | None, gradient: Tensor) -> None:
         if self.paused or not self._handles:
             return
@@ -283,6 +298,7 @@ class Observer:
             out = table[:, reader.gradients : reader.gradients + reader.channels]
             gradient_stats(g, axis, out=out)
 
+    @_untraced
     def _see_parameter(self, name: str, weight: Tensor, gradient: Tensor) -> None:
         if self.paused or not self._measuring:
             return

@@ -33,6 +33,9 @@ class Monitor:
             train_one_epoch(model)
         monitor.compute().totals
 
+    A model that is compiled (torch.compile) has to be attached before its first call: later hooks
+    are not seen by the compiled code.
+
     With activation checkpointing, what is recomputed is not counted twice. With an
     `attention_mask` argument, padding is left out.
 

@@ -11,11 +11,11 @@ CUDA and ROCm tensors go to Triton kernels (`gpu`), CPU tensors to Numba kernels
 to plain PyTorch (`reference`), which is also what the other two are tested against.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -50,6 +50,16 @@ __all__ = [
 _MODULES = {"triton": "gpu", "numba": "cpu", "pytorch": "reference"}
 
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _untraced(function: _Function) -> _Function:
+    """Let torch.compile call a function as it is, outside of the compiled graph."""
+    # Unlike torch.compiler.disable, this loads the compiler at the first call only.
+    wrapped: _Function = torch._disable_dynamo(function)
+    return wrapped
+
+
 def backend(device: torch.device | str) -> str:
     """Return what tensors on this device are processed by: "triton", "numba" or "pytorch"."""
     kind = torch.device(device).type
@@ -59,6 +69,7 @@ def backend(device: torch.device | str) -> str:
     return "triton" if kind == "cuda" and _has_triton() else "pytorch"
 
 
+@_untraced
 def activation_stats(
     x: Tensor, unit_axis: int = 1, activation: str = "identity", *, out: Tensor | None = None
 ) -> Tensor:
@@ -85,6 +96,7 @@ def activation_stats(
     return table
 
 
+@_untraced
 def gradient_stats(g: Tensor, unit_axis: int = 1, *, out: Tensor | None = None) -> Tensor:
     """Sum up the gradients to the activations of each unit.
 
@@ -104,6 +116,7 @@ def gradient_stats(g: Tensor, unit_axis: int = 1, *, out: Tensor | None = None) 
     return table
 
 
+@_untraced
 def parameter_stats(
     weights: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
@@ -137,6 +150,7 @@ def parameter_stats(
     return tables
 
 
+@_untraced
 def select(
     weights: Sequence[Tensor],
     gradients: Sequence[Tensor | None] | None,
@@ -175,6 +189,7 @@ def select(
     return chosen
 
 
+@_untraced
 def selection_masks(
     selection: Selection, weights: Sequence[Tensor], gradients: Sequence[Tensor | None] | None
 ) -> list[Tensor]:
@@ -192,6 +207,7 @@ def selection_masks(
     return masks
 
 
+@_untraced
 def resample_(
     weights: Sequence[Tensor],
     names: Sequence[str],

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fastplastic.kernels import ACTIVATIONS, cpu, reference
+from fastplastic import kernels
+from fastplastic.kernels import ACTIVATIONS, _cpu_tasks, cpu, reference
 from fastplastic.kernels._definitions import FLAT, ZERO_BELOW
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -232,6 +233,26 @@ def test_workers_of_a_data_loader():
     loader = torch.utils.data.DataLoader(SumsInAWorker(), batch_size=None, num_workers=2)
     for found, table in zip(loader, expected, strict=True):
         assert torch.equal(found, table)
+
+
+def test_inside_a_compiled_function():
+    torch._dynamo.reset()
+    z = noise(50, 6)
+    compiled = torch.compile(lambda x: kernels.activation_stats(x * 2, 1, "relu"), backend="eager")
+    assert torch.equal(compiled(z), cpu.activation_stats(z * 2, 1, "relu"))
+
+
+def test_threads_of_numba_where_torch_has_none(monkeypatch):
+    z, w = noise(16, 40, 30, 30), noise(900, 70)
+    expected = [cpu.activation_stats(z, 1, "gelu"), *cpu.parameter_stats([w], [w])]
+    monkeypatch.setattr(_cpu_tasks, "_torch_parallel", lambda: None)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        found = [cpu.activation_stats(z, 1, "gelu"), *cpu.parameter_stats([w], [w])]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def test_float64_is_summed_by_the_reference():

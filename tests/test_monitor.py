@@ -710,6 +710,19 @@ def test_backward_passes_on_several_threads():
     close(monitor.compute(), by_hand(model, range(24)))
 
 
+# The compiler itself looks at .grad of tensors inside the graph.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_model():
+    """Hooks are called as they are, never traced."""
+    torch._dynamo.reset()
+    model = net()
+    with Monitor(model, inputs(9, 2)) as monitor:
+        compiled = torch.compile(model, backend="eager")
+        for seed in (1, 2):
+            compiled(inputs(seed)).square().mean().backward()
+    close(monitor.compute(), by_hand(model, [1, 2]))
+
+
 def test_weight_that_two_layers_share():
     """Its gradient is the sum over both uses, seen once."""
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
