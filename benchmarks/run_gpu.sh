@@ -24,7 +24,7 @@ timeout 180 "$python" -m pytest -q tests/test_triton_gpu.py tests/test_triton_st
 for tool in memcheck racecheck; do
     step "compute-sanitizer, $tool"
     if command -v compute-sanitizer >/dev/null; then
-        timeout 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+        timeout 30 compute-sanitizer --tool "$tool" --error-exitcode 9 \
             "$python" benchmarks/small_case.py || status=1
     else
         echo "compute-sanitizer is not installed: left out"
@@ -32,7 +32,7 @@ for tool in memcheck racecheck; do
 done
 
 step "benchmarks"
-FASTPLASTIC_BENCH_SECONDS=${FASTPLASTIC_BENCH_SECONDS:-0.5} timeout 240 "$python" -m pytest -q \
+FASTPLASTIC_BENCH_SECONDS=${FASTPLASTIC_BENCH_SECONDS:-0.5} timeout 220 "$python" -m pytest -q \
     benchmarks/bench_kernels.py benchmarks/bench_overhead.py --benchmark-disable-gc \
     --benchmark-json "$stem.json" || status=1
 [ ! -s "$stem.json" ] || "$python" benchmarks/table.py "$stem.json" | tee "$stem.md"

@@ -63,8 +63,9 @@ _Hook = TypeVar("_Hook", bound=Callable[..., Any])
 
 def _untraced(hook: _Hook) -> _Hook:
     """Let torch.compile call a hook as it is, outside of the compiled graph."""
-    # Unlike torch.compiler.disable, this loads the compiler at the first call only.
-    wrapped: _Hook = torch._disable_dynamo(hook)
+    # The first, where there is one, loads the compiler at the first call only.
+    disable: Any = getattr(torch, "_disable_dynamo", torch.compiler.disable)
+    wrapped: _Hook = disable(hook)
     return wrapped
 
 

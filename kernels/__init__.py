@@ -55,8 +55,9 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 def _untraced(function: _Function) -> _Function:
     """Let torch.compile call a function as it is, outside of the compiled graph."""
-    # Unlike torch.compiler.disable, this loads the compiler at the first call only.
-    wrapped: _Function = torch._disable_dynamo(function)
+    # The first, where there is one, loads the compiler at the first call only.
+    disable: Any = getattr(torch, "_disable_dynamo", torch.compiler.disable)
+    wrapped: _Function = disable(function)
     return wrapped
 
 

@@ -1,10 +1,9 @@
 """Numba: how blocks of memory become per-unit sums; what is summed up is said by `Sums`.
 
-A tensor [A, C, B] is seen in one of two ways. Where positions of a unit lie next to each other in
-long runs (NCHW), a run is cut into short rows of lanes that all belong to one unit. Otherwise
-(channels_last, tokens, small planes) the C * B elements of one index of A are the lanes, and lane j
-belongs to unit (j // B) % C. Every lane sums up float32 values down the rows, eight rows at a time;
-after at most `_ROWS` rows the lanes are folded into float64.
+A tensor [A, C, B] is seen as rows of lanes: the C * B elements of one index of A, where lane j
+belongs to unit (j // B) % C. Every lane sums up float32 values down the rows, several rows at a
+time; after at most `_ROWS` rows the lanes are folded into float64. Where A is too small for that
+and the B positions of a unit form a long run, the run itself is cut into rows of lanes.
 
 Nothing looks for NaN on the way: where a sum of squares is not finite, that part of the block is
 read again element by element.
@@ -20,7 +19,7 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from ._cpu_compile import c_function, dated, deferred, undated
+from ._cpu_compile import c_function, deferred
 from ._cpu_lock import LOCK
 from ._cpu_memory import LANES, double_at, int_at
 from ._cpu_tasks import run_tasks
@@ -28,10 +27,9 @@ from ._layout import unit_views, view_of
 
 # Rows that are summed up in float32 at most.
 _ROWS = 2048
-# Found by timing shapes of ResNet-50 and ViT-B: runs of a unit from this length on are cut into
-# rows of at most so many lanes; shorter rows are joined until they have about `_LONG_ROW` lanes.
+# Found by timing shapes of ResNet-50 and ViT-B: what a long run is, and the most lanes of its rows;
+# rows shorter than `_LONG_ROW` are joined until they have about as many lanes.
 _LONG_RUN = 512
-
 _RUN_LANES = 512
 _LONG_ROW = 1024
 # A task has at least so many rows, and there are at most so many chunks of them, since each writes
@@ -87,7 +85,7 @@ def register(maker: Callable[..., Sums]) -> Callable[..., Sums]:
 @cache
 def sums_of(spec: str) -> Sums:
     """Return the sums with this name."""
-    name, *arguments = undated(spec).split(":")
+    name, *arguments = spec.split(":")
     return _MAKERS[name](*arguments)
 
 
@@ -158,7 +156,6 @@ def by_lanes(spec: str) -> Any:
     """Return the kernel whose task is some rows of a tile of lanes."""
     size, unroll, start = sums_of(spec).itemsize, sums_of(spec).unroll, sums_of(spec).start
     statistics = len(start)
-    spec = dated(spec)
 
     @c_function
     def kernel(arguments: Any, task: Any) -> Any:
@@ -214,7 +211,6 @@ def by_runs(spec: str) -> Any:
     """Return the kernel whose task is one unit, with long runs, in some indices of A."""
     size, unroll, start = sums_of(spec).itemsize, sums_of(spec).unroll, sums_of(spec).start
     statistics = len(start)
-    spec = dated(spec)
 
     @c_function
     def kernel(arguments: Any, task: Any) -> Any:
@@ -347,15 +343,8 @@ def _add(spec: str, address: int, plan: _Plan, slope: float, table: Tensor) -> N
         for tasks, element, first, chunks, arguments in plan.lanes:
             start, out = address + element * sums.itemsize, parts + first * size * 8
             run_tasks(by_lanes(spec), tasks, start, bits, out, chunks, *arguments)
-        merge = (
-            plan.chunks,
-            statistics,
-            plan.units,
-            table.data_ptr(),
-            table.stride(0),
-            plan.positions,
-        )
-        run_tasks(_merge_kernel(), 1, parts, *merge, int(math.inf in sums.start))
+        target = (table.data_ptr(), table.stride(0), plan.positions, int(math.inf in sums.start))
+        run_tasks(_merge_kernel(), 1, parts, plan.chunks, statistics, plan.units, *target)
 
 
 _buffer = np.empty(0)

@@ -49,24 +49,6 @@ def deferred(stub: Callable[..., Any]) -> Callable[[_Function], _Function]:
     return decorate
 
 
-@cache
-def dated(spec: str) -> str:
-    """Return the spec of a kernel with a digest of the sources, for use in the kernel's closure.
-
-    Numba drops compiled code from disk when the file of the kernel has changed. What the kernel is
-    made of stands in other files.
-    """
-    digest = sha256()
-    for file in sorted(Path(__file__).parent.glob("_*.py")):
-        digest.update(file.read_bytes())
-    return f"{spec}@{digest.hexdigest()}"
-
-
-def undated(spec: str) -> str:
-    """Return the spec that `dated` was given."""
-    return spec.partition("@")[0]
-
-
 def c_function(kernel: Any) -> Any:
     """Compile a function (address of int64 arguments, task), and keep it on disk if possible.
 
@@ -77,7 +59,18 @@ def c_function(kernel: Any) -> Any:
 
 def cached(decorator: Any, function: Any, **options: Any) -> Any:
     """Compile a function, and keep it on disk if there is a folder that may be written to."""
+    # Numba forgets what it has on disk when the file of the function changes. What the function is
+    # made of stands in other files, so the name it is kept by changes with all of them.
+    function.__qualname__ += f"-{_digest_of_sources()}"
     try:
         return decorator(cache=True, **options)(function)
     except RuntimeError:
         return decorator(**options)(function)
+
+
+@cache
+def _digest_of_sources() -> str:
+    digest = sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]

@@ -15,7 +15,9 @@ import torch
 from numba import config, get_num_threads, njit, set_num_threads, types
 from numba.extending import intrinsic
 
+from ._cpu_compile import cached
 from ._cpu_lock import LOCK
+from ._cpu_memory import byte_at, double_at, float_at, short_at
 from ._elements import ELEMENT, GRADIENT, MASK, WEIGHT
 from ._select_host import CRITERIA, Selection
 from .philox import KEY_STEPS, MULTIPLIERS, ROUNDS, TIES, philox_key
@@ -93,13 +95,13 @@ def choice_of(selection: Selection) -> Choice:
 
 def compiled(function: Function) -> Function:
     """Compile a function that kernels call."""
-    result: Any = njit(cache=True, nogil=True, forceinline=True)(function)
+    result: Any = cached(njit, function, nogil=True, forceinline=True)
     return cast(Function, result)
 
 
 def kernel(function: Function) -> Function:
     """Compile a function with a parallel loop."""
-    result: Any = njit(cache=True, nogil=True, parallel=True)(function)
+    result: Any = cached(njit, function, nogil=True, parallel=True)
     return cast(Function, result)
 
 
@@ -117,17 +119,6 @@ def threads(most: int | None = None) -> Iterator[int]:
             set_num_threads(before)
 
 
-def _next_task(typing: Any, turn: Any) -> Any:
-    """Return the number at an address, and add 1 to it; no two threads get the same."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        one = context.get_constant(types.int64, 1)
-        pointer = builder.inttoptr(arguments[0], one.type.as_pointer())
-        return builder.atomic_rmw("add", pointer, one, "monotonic")
-
-    return types.int64(types.int64), generate
-
-
 @compiled
 def new_block() -> Block:
     """Return buffers for one block."""
@@ -142,16 +133,6 @@ def new_block() -> Block:
     )
 
 
-def _pointer_to(kind: Any) -> Any:
-    def pointer(typing: Any, address: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-        return types.CPointer(kind)(types.int64), generate
-
-    return intrinsic(pointer)
-
-
 def _store_bits(typing: Any, address: Any, bits: Any) -> Any:
     """Write a uint64 at an address that need not be a multiple of 8."""
 
@@ -163,12 +144,7 @@ def _store_bits(typing: Any, address: Any, bits: Any) -> Any:
 
 
 # Compiled code calls them without the first argument.
-next_task: Any = intrinsic(_next_task)
 store_bits: Any = intrinsic(_store_bits)
-floats_at = _pointer_to(types.float32)
-shorts_at = _pointer_to(types.uint16)
-doubles_at = _pointer_to(types.float64)
-bytes_at = _pointer_to(types.uint8)
 
 
 @compiled
@@ -200,7 +176,7 @@ def fill_operand(walk: Any, w: int, operand: int, start: int, out: Any) -> None:
 @compiled
 def _run(address: int, dtype: int, offset: int, stride: int, out: Any) -> None:
     if dtype == FLOAT32:
-        floats = floats_at(address + 4 * offset)
+        floats = float_at(address + 4 * offset)
         if stride == 1:
             for i in range(out.size):
                 out[i] = floats[i]
@@ -208,16 +184,16 @@ def _run(address: int, dtype: int, offset: int, stride: int, out: Any) -> None:
             for i in range(out.size):
                 out[i] = floats[i * stride]
     elif dtype == BFLOAT16:
-        shorts = shorts_at(address + 2 * offset)
+        shorts = short_at(address + 2 * offset)
         bits = out.view(np.uint32)
         for i in range(out.size):
             bits[i] = np.uint32(shorts[i * stride]) << np.uint32(16)
     elif dtype == FLOAT16:
-        shorts = shorts_at(address + 2 * offset)
+        shorts = short_at(address + 2 * offset)
         for i in range(out.size):
             out[i] = _float16(shorts[i * stride])
     else:
-        doubles = doubles_at(address + 8 * offset)
+        doubles = double_at(address + 8 * offset)
         for i in range(out.size):
             out[i] = doubles[i * stride]
 
@@ -231,7 +207,7 @@ def fill_flags(walk: Any, w: int, start: int, out: Any) -> None:
     while done < out.size:
         position = start + done
         n = min(fastest - position % fastest, out.size - done)
-        mask = bytes_at(walk.addresses[w, MASK] + offset_of(position, sizes, strides))
+        mask = byte_at(walk.addresses[w, MASK] + offset_of(position, sizes, strides))
         run = out[done : done + n]
         for i in range(n):
             run[i] = mask[i * stride]
@@ -270,8 +246,8 @@ def fill_keys(criterion: int, walk: Any, w: int, start: int, count: int, buffers
         return keys
     if criterion == _SWR and _is_plain(walk, w, WEIGHT) and _is_plain(walk, w, GRADIENT):
         # The most common case needs no copies.
-        weights = floats_at(walk.addresses[w, WEIGHT] + 4 * start)
-        gradients = floats_at(walk.addresses[w, GRADIENT] + 4 * start)
+        weights = float_at(walk.addresses[w, WEIGHT] + 4 * start)
+        gradients = float_at(walk.addresses[w, GRADIENT] + 4 * start)
         for i in range(count):
             keys[i] = _key(weights[i] * gradients[i])
         return keys

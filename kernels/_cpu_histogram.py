@@ -22,10 +22,10 @@ from ._cpu_elements import (
     gather,
     kernel,
     new_block,
-    next_task,
     philox,
     threads,
 )
+from ._cpu_memory import next_task
 from ._elements import Table, Walks, tasks
 from ._select_host import CRITERIA, DIGITS, Query
 

@@ -8,6 +8,7 @@ reordering a single float operation.
 from typing import Any
 
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -47,12 +48,26 @@ def _pointer_to(kind: Any) -> Any:
     return intrinsic(pointer)
 
 
+def _generate_next(typing: Any, counter: Any) -> Any:
+    """Return the int64 at an address, and add 1 to it; no two threads get the same."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        one = context.get_constant(types.int64, 1)
+        pointer = builder.inttoptr(arguments[0], one.type.as_pointer())
+        return builder.atomic_rmw("add", pointer, one, "monotonic")
+
+    return types.int64(types.int64), generate
+
+
+# Compiled code calls it with the address alone.
+next_task: Any = intrinsic(_generate_next)
 float_lanes = _stack_of(types.float32)
 count_lanes = _stack_of(types.int32)
 int_at = _pointer_to(types.int64)
 double_at = _pointer_to(types.float64)
 float_at = _pointer_to(types.float32)
-_short_at = _pointer_to(types.uint16)
+short_at = _pointer_to(types.uint16)
+byte_at = _pointer_to(types.uint8)
 
 
 @inline
@@ -64,7 +79,7 @@ def load_float32(address: Any, index: Any) -> Any:
 @inline
 def load_bfloat16(address: Any, index: Any) -> Any:
     """Return a bfloat16 element: the upper half of a float32."""
-    bits = np.uint32(_short_at(address)[index])
+    bits = np.uint32(short_at(address)[index])
     return np.uint32(bits << np.uint32(16)).view(np.float32)
 
 
@@ -78,7 +93,7 @@ _INFINITY = np.float32(np.inf)
 @inline
 def load_float16(address: Any, index: Any) -> Any:
     """Return a float16 element; its NaNs become infinities, both are only counted."""
-    bits = np.uint32(_short_at(address)[index])
+    bits = np.uint32(short_at(address)[index])
     # Moved into place, the exponent is 112 too small, also that of a denormal.
     size = np.uint32(np.uint32(bits & _REST) << np.uint32(13)).view(np.float32) * _REBIAS
     size = size if size < _TOO_LARGE else _INFINITY
@@ -86,6 +101,8 @@ def load_float16(address: Any, index: Any) -> Any:
     return np.uint32(np.float32(size).view(np.uint32) | sign).view(np.float32)
 
 
+# dtype -> its name in the spec of a kernel.
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # Name of a dtype -> its loader (address, index) and the bytes of an element.
 LOADERS = {
     "float32": (load_float32, 4),

@@ -18,15 +18,14 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._cpu_compile import c_function, dated, deferred, inline, inline_sums, undated
+from ._cpu_compile import c_function, deferred, inline, inline_sums
 from ._cpu_lines import FIELDS, Matrix, matrix_of, tasks_of
-from ._cpu_memory import LANES, LOADERS, double_at, float_lanes, int_at, total_of
+from ._cpu_memory import LANES, LOADERS, NAMES, double_at, float_lanes, int_at, total_of
 from ._cpu_tasks import run_tasks
 from ._definitions import parameter_tables
 
 F = np.float32
 _LARGEST = np.finfo(np.float32).max
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # Sums that are made in both directions; each table takes its own.
 _W, _W2, _DW, _DW2, _WDW_SIZE, _WDW, _BAD = range(7)
 _SUMS = 7
@@ -71,7 +70,7 @@ def _entry(
     weight: Tensor, gradient: Tensor | None, groups: int, place: tuple[int, int]
 ) -> _Entry | None:
     """Return a weight as lines, copied where its strides do not allow that; None for float64."""
-    if weight.dtype not in _NAMES or (gradient is not None and gradient.dtype not in _NAMES):
+    if weight.dtype not in NAMES or (gradient is not None and gradient.dtype not in NAMES):
         return None
     matrix = matrix_of(tuple(weight.shape), weight.stride(), groups)
     if matrix is None:
@@ -82,9 +81,9 @@ def _entry(
         gradient = gradient.detach()
         if matrix_of(tuple(gradient.shape), gradient.stride(), groups) != matrix:
             gradient = torch.empty_like(weight, dtype=gradient.dtype).copy_(gradient)
-    kind = "none" if gradient is None else _NAMES[gradient.dtype]
+    kind = "none" if gradient is None else NAMES[gradient.dtype]
     direction = "columns" if matrix.by_columns else "rows"
-    return _Entry(f"{_NAMES[weight.dtype]}:{kind}:{direction}", matrix, weight, gradient, place)
+    return _Entry(f"{NAMES[weight.dtype]}:{kind}:{direction}", matrix, weight, gradient, place)
 
 
 def _by_reference(
@@ -129,7 +128,7 @@ def _element(spec: Any, weight: Any, gradient: Any, index: Any) -> Any:
 
 @cache
 def _step_of(spec: str) -> Any:
-    weight_name, gradient_name, direction = undated(spec).split(":")
+    weight_name, gradient_name, direction = spec.split(":")
     load = LOADERS[weight_name][0]
     has_gradient = gradient_name != "none"
     load_gradient = LOADERS[gradient_name if has_gradient else weight_name][0]
@@ -166,7 +165,7 @@ def _step_of(spec: str) -> Any:
 
 @cache
 def _element_of(spec: str) -> Any:
-    weight_name, gradient_name, _ = undated(spec).split(":")
+    weight_name, gradient_name, _ = spec.split(":")
     load = LOADERS[weight_name][0]
     has_gradient = gradient_name != "none"
     load_gradient = LOADERS[gradient_name if has_gradient else weight_name][0]
@@ -220,7 +219,6 @@ def _read_kernel(spec: str) -> Any:
     size = LOADERS[weight_name][1]
     step_size = LOADERS[gradient_name][1] if gradient_name != "none" else 0
     by_columns = direction == "columns"
-    spec = dated(spec)
 
     @c_function
     def kernel(arguments: Any, task: Any) -> Any:

@@ -22,19 +22,16 @@ from ._cpu_elements import (
     choice_of,
     compact,
     compiled,
-    doubles_at,
     fill_elements,
     fill_flags,
     fill_selected,
-    floats_at,
     kernel,
     new_block,
-    next_task,
     offset_of,
     philox,
-    shorts_at,
     threads,
 )
+from ._cpu_memory import double_at, float_at, next_task, short_at
 from ._element_checks import Gradients, check_resample
 from ._elements import MASK, WEIGHT, Table, Walks, tasks, walks
 from ._law import CENTRE, LEAST, LOG, LOG_HIGH, LOG_LOW, SQRT_2, TAIL, Law
@@ -202,16 +199,16 @@ def _polynomial(c: Any, x: Any) -> Any:
 @compiled
 def _store(address: int, dtype: int, offsets: Any, values: Any) -> None:
     if dtype == FLOAT32:
-        floats = floats_at(address)
+        floats = float_at(address)
         for i in range(values.size):
             floats[offsets[i]] = values[i]
     elif dtype == BFLOAT16 or dtype == FLOAT16:
-        shorts = shorts_at(address)
+        shorts = short_at(address)
         for i in range(values.size):
             bits = F(values[i]).view(np.uint32)
             shorts[offsets[i]] = _to_bfloat16(bits) if dtype == BFLOAT16 else _to_float16(bits)
     else:
-        doubles = doubles_at(address)
+        doubles = double_at(address)
         for i in range(values.size):
             doubles[offsets[i]] = values[i]
 

@@ -12,17 +12,16 @@ from ._cpu_elements import (
     BLOCK,
     Block,
     Choice,
-    bytes_at,
     choice_of,
     compiled,
     fill_selected,
     kernel,
     new_block,
-    next_task,
     offset_of,
     threads,
 )
 from ._cpu_histogram import Histogram
+from ._cpu_memory import byte_at, next_task
 from ._element_checks import Gradients, check_select, check_selection
 from ._elements import MASK, Table, Walks, tasks, walks
 from ._select_host import Selection, select_with
@@ -93,7 +92,7 @@ def _mark(choice: Choice, walk: Walks, pieces: Table, turn: Any) -> None:
 def _mark_task(choice: Choice, walk: Walks, piece: Any, block: Block) -> None:
     w, start, stop = piece
     sizes, strides = walk.sizes[w], walk.strides[w, MASK]
-    mask = bytes_at(walk.addresses[w, MASK])
+    mask = byte_at(walk.addresses[w, MASK])
     for position in range(start, stop, BLOCK):
         n = min(BLOCK, stop - position)
         fill_selected(choice, walk, w, position, n, block)

@@ -9,13 +9,12 @@ h = f(z) and whether f is flat at z are made from z in registers (`_cpu_math`).
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from . import _cpu_math, reference
 from ._cpu_blocks import Sums, add_sums, register
 from ._cpu_compile import inline, inline_finite, outlined
-from ._cpu_memory import LOADERS, count_lanes, float_lanes, total_of
+from ._cpu_memory import LOADERS, NAMES, count_lanes, float_lanes, total_of
 from ._definitions import (
     FLAT,
     ZERO_BELOW,
@@ -25,7 +24,6 @@ from ._definitions import (
     parse_activation,
 )
 
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _SHORT = ("identity", "relu", "relu6", "hardtanh", "leaky_relu", "hardswish", "hardsigmoid")
 _NEVER_NEGATIVE = ("relu", "relu6", "softplus", "sigmoid", "hardsigmoid")
 F = np.float32
@@ -43,10 +41,10 @@ def activation_stats(
     """Sum up the activations of each unit, as `reference.activation_stats`, on the CPU."""
     name, slope = parse_activation(activation)
     axis = check_axis(x, unit_axis)
-    if x.dtype not in _NAMES:
+    if x.dtype not in NAMES:
         return reference.activation_stats(x, unit_axis, activation, out=out)
     table = activation_table(x, axis, out)
-    spec = f"activation:{name}:{_NAMES[x.dtype]}"
+    spec = f"activation:{name}:{NAMES[x.dtype]}"
     add_sums(spec, x, axis, 0.01 if slope is None else slope, table)
     return table
 
@@ -54,10 +52,10 @@ def activation_stats(
 def gradient_stats(g: Tensor, unit_axis: int = 1, *, out: Tensor | None = None) -> Tensor:
     """Sum up the gradients of each unit, as `reference.gradient_stats`, on the CPU."""
     axis = check_axis(g, unit_axis)
-    if g.dtype not in _NAMES:
+    if g.dtype not in NAMES:
         return reference.gradient_stats(g, unit_axis, out=out)
     table = gradient_table(g, axis, out)
-    add_sums(f"gradient:{_NAMES[g.dtype]}", g, axis, 0.0, table)
+    add_sums(f"gradient:{NAMES[g.dtype]}", g, axis, 0.0, table)
     return table
 
 

@@ -18,7 +18,7 @@ from torch import get_num_threads
 
 from ._cpu_compile import cached, inline
 from ._cpu_lock import LOCK
-from ._cpu_memory import int_at
+from ._cpu_memory import int_at, next_task
 
 
 def run_tasks(kernel: Any, tasks: int, *arguments: int) -> None:
@@ -43,8 +43,9 @@ def run_tasks(kernel: Any, tasks: int, *arguments: int) -> None:
 def _torch_parallel() -> Any:
     """Return GOMP_parallel (function, data, threads, flags) of the OpenMP library of torch.
 
-    A second pool of threads would wait for torch's, which keep their cores busy for a while after
-    each operation. The library is found as a dependency of torch's own; None where there is none.
+    So there is no second pool of threads beside torch's, which keep their cores busy for a while
+    after each operation, and calls from several threads are safe. The library is found as a
+    dependency of torch's own; None where there is none.
     """
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
@@ -68,21 +69,10 @@ def _numba_parallel() -> Any:
 @inline
 def _take_tasks(data: Any) -> None:
     given = int_at(data)
-    task = _next(data)
+    task = next_task(data)
     while task < given[2]:
         _call(given[1], data + 24, task)
-        task = _next(data)
-
-
-def _generate_next(typing: Any, counter: Any) -> Any:
-    signature = types.int64(types.int64)
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        word = ir.IntType(64)
-        pointer = builder.inttoptr(_word(builder, values[0]), word.as_pointer())
-        return builder.atomic_rmw("add", pointer, ir.Constant(word, 1), "monotonic")
-
-    return signature, generate
+        task = next_task(data)
 
 
 def _word(builder: Any, value: Any) -> Any:
@@ -103,5 +93,4 @@ def _generate_call(typing: Any, function: Any, arguments: Any, task: Any) -> Any
 
 
 _call: Any = intrinsic(_generate_call)
-_next: Any = intrinsic(_generate_next)
 _work = cached(partial(cfunc, types.void(types.int64)), lambda data: _take_tasks(data))
