@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._triton_runtime import device_function, kernel
-from .launch import FOLD_UNITS, WARPS, cdiv, fold_parts
+from .launch import FOLD_UNITS, OPTIONS, cdiv, fold_parts
 
 
 @device_function
@@ -68,5 +68,5 @@ def fold(parts: Tensor, out: Tensor, min_row: int | None = None) -> None:
         MIN_ROW=rows if min_row is None else min_row,
         BLOCK_SPLITS=fold_parts(splits),
         BLOCK_UNITS=FOLD_UNITS,
-        num_warps=WARPS,
+        **OPTIONS,
     )

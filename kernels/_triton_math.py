@@ -8,13 +8,16 @@ keeps h different from 0. Absolute errors are below 5e-7 of max(1, |h|).
 import math
 
 import numpy as np
+import torch
 import triton.language as tl
 
-from ._definitions import FLAT, ZERO_BELOW
+from ._definitions import FLAT, INFINITE_FROM, ZERO_BELOW
 from ._triton_runtime import device_function
 
 # 1 + erf just above the end of the zeros, so that there are none beyond.
 _LEAST_TAIL = tl.constexpr(2.0**-24)
+_FLOAT16_END = tl.constexpr(INFINITE_FROM[torch.float16])
+_BFLOAT16_END = tl.constexpr(INFINITE_FROM[torch.bfloat16])
 _GELU_ZERO = tl.constexpr(ZERO_BELOW["gelu"])
 _GELU_TANH_ZERO = tl.constexpr(ZERO_BELOW["gelu_tanh"])
 
@@ -90,7 +93,7 @@ def rounded(x, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @device_function
 def activate(z, slope, ACTIVATION: tl.constexpr, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return h = f(z), rounded to TYPE, for float32 z that is finite; anything where it is not."""
+    """Return h = f(z), not rounded to TYPE, for float32 z that is finite; else anything."""
     if ACTIVATION == "identity":
         h = z
     elif ACTIVATION == "relu":
@@ -106,6 +109,10 @@ def activate(z, slope, ACTIVATION: tl.constexpr, TYPE: tl.constexpr):  # type: i
     elif ACTIVATION == "selu":
         below = 1.7580993408473766 * _expm1(tl.minimum(z, 0.0))
         h = tl.where(z > 0, 1.0507009873554805 * z, below)
+        if TYPE == tl.float16:
+            h = tl.where(h >= _FLOAT16_END, float("inf"), h)
+        elif TYPE == tl.bfloat16:
+            h = tl.where(h >= _BFLOAT16_END, float("inf"), h)
     elif ACTIVATION == "gelu":
         tail = tl.maximum(1.0 + tl.erf(z * 0.7071067811865476), _LEAST_TAIL)
         h = tl.where(z <= _GELU_ZERO, -0.0, 0.5 * z * tail)
@@ -134,12 +141,4 @@ def activate(z, slope, ACTIVATION: tl.constexpr, TYPE: tl.constexpr):  # type: i
     else:
         tl.static_assert(ACTIVATION == "tanh")
         h = _tanh(z)
-    if (
-        ACTIVATION == "identity"
-        or ACTIVATION == "relu"
-        or ACTIVATION == "relu6"
-        or ACTIVATION == "hardtanh"
-    ):
-        return h
-    else:
-        return rounded(h, TYPE)
+    return h

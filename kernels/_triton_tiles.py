@@ -55,7 +55,7 @@ def tiles(x: Tensor, axis: int) -> Tiles:
             "VECTOR": plan.vector,
             "BLOCK_UNITS": tile.units,
             "BLOCK_POSITIONS": tile.positions,
-            "num_warps": launch.WARPS,
+            **launch.OPTIONS,
         },
     )
 

@@ -3,9 +3,10 @@
     activation_stats  float64 [9, C]  n, sum h, sum |h|, sum h^2, min h, max h, #(h == 0), #flat,
                                       #nonfinite
 
-h = f(z) is made in registers from z, in float32, and rounded to the dtype of z as the network
-itself does. A position is flat where |f'(z)| <= 0.01, decided on z by comparisons with the ends of
-intervals. Where z or h is NaN or infinite, the position counts in the last row alone.
+h = f(z) is made in registers from z, in float32. The network rounds h to the dtype of z: so are min
+and max here, and h counts as 0 where that makes it 0; sums are of h before. A position is flat
+where |f'(z)| <= 0.01, decided on z by comparisons with the ends of intervals. Where z or h is NaN
+or infinite, the position counts in the last row alone.
 
 Stage one reads z once, in tiles of units times positions, and writes float32 partial sums [9,
 splits, C]; stage two folds them in float64 into the table. A square above 3e38 counts as infinite.
@@ -24,7 +25,7 @@ from ._definitions import (
     parse_activation,
 )
 from ._triton_fold import fold
-from ._triton_math import activate, flat_ends
+from ._triton_math import activate, flat_ends, rounded
 from ._triton_runtime import kernel, launching, scratch
 from ._triton_tiles import inside_of, multiple, offsets_of, share_of, start_of, tiles, told
 
@@ -77,6 +78,9 @@ def _activation_kernel(  # type: ignore[no-untyped-def]
     sum_h = tl.zeros(offsets.shape, tl.float32)
     sum_abs = tl.zeros(offsets.shape, tl.float32)
     sum_sq = tl.zeros(offsets.shape, tl.float32)
+    # The largest |h| that the dtype rounds to 0.
+    TYPE: tl.constexpr = x_ptr.dtype.element_ty
+    ZERO: tl.constexpr = 2.0**-25 if TYPE == tl.float16 else 0.0
     least = tl.full(offsets.shape, float("inf"), tl.float32)
     most = tl.full(offsets.shape, float("-inf"), tl.float32)
     for index in range(outer_begin, outer_end):
@@ -86,7 +90,7 @@ def _activation_kernel(  # type: ignore[no-untyped-def]
             # Outside is NaN, which counts nowhere.
             tile_ptr = x_ptr + (start + first * inner_stride) + offsets
             z = tl.load(tile_ptr, mask=inside, other=float("nan")).to(tl.float32)
-            h = activate(z, slope, ACTIVATION, x_ptr.dtype.element_ty)
+            h = activate(z, slope, ACTIVATION, TYPE)
             finite = (tl.abs(z) < float("inf")) & (tl.abs(h) < float("inf"))
             counted = tl.where(finite, h, 0.0)
             sum_h += counted
@@ -94,7 +98,7 @@ def _activation_kernel(  # type: ignore[no-untyped-def]
             sum_sq += counted * counted
             least = tl.minimum(least, tl.where(finite, h, float("inf")))
             most = tl.maximum(most, tl.where(finite, h, float("-inf")))
-            count = 1 + tl.where(h == 0.0, 1 << 10, 0)
+            count = 1 + tl.where(tl.abs(h) <= ZERO, 1 << 10, 0)
             if FLAT_BELOW is not None:
                 is_flat = z <= FLAT_BELOW
                 if FLAT_FROM is not None:
@@ -114,8 +118,8 @@ def _activation_kernel(  # type: ignore[no-untyped-def]
     tl.store(part_ptr + row, tl.sum(sum_h, AXIS), mask=mask)
     tl.store(part_ptr + 2 * row, tl.sum(sum_abs, AXIS), mask=mask)
     tl.store(part_ptr + 3 * row, tl.sum(sum_sq, AXIS), mask=mask)
-    tl.store(part_ptr + 4 * row, tl.min(least, AXIS), mask=mask)
-    tl.store(part_ptr + 5 * row, tl.max(most, AXIS), mask=mask)
+    tl.store(part_ptr + 4 * row, rounded(tl.min(least, AXIS), TYPE), mask=mask)
+    tl.store(part_ptr + 5 * row, rounded(tl.max(most, AXIS), TYPE), mask=mask)
     tl.store(part_ptr + 6 * row, tl.sum((counts >> 10) & 1023, AXIS).to(tl.float32), mask=mask)
     tl.store(part_ptr + 7 * row, tl.sum(counts >> 20, AXIS).to(tl.float32), mask=mask)
     tl.store(part_ptr + 8 * row, (seen - n).to(tl.float32), mask=mask)

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 WARPS = 4
+# Options of a launch. Newer Tritons want to be told whether products and sums may be fused.
+OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
 _THREADS = 32 * WARPS
 _VECTOR_BYTES = 16
 # Bytes of a row of a tile: whole cache lines.

@@ -66,7 +66,8 @@ def _read(  # type: ignore[no-untyped-def]
     tiles, chunks = tl.load(matrix_ptr + 6), tl.load(matrix_ptr + 7)
     begin, end = tl.load(task_ptr + 1), tl.load(task_ptr + 2)
     tile, chunk = tl.load(task_ptr + 3), tl.load(task_ptr + 4)
-    has_dw = dw_ptr.to(tl.int64) != 0
+    # Where there is no gradient, none of it is read.
+    dw_end = tl.where(dw_ptr.to(tl.int64) != 0, end, begin)
     fast = tile * BLOCK_FAST + tl.arange(0, BLOCK_FAST)
     slow_ptr = parts_ptr + tl.load(matrix_ptr + 4) + tile * slow_size
     fast_ptr = parts_ptr + tl.load(matrix_ptr + 5) + chunk * fast_size + fast
@@ -79,11 +80,12 @@ def _read(  # type: ignore[no-untyped-def]
     for first in range(begin, end, BLOCK_SLOW):
         slow = first + tl.arange(0, BLOCK_SLOW)
         inside = (slow < end)[:, None] & (fast < fast_size)[None, :]
+        dw_inside = (slow < dw_end)[:, None] & (fast < fast_size)[None, :]
         w_offset = slow[:, None] * w_stride + fast[None, :]
         dw_offset = slow[:, None] * dw_stride + fast[None, :]
         w = tl.load(w_ptr + w_offset, mask=inside, other=0.0).to(tl.float32)
         # What is not there is NaN, which counts nowhere.
-        dw = tl.load(dw_ptr + dw_offset, mask=inside & has_dw, other=float("nan")).to(tl.float32)
+        dw = tl.load(dw_ptr + dw_offset, mask=dw_inside, other=float("nan")).to(tl.float32)
         finite = tl.abs(dw) < float("inf")
         dw = tl.where(finite, dw, 0.0)
         w_dw = tl.where(finite, w * dw, 0.0)
@@ -265,7 +267,7 @@ def _launch(plan: Plan, pointers: Tensor, parts: Tensor, rows: Tensor, columns: 
             VECTOR=kind.vector,
             BLOCK_SLOW=launch.parameter_slow(kind.vector),
             BLOCK_FAST=launch.PARAMETER_FAST,
-            num_warps=launch.WARPS,
+            **launch.OPTIONS,
         )
     _parameter_fold_kernel[(plan.folds.shape[0],)](
         plan.folds,
@@ -276,5 +278,5 @@ def _launch(plan: Plan, pointers: Tensor, parts: Tensor, rows: Tensor, columns: 
         columns.stride(0),
         BLOCK_PARTS=launch.PARAMETER_PARTS,
         BLOCK_UNITS=launch.FOLD_UNITS,
-        num_warps=launch.WARPS,
+        **launch.OPTIONS,
     )

@@ -112,7 +112,8 @@ def _write(  # type: ignore[no-untyped-def]
     begin, end = range_of(task_ptr, BLOCK, VECTOR, DENSE)
     w_ptr = pointer_of(weight_ptr, WEIGHT, W_TYPE, DENSE)
     mask_ptr = pointer_of(weight_ptr, MASK, tl.int8, DENSE)
-    masked = tl.load(weight_ptr + MASK) != 0
+    # Where there is no mask, none of it is read.
+    masked_end = tl.where(tl.load(weight_ptr + MASK) != 0, end, begin)
     philox, is_normal = tl.load(source_ptr), tl.load(source_ptr + 1) != 0
     for first in range(begin, end, BLOCK):
         position = first + tl.arange(0, BLOCK).to(tl.int64)
@@ -120,7 +121,7 @@ def _write(  # type: ignore[no-untyped-def]
         element = offset_of(weight_ptr, position, ELEMENT, DEPTH, DENSE)
         if BY == "masks":
             offset = offset_of(weight_ptr, position, MASK, DEPTH, DENSE)
-            flag = tl.load(mask_ptr + offset, mask=chosen & masked, other=1)
+            flag = tl.load(mask_ptr + offset, mask=position < masked_end, other=1)
             chosen &= flag != 0
         if BY == "selection":
             key, chosen = keys_of(
@@ -214,8 +215,7 @@ def resample_(
                 DEPTH=found.depth,
                 VECTOR=kind.vector,
                 BLOCK=launch.ELEMENT_BLOCK,
-                num_warps=launch.WARPS,
-                enable_fp_fusion=False,
+                **(launch.OPTIONS | {"enable_fp_fusion": False}),
             )
     for weight in weights:
         # What autograd saved of it is out of date.

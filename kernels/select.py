@@ -251,7 +251,7 @@ def selection_masks(
                 DEPTH=found.depth,
                 VECTOR=kind.vector,
                 BLOCK=launch.ELEMENT_BLOCK,
-                num_warps=launch.WARPS,
+                **launch.OPTIONS,
             )
     return masks
 
@@ -284,7 +284,7 @@ class _Histogram:
                 total,
                 BINS=DIGITS,
                 BLOCK=launch.ADD_BLOCK,
-                num_warps=launch.WARPS,
+                **launch.OPTIONS,
             )
             return total.cpu().numpy()
 
@@ -309,5 +309,5 @@ class _Histogram:
                 VECTOR=kind.vector,
                 BINS=DIGITS,
                 BLOCK=launch.HISTOGRAM_BLOCK,
-                num_warps=launch.HISTOGRAM_WARPS,
+                **(launch.OPTIONS | {"num_warps": launch.HISTOGRAM_WARPS}),
             )
