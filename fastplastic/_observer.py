@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from threading import RLock
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from fastplastic._parameters import WeightReader
 from fastplastic._readers import Reader, Readers
 from fastplastic._sums import Sums, fold_weights
-from fastplastic.kernels import activation_stats, gradient_stats
+from fastplastic.kernels._dispatch import activation_stats, gradient_stats, untraced
 from fastplastic.stats import STATISTICS, empty_table, merge_into
 from fastplastic.wiring import UnitGraph
 
@@ -56,17 +56,6 @@ class Observation:
     dropped: int
     masked: bool
     problems: Mapping[str, str]
-
-
-_Hook = TypeVar("_Hook", bound=Callable[..., Any])
-
-
-def _untraced(hook: _Hook) -> _Hook:
-    """Let torch.compile call a hook as it is, outside of the compiled graph."""
-    # The first, where there is one, loads the compiler at the first call only.
-    disable: Any = getattr(torch, "_disable_dynamo", torch.compiler.disable)
-    wrapped: _Hook = disable(hook)
-    return wrapped
 
 
 def in_backward() -> bool:
@@ -118,7 +107,7 @@ class Observer:
         self._hooked: set[str] = set()
         # Whether the current step is measured, and whether its forward pass is on.
         self._measuring = self._running = False
-        self._mask: Tensor | None = None
+        self._tokens: _Tokens | None = None
         self._sums: dict[torch.device, Sums] = {}
         self.reset()
 
@@ -164,7 +153,7 @@ class Observer:
         self._handles.clear()
         self._hooked.clear()
         self._measuring = self._running = False
-        self._mask = None
+        self._tokens = None
 
     def observation(self) -> Observation:
         """Return what was seen so far."""
@@ -192,7 +181,7 @@ class Observer:
                 self.weights.add(sums, here, gradients)
                 fold_weights(table, self.weights, sums)
 
-    @_untraced
+    @untraced
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Start a step: runs before the forward pass of the model."""
         if self.paused or in_backward():
@@ -207,27 +196,31 @@ class Observer:
             self._steps += 1
             self._samples += _samples([*args, *kwargs.values()])
             self._modes.add(mode_of(self.model))
-            self._mask = self._padding(kwargs)
+            self._tokens = self._unpadded_tokens(kwargs)
             self._factor = 1.0 if self._scale is None else self._scale()
             if self._parameters:
                 self._hook_parameters()
 
-    @_untraced
+    @untraced
     def _end(self, *_: Any) -> None:
         if not in_backward():
             self._running = False
 
-    def _padding(self, kwargs: Mapping[str, Any]) -> Tensor | None:
-        """Return a bool mask [batch, tokens] of the positions that count, or None for all."""
+    def _unpadded_tokens(self, kwargs: Mapping[str, Any]) -> "_Tokens | None":
+        """Return the tokens that count, or None for all."""
         mask = kwargs.get("attention_mask")
         # In an encoder-decoder the mask is for the encoder's tokens only.
         config = getattr(self.model, "config", None)
         if getattr(config, "is_encoder_decoder", False) or not isinstance(mask, Tensor):
             return None
-        if mask.ndim != 2 or bool((mask != 0).all()):
+        if mask.ndim != 2:
+            return None
+        # Here the host waits for a GPU, once in a step.
+        positions = mask.flatten().nonzero().flatten()
+        if positions.numel() == mask.numel():
             return None
         self._masked = True
-        return mask != 0
+        return _Tokens(mask.shape, positions)
 
     def _hook_parameters(self) -> None:
         named = dict(self.model.named_parameters(remove_duplicate=False))
@@ -239,19 +232,19 @@ class Observer:
                 hook = partial(self._see_parameter, name, weight)
                 self._handles.append(_hook_gradient(weight, hook))
 
-    @_untraced
+    @untraced
     def _see_output(
         self, readers: Sequence[Reader], _: nn.Module, args: tuple[Any, ...], output: Any
     ) -> None:
-        self._see(readers, [output])
+        self._see(readers, output)
 
-    @_untraced
+    @untraced
     def _see_input(
         self, readers: Sequence[Reader], _: nn.Module, args: tuple[Any, ...], kwargs: Any
     ) -> None:
-        self._see(readers, [*args, *kwargs.values()])
+        self._see(readers, (*args, *kwargs.values()))
 
-    def _see(self, readers: Sequence[Reader], values: Sequence[Any]) -> None:
+    def _see(self, readers: Sequence[Reader], values: Any) -> None:
         # During backward modules run again where activations are recomputed (checkpointing).
         again = in_backward()
         if self.paused or not (self._measuring if again else self._running):
@@ -266,7 +259,7 @@ class Observer:
             if reader.activations and not again:
                 self._read_activations(reader, tensor)
             if reader.gradients is not None and tensor.requires_grad:
-                _hook_gradient(tensor, partial(self._see_gradient, reader, self._mask))
+                _hook_gradient(tensor, partial(self._see_gradient, reader, self._tokens))
 
     def _fits(self, reader: Reader, tensor: Tensor) -> bool:
         inside = -tensor.ndim <= reader.axis < tensor.ndim and tensor.is_floating_point()
@@ -279,43 +272,41 @@ class Observer:
             self._problems.update(dict.fromkeys(reader.layers, text))
 
     def _read_activations(self, reader: Reader, tensor: Tensor) -> None:
-        with _reading(), self._lock:
-            x, axis = _unpadded(tensor.detach(), reader.axis, self._mask)
-            table = self._sums_on(x.device).activations
+        with self._lock:
+            x, axis = _unpadded(tensor.detach(), reader.axis, self._tokens)
+            sums = self._sums_on(x.device)
             for run in reader.activations:
                 size = run.stop - run.start
                 part = x if size == reader.channels else x.narrow(axis, run.start, size)
-                out = table[:, run.slot : run.slot + size]
-                activation_stats(part, axis, run.activation, out=out)
+                activation_stats(
+                    part, axis, run.activation, out=sums.of_activations(run.slot, size)
+                )
 
-    @_untraced
-    def _see_gradient(self, reader: Reader, mask: Tensor | None, gradient: Tensor) -> None:
+    @untraced
+    def _see_gradient(self, reader: Reader, tokens: "_Tokens | None", gradient: Tensor) -> None:
         if self.paused or not self._handles:
             return
         assert reader.gradients is not None
-        with _reading(), self._lock:
-            g, axis = _unpadded(gradient.detach(), reader.axis, mask)
-            table = self._sums_on(g.device).gradients
-            out = table[:, reader.gradients : reader.gradients + reader.channels]
+        with self._lock:
+            g, axis = _unpadded(gradient.detach(), reader.axis, tokens)
+            out = self._sums_on(g.device).of_gradients(reader.gradients, reader.channels)
             gradient_stats(g, axis, out=out)
 
-    @_untraced
+    @untraced
     def _see_parameter(self, name: str, weight: Tensor, gradient: Tensor) -> None:
         if self.paused or not self._measuring:
             return
         # Not from `.grad` when the backward pass is over: others may have added to it by then.
-        self._read_weights({name: weight}, {name: _dense(gradient)})
-
-    def _read_weights(self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
-        with _reading(), self._lock:
-            device = next(iter(weights.values())).device
-            self.weights.add(self._sums_on(device).parameters, weights, gradients)
-            self.weights_seen.update(weights)
+        with self._lock:
+            self._sums_on(weight.device).add_weight(name, weight.detach(), _dense(gradient))
+            self.weights_seen.add(name)
 
     def _sums_on(self, device: torch.device) -> Sums:
-        if device not in self._sums:
-            self._sums[device] = Sums.empty(self._readers, self.weights, device)
-        return self._sums[device]
+        sums = self._sums.get(device)
+        if sums is None:
+            with _reading():
+                sums = self._sums[device] = Sums.empty(self._readers, self.weights, device)
+        return sums
 
     def _fold(self) -> None:
         """Add the sums since the last time to the total, without the loss scale, and clear them."""
@@ -323,7 +314,7 @@ class Observer:
             tables = []
             for sums in self._sums.values():
                 table = empty_table(self.units)
-                sums.fold_into(table, self._readers, self.weights)
+                sums.fold_into(table, self._readers)
                 sums.clear()
                 tables.append(table)
             bad = sum(float(table[_NONFINITE_GRADIENTS].sum()) for table in tables)
@@ -355,10 +346,24 @@ def _reading() -> Iterator[None]:
         yield
 
 
-def _unpadded(x: Tensor, axis: int, mask: Tensor | None) -> tuple[Tensor, int]:
+@dataclass(frozen=True, eq=False)
+class _Tokens:
+    """The tokens that are no padding.
+
+    Attributes:
+        shape: (batch, tokens).
+        positions: int64, of those that count, with batch and tokens as one dimension.
+    """
+
+    shape: torch.Size
+    positions: Tensor
+
+
+def _unpadded(x: Tensor, axis: int, tokens: _Tokens | None) -> tuple[Tensor, int]:
     """Return x and its axis; [batch, tokens, channels] without padding is [positions, channels]."""
-    tokens = mask is not None and x.ndim == 3 and axis in (2, -1) and x.shape[:2] == mask.shape
-    return (x[mask], 1) if tokens else (x, axis)
+    if tokens is None or x.ndim != 3 or axis not in (2, -1) or x.shape[:2] != tokens.shape:
+        return x, axis
+    return x.flatten(0, 1).index_select(0, tokens.positions), 1
 
 
 def _hook_gradient(tensor: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
@@ -368,12 +373,10 @@ def _hook_gradient(tensor: Tensor, hook: Callable[[Tensor], None]) -> RemovableH
 
 def _first_tensor(values: Any) -> Tensor | None:
     """Return the first tensor in nested tuples and lists."""
-    for value in values:
-        if isinstance(value, (tuple, list)):
-            value = _first_tensor(value)
-        if isinstance(value, Tensor):
-            return value
-    return None
+    if isinstance(values, Tensor):
+        return values
+    nested = values if isinstance(values, (tuple, list)) else ()
+    return next((tensor for tensor in map(_first_tensor, nested) if tensor is not None), None)
 
 
 def _samples(values: Sequence[Any]) -> int:

@@ -12,7 +12,7 @@ from fastplastic.wiring import UnitGraph, UnitLayer
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """A weight, or one group of it, as the kernel takes it: units along dimension 0.
 
     Attributes:
@@ -41,6 +41,14 @@ class _Piece:
             weight = weight.narrow(0, self.part * size, size)
         return weight.transpose(0, 1) if self.transposed else weight
 
+    def of(self, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the parts of the tables of rows and of columns that its sums go to."""
+        rows, columns = tables
+        return (
+            rows[:, self.row : self.row + self.rows],
+            columns[:, self.column : self.column + self.columns],
+        )
+
 
 class WeightReader:
     """Reads weights and their gradients into tables of slots.
@@ -52,13 +60,14 @@ class WeightReader:
 
     Attributes:
         names: The names of the weights.
+        pieces: {name: what the kernel reads of the weight}.
         rows: Slots of the sums over incoming rows.
         columns: Slots of the sums over outgoing columns.
     """
 
     def __init__(self, graph: UnitGraph, starts: Mapping[str, int], model: nn.Module) -> None:
         self.rows, self.columns = SlotMap(), SlotMap()
-        self._pieces: dict[str, list[_Piece]] = {}
+        self.pieces: dict[str, list[Piece]] = {}
         shapes = {
             name: parameter.shape
             for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -67,7 +76,7 @@ class WeightReader:
         for name, forms in _forms(graph, shapes).items():
             if name in shapes:
                 self._reserve(name, shapes[name], *forms)
-        self.names = tuple(self._pieces)
+        self.names = tuple(self.pieces)
         for layer in graph.layers:
             self._map(layer, starts[layer.name])
 
@@ -84,7 +93,7 @@ class WeightReader:
             weights: {name: weight}, on the device of the tables.
             gradients: {name: gradient} of those that have one.
         """
-        pieces = [piece for name in self.names if name in weights for piece in self._pieces[name]]
+        pieces = [piece for name in self.names if name in weights for piece in self.pieces[name]]
         given = [piece.view(weights[piece.name].detach()) for piece in pieces]
         steps = [
             piece.view(gradients[piece.name]) if piece.name in gradients else None
@@ -93,12 +102,6 @@ class WeightReader:
         groups = [piece.groups for piece in pieces]
         if len(weights) == len(self.names):
             parameter_stats(given, steps, groups, out=tables)
-            return
-        if len(pieces) == 1:
-            row, column = pieces[0].row, pieces[0].column
-            rows = tables[0][:, row : row + pieces[0].rows]
-            columns = tables[1][:, column : column + pieces[0].columns]
-            parameter_stats(given, steps, groups, out=(rows, columns))
             return
         rows, columns = parameter_stats(given, steps, groups)
         tables[0][:, _slots((piece.row, piece.rows) for piece in pieces)] += rows
@@ -117,8 +120,8 @@ class WeightReader:
         rows, columns = shape[:2]
         if transposed:
             rows, columns = columns, rows // parts
-        self._pieces[name] = [
-            _Piece(
+        self.pieces[name] = [
+            Piece(
                 name, part, parts, transposed, groups, rows, groups * columns,
                 self.rows.reserve(rows), self.columns.reserve(groups * columns),
             )
@@ -128,11 +131,11 @@ class WeightReader:
     def _map(self, layer: UnitLayer, start: int) -> None:
         """Say which units the slots of its weight and of the weights that read it belong to."""
         units = torch.arange(start, start + layer.n_units)
-        for piece in self._pieces.get(layer.weight, ()):
+        for piece in self.pieces.get(layer.weight, ()):
             self.rows.add(piece.row, units[piece.part * piece.rows :][: piece.rows])
         for consumer in layer.consumers:
             columns = torch.where(consumer.unit_of_column >= 0, consumer.unit_of_column + start, -1)
-            for piece in self._pieces.get(consumer.weight, ()):
+            for piece in self.pieces.get(consumer.weight, ()):
                 first = piece.part * piece.columns
                 self.columns.add(piece.column, columns[first:][: piece.columns])
 

@@ -11,13 +11,8 @@ CUDA and ROCm tensors go to Triton kernels (`gpu`), CPU tensors to Numba kernels
 to plain PyTorch (`reference`), which is also what the other two are tested against.
 """
 
-from collections.abc import Callable, Sequence
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ._definitions import (
@@ -27,6 +22,7 @@ from ._definitions import (
     PARAMETER_COLUMNS,
     PARAMETER_ROWS,
 )
+from ._dispatch import backend, twin, untraced
 from ._law import Law
 from ._select_host import Selection
 
@@ -47,30 +43,8 @@ __all__ = [
     "selection_masks",
 ]
 
-_MODULES = {"triton": "gpu", "numba": "cpu", "pytorch": "reference"}
 
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def _untraced(function: _Function) -> _Function:
-    """Let torch.compile call a function as it is, outside of the compiled graph."""
-    # The first, where there is one, loads the compiler at the first call only.
-    disable: Any = getattr(torch, "_disable_dynamo", torch.compiler.disable)
-    wrapped: _Function = disable(function)
-    return wrapped
-
-
-def backend(device: torch.device | str) -> str:
-    """Return what tensors on this device are processed by: "triton", "numba" or "pytorch"."""
-    kind = torch.device(device).type
-    if kind == "cpu":
-        return "numba"
-    # ROCm devices are called cuda too. Triton is published for Linux only.
-    return "triton" if kind == "cuda" and _has_triton() else "pytorch"
-
-
-@_untraced
+@untraced
 def activation_stats(
     x: Tensor, unit_axis: int = 1, activation: str = "identity", *, out: Tensor | None = None
 ) -> Tensor:
@@ -87,17 +61,18 @@ def activation_stats(
     Returns:
         float64 [9, C] on the device of `x`, rows as in `ACTIVATION_ROWS`, in the unit of h. Where z
         or h is NaN or infinite, the position is counted in the last row and in no other. With
-        n = 0, min is +inf and max is -inf.
+        n = 0, min is +inf and max is -inf. Where `x` is of half precision, minima, maxima and zeros
+        are those of h in that precision; sums are of h in float32 (of float64 `x`, in float64).
 
     Raises:
         ValueError: The activation is unknown, `x` has no such axis or is not floating point, or
             `out` does not fit.
     """
-    table: Tensor = _twin(x, "activation_stats")(x, unit_axis, activation, out=out)
+    table: Tensor = twin(x, "activation_stats")(x, unit_axis, activation, out=out)
     return table
 
 
-@_untraced
+@untraced
 def gradient_stats(g: Tensor, unit_axis: int = 1, *, out: Tensor | None = None) -> Tensor:
     """Sum up the gradients to the activations of each unit.
 
@@ -113,11 +88,11 @@ def gradient_stats(g: Tensor, unit_axis: int = 1, *, out: Tensor | None = None) 
     Raises:
         ValueError: `g` has no such axis or is not floating point, or `out` does not fit.
     """
-    table: Tensor = _twin(g, "gradient_stats")(g, unit_axis, out=out)
+    table: Tensor = twin(g, "gradient_stats")(g, unit_axis, out=out)
     return table
 
 
-@_untraced
+@untraced
 def parameter_stats(
     weights: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
@@ -146,12 +121,12 @@ def parameter_stats(
         ValueError: The numbers of weights, gradients and groups differ, shapes do not fit, or a
             tensor is not floating point.
     """
-    twin = _twin(weights, "parameter_stats")
-    tables: tuple[Tensor, Tensor] = twin(weights, gradients, groups, out=out)
+    function = twin(weights, "parameter_stats")
+    tables: tuple[Tensor, Tensor] = function(weights, gradients, groups, out=out)
     return tables
 
 
-@_untraced
+@untraced
 def select(
     weights: Sequence[Tensor],
     gradients: Sequence[Tensor | None] | None,
@@ -183,14 +158,13 @@ def select(
         ValueError: The arguments do not fit together, or `count` is more than the caps and the
             eligible elements allow.
     """
-    twin = _twin(weights, "select")
-    chosen: Selection = twin(
+    chosen: Selection = twin(weights, "select")(
         weights, gradients, names, count, criterion=criterion, caps=caps, seed=seed
     )
     return chosen
 
 
-@_untraced
+@untraced
 def selection_masks(
     selection: Selection, weights: Sequence[Tensor], gradients: Sequence[Tensor | None] | None
 ) -> list[Tensor]:
@@ -204,11 +178,11 @@ def selection_masks(
     Raises:
         ValueError: The weights or gradients are not such as the selection can be of.
     """
-    masks: list[Tensor] = _twin(weights, "selection_masks")(selection, weights, gradients)
+    masks: list[Tensor] = twin(weights, "selection_masks")(selection, weights, gradients)
     return masks
 
 
-@_untraced
+@untraced
 def resample_(
     weights: Sequence[Tensor],
     names: Sequence[str],
@@ -238,18 +212,6 @@ def resample_(
     Raises:
         ValueError: The arguments do not fit together, or a weight is expanded.
     """
-    _twin(weights, "resample_")(
+    twin(weights, "resample_")(
         weights, names, laws, seed=seed, masks=masks, selection=selection, gradients=gradients
     )
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
-def _twin(tensors: Tensor | Sequence[Tensor], name: str) -> Any:
-    """Return the function of this name for the device of the tensors, loaded when first needed."""
-    first = tensors if isinstance(tensors, Tensor) else next(iter(tensors), None)
-    module = _MODULES[backend("cpu" if first is None else first.device)]
-    return getattr(import_module(f".{module}", __name__), name)

@@ -1,9 +1,10 @@
 """Numba: how blocks of memory become per-unit sums; what is summed up is said by `Sums`.
 
-A tensor [A, C, B] is seen as rows of lanes: the C * B elements of one index of A, where lane j
-belongs to unit (j // B) % C. Every lane sums up float32 values down the rows, several rows at a
-time; after at most `_ROWS` rows the lanes are folded into float64. Where A is too small for that
-and the B positions of a unit form a long run, the run itself is cut into rows of lanes.
+A tensor [A, C, B] is read in one of two ways. Where the B positions of a unit form a long run, each
+run is summed up in float32 in registers, and added to the unit in float64. Else it is seen as rows
+of lanes: the C * B elements of one index of A, where lane j belongs to unit (j // B) % C. Every
+lane sums up float32 values down the rows, several rows at a time; after at most `_ROWS` rows the
+lanes are folded into float64.
 
 Nothing looks for NaN on the way: where a sum of squares is not finite, that part of the block is
 read again element by element.
@@ -20,26 +21,23 @@ from numba import carray
 from torch import Tensor
 
 from ._cpu_compile import c_function, deferred
-from ._cpu_lock import LOCK
 from ._cpu_memory import LANES, double_at, int_at
-from ._cpu_tasks import run_tasks
-from ._layout import unit_views, view_of
+from ._cpu_plan import plan_of
+from ._cpu_tasks import LOCK, Work, scratch
+from ._layout import unit_views
 
 # Rows that are summed up in float32 at most.
 _ROWS = 2048
-# Found by timing shapes of ResNet-50 and ViT-B: what a long run is, and the most lanes of its rows;
-# rows shorter than `_LONG_ROW` are joined until they have about as many lanes.
-_LONG_RUN = 512
-_RUN_LANES = 512
-_LONG_ROW = 1024
-# A task has at least so many rows, and there are at most so many chunks of them, since each writes
-# partial results.
-_TASK_ROWS = 256
-_CHUNKS = 32
-# Lanes that LLVM takes in one turn of a loop.
-_VECTORS = 64
+# Elements that are summed up in registers at most, eight at a time or more.
+_RUN_PIECE = 1 << 14
 # Elements that are copied at a time.
 _PIECE = 1 << 18
+# Arguments of all kernels here: tensor, partial results, the table and its stride vary; then the
+# slope, chunks of the call, where tensor and results begin in bytes, what the merge needs (chunks,
+# statistics, units, positions, whether there are extremes), and what the kernel alone needs.
+_TENSOR, _PARTS, _TABLE, _STRIDE, _VARYING = range(5)
+_SLOPE, _CHUNKS, _OFFSET, _PARTS_OFFSET, _MERGE = range(4, 9)
+_OWN = 13
 # Row of the minimum among the statistics, where there is one; the maximum is in the next.
 _MIN = 3
 
@@ -57,7 +55,9 @@ class Sums(NamedTuple):
         fold: (lanes, begin, end, out, unit) -> whether all was finite and was added to the unit.
         fold_each: The same, but the lanes belong to as many units from that unit on.
         again: (address, rows, stride, begin, end, slope, out, unit), reads element by element what
-            `fold` refused.
+            `fold` or `keep` refused.
+        run: (address, count, slope) -> sums over adjacent elements, made in registers.
+        keep: (those sums, out, unit) -> whether all was finite and was added to the unit.
     """
 
     itemsize: int
@@ -69,6 +69,8 @@ class Sums(NamedTuple):
     fold: Any
     fold_each: Any
     again: Any
+    run: Any
+    keep: Any
 
 
 # What each kind of sums is made of, by its name. Kernels know the name alone, since only kernels
@@ -96,6 +98,10 @@ def _step(
 ) -> Any: ...
 def _fold(spec: Any, lanes: Any, begin: Any, end: Any, out: Any, unit: Any) -> Any: ...
 def _fold_each(spec: Any, lanes: Any, begin: Any, end: Any, out: Any, unit: Any) -> Any: ...
+
+
+def _run(spec: Any, address: Any, count: Any, slope: Any) -> Any: ...
+def _keep(spec: Any, found: Any, out: Any, unit: Any) -> Any: ...
 
 
 def _again(
@@ -143,6 +149,18 @@ def _(spec, lanes, begin, end, out, unit):  # type: ignore[no-untyped-def]
     return lambda spec, lanes, begin, end, out, unit: fold_each(lanes, begin, end, out, unit)
 
 
+@deferred(_run)
+def _(spec, address, count, slope):  # type: ignore[no-untyped-def]
+    run = sums_of(spec.literal_value).run
+    return lambda spec, address, count, slope: run(address, count, slope)
+
+
+@deferred(_keep)
+def _(spec, found, out, unit):  # type: ignore[no-untyped-def]
+    keep = sums_of(spec.literal_value).keep
+    return lambda spec, found, out, unit: keep(found, out, unit)
+
+
 @deferred(_again)
 def _(spec, address, rows, stride, begin, end, slope, out, unit):  # type: ignore[no-untyped-def]
     again = sums_of(spec.literal_value).again
@@ -160,9 +178,10 @@ def by_lanes(spec: str) -> Any:
     @c_function
     def kernel(arguments: Any, task: Any) -> Any:
         given = int_at(arguments)
-        address, parts, chunks, rows = given[0], given[2], given[3], given[4]
-        stride, width, run, units, tile = given[5], given[6], given[7], given[8], given[9]
-        slope = np.float32(double_at(arguments)[1])
+        address, parts = given[_TENSOR] + given[_OFFSET], given[_PARTS] + given[_PARTS_OFFSET]
+        chunks, rows, stride, width = given[_CHUNKS], given[_OWN], given[_OWN + 1], given[_OWN + 2]
+        run, units, tile = given[_OWN + 3], given[_OWN + 4], given[_OWN + 5]
+        slope = np.float32(double_at(arguments)[_SLOPE])
         tiles = (width + tile - 1) // tile
         chunk_rows = (rows + chunks - 1) // chunks
         chunk, left = task // tiles, task % tiles * tile
@@ -208,43 +227,33 @@ def by_lanes(spec: str) -> Any:
 
 @cache
 def by_runs(spec: str) -> Any:
-    """Return the kernel whose task is one unit, with long runs, in some indices of A."""
-    size, unroll, start = sums_of(spec).itemsize, sums_of(spec).unroll, sums_of(spec).start
+    """Return the kernel whose task is some units, with long runs, in some indices of A."""
+    size, start = sums_of(spec).itemsize, sums_of(spec).start
     statistics = len(start)
 
     @c_function
     def kernel(arguments: Any, task: Any) -> Any:
         given = int_at(arguments)
-        address, parts, chunks, ahead = given[0], given[2], given[3], given[4]
-        stride, units, unit_stride, length, width = given[5], given[6], given[7], given[8], given[9]
-        slope = np.float32(double_at(arguments)[1])
+        address, parts, chunks = given[_TENSOR], given[_PARTS], given[_CHUNKS]
+        ahead, stride, units = given[_OWN], given[_OWN + 1], given[_OWN + 2]
+        unit_stride, length, group = given[_OWN + 3], given[_OWN + 4], given[_OWN + 5]
+        slope = np.float32(double_at(arguments)[_SLOPE])
+        groups = (units + group - 1) // group
         chunk_size = (ahead + chunks - 1) // chunks
-        chunk, unit = task // units, task % units
-        rows = length // width
-        tail = length - rows * width
+        chunk, first_unit = task // groups, task % groups * group
+        last_unit = min(first_unit + group, units)
         out = carray(double_at(parts + chunk * statistics * units * 8), (statistics, units))
         for row in range(statistics):
-            out[row, unit] = start[row]
-        at_a_time = max(1, _ROWS * width // length)
-        end = min((chunk + 1) * chunk_size, ahead)
-        lanes = _new_lanes(spec)
-        for begin in range(chunk * chunk_size, end, at_a_time):
-            stop = min(begin + at_a_time, end)
-            first = address + (begin * stride + unit * unit_stride) * size
-            _clear(spec, lanes, width)
-            for index in range(stop - begin):
-                run = first + index * stride * size
-                done = 0
-                while done + unroll <= rows:
-                    _step(spec, lanes, run + done * width * size, width, unroll, width, slope)
-                    done += unroll
-                while done < rows:
-                    _step(spec, lanes, run + done * width * size, width, 1, width, slope)
-                    done += 1
-                if tail > 0:
-                    _step(spec, lanes, run + rows * width * size, width, 1, tail, slope)
-            if not _fold(spec, lanes, 0, width, out, unit):
-                _again(spec, first, stop - begin, stride, 0, length, slope, out, unit)
+            for unit in range(first_unit, last_unit):
+                out[row, unit] = start[row]
+        for index in range(chunk * chunk_size, min((chunk + 1) * chunk_size, ahead)):
+            for unit in range(first_unit, last_unit):
+                run = address + (index * stride + unit * unit_stride) * size
+                for begin in range(0, length, _RUN_PIECE):
+                    piece, count = run + begin * size, min(_RUN_PIECE, length - begin)
+                    found = _run(spec, piece, count, slope)
+                    if not _keep(spec, found, out, unit):
+                        _again(spec, piece, 1, 0, 0, count, slope, out, unit)
 
     return kernel
 
@@ -260,102 +269,58 @@ def add_sums(spec: str, x: Tensor, axis: int, slope: float, table: Tensor) -> No
         table: float64 [1 + statistics, units] with adjacent columns: the number of elements, then
             the statistics, of which the last is the number of those left out.
     """
-    plan = _plan(x.shape, x.stride(), axis, sums_of(spec).unroll)
-    if plan is not None:
-        _add(spec, x.data_ptr(), plan, slope, table)
+    reading = _reading(spec, x.shape, x.stride(), axis, slope)
+    if reading is not None:
+        _add(reading, x.data_ptr(), table)
         return
     for first, view in unit_views(x, axis):
         # Views that are not adjacent in memory are copied, in pieces.
         size = max(1, _PIECE // (view.shape[1] * view.shape[2]))
         for piece in torch.split(view, size):
             piece = piece.contiguous()
-            plan = _plan(piece.shape, piece.stride(), 1, sums_of(spec).unroll)
-            assert plan is not None
-            part = table[:, first : first + piece.shape[1]]
-            _add(spec, piece.data_ptr(), plan, slope, part)
+            reading = _reading(spec, piece.shape, piece.stride(), 1, slope)
+            assert reading is not None
+            _add(reading, piece.data_ptr(), table[:, first : first + piece.shape[1]])
 
 
-class _Plan(NamedTuple):
-    """How a tensor [A, C, B] is read.
+class _Reading(NamedTuple):
+    """What reads a tensor with a shape and strides: kernels in turn, and float64 of scratch."""
 
-    Attributes:
-        units: C.
-        positions: A * B.
-        chunks: Number of partial results.
-        runs: Tasks and arguments of the kernel for runs, or None.
-        lanes: For each call of the kernel for lanes: tasks, first element, first partial result,
-            how many of them, and its arguments.
-    """
-
-    units: int
-    positions: int
-    chunks: int
-    runs: tuple[int, tuple[int, ...]] | None
-    lanes: tuple[tuple[int, int, int, int, tuple[int, ...]], ...]
+    works: tuple[Work, ...]
+    scratch: int
 
 
 @lru_cache(maxsize=4096)
-def _plan(shape: tuple[int, ...], strides: tuple[int, ...], axis: int, unroll: int) -> _Plan | None:
-    """Return how to read a tensor with these strides; None where pieces must be copied."""
-    view = view_of(shape, strides, axis)
-    if math.prod(shape) == 0:
-        return _Plan(shape[axis], 0, 0, None, ())
-    if view is None:
-        return None
-    (ahead, units, behind), (stride, unit_stride, inner) = view
-    if behind >= _LONG_RUN and ahead < unroll and inner == 1:
-        # As many rows as are taken at a time, or a multiple.
-        rounds = -(-behind // (unroll * _RUN_LANES))
-        width = max(_VECTORS, behind // (unroll * rounds) // _VECTORS * _VECTORS)
-        chunks = _chunks(ahead * behind // width, ahead)
-        arguments = (ahead, stride, units, unit_stride, behind, width)
-        return _Plan(units, ahead * behind, chunks, (chunks * units, arguments), ())
-    if behind > 1 and (inner != 1 or (units > 1 and unit_stride != behind)):
-        return None
-    if behind == 1 and units > 1 and unit_stride != 1:
-        return None
-    row = units * behind
-    joined = max(1, min(_LONG_ROW // row, ahead // unroll)) if stride == row else 1
-    rows, rest = divmod(ahead, joined)
-    # Whole units and, if possible, whole vectors: what is left over goes lane by lane.
-    tile = behind * _VECTORS // math.gcd(behind, _VECTORS)
-    tile = behind if tile > 8 * LANES else -(-LANES // tile) * tile
-    tile = tile if joined == 1 else joined * row
-    chunks = _chunks(rows, rows)
-    wide = (rows, joined * stride, joined * row, behind, units, tile)
-    calls = [(chunks * -(-joined * row // tile), 0, 0, chunks, wide)]
-    if rest:
-        narrow = (rest, row, row, behind, units, tile)
-        calls.append((-(-row // tile), rows * joined * row, chunks, 1, narrow))
-    return _Plan(units, ahead * behind, chunks + (rest > 0), None, tuple(calls))
-
-
-def _add(spec: str, address: int, plan: _Plan, slope: float, table: Tensor) -> None:
+def _reading(
+    spec: str, shape: tuple[int, ...], strides: tuple[int, ...], axis: int, slope: float
+) -> _Reading | None:
+    """Prepare to read a tensor; None where pieces must be copied."""
     sums = sums_of(spec)
-    statistics = len(sums.start)
-    bits = int(np.float64(slope).view(np.int64))
+    plan = plan_of(shape, strides, axis, sums.unroll)
+    if plan is None:
+        return None
+    statistics, bits = len(sums.start), int(np.float64(slope).view(np.int64))
     size = statistics * plan.units
+    merge = (plan.chunks, statistics, plan.units, plan.positions, int(math.inf in sums.start))
+    calls = [(by_lanes, *call) for call in plan.lanes]
+    if plan.runs is not None:
+        tasks, own = plan.runs
+        calls = [(by_runs, tasks, 0, 0, plan.chunks, own)]
+    works = []
+    for number, (kernel_of, tasks, element, first, chunks, own) in enumerate(calls, start=1):
+        fixed = (bits, chunks, element * sums.itemsize, first * size * 8, *merge, *own)
+        # The last one puts the partial results of all together.
+        after = _merge_kernel() if number == len(calls) else None
+        works.append(Work(kernel_of(spec), tasks, fixed, varying=_VARYING, after=after))
+    return _Reading(tuple(works), plan.chunks * size)
+
+
+def _add(reading: _Reading, address: int, table: Tensor) -> None:
+    target, stride = table.data_ptr(), table.stride(0)
     with LOCK:
-        parts = _scratch(plan.chunks * size)
-        if plan.runs is not None:
-            tasks, arguments = plan.runs
-            run_tasks(by_runs(spec), tasks, address, bits, parts, plan.chunks, *arguments)
-        for tasks, element, first, chunks, arguments in plan.lanes:
-            start, out = address + element * sums.itemsize, parts + first * size * 8
-            run_tasks(by_lanes(spec), tasks, start, bits, out, chunks, *arguments)
-        target = (table.data_ptr(), table.stride(0), plan.positions, int(math.inf in sums.start))
-        run_tasks(_merge_kernel(), 1, parts, plan.chunks, statistics, plan.units, *target)
-
-
-_buffer = np.empty(0)
-
-
-def _scratch(size: int) -> int:
-    """Return the address of so many float64, in the same place while that is big enough."""
-    global _buffer
-    if _buffer.size < size:
-        _buffer = np.empty(size)
-    return int(_buffer.ctypes.data)
+        parts = scratch(reading.scratch)
+        for work in reading.works:
+            work.run(address, parts, target, stride)
 
 
 @cache
@@ -365,11 +330,11 @@ def _merge_kernel() -> Any:
     @c_function
     def kernel(arguments: Any, task: Any) -> Any:
         given = int_at(arguments)
-        chunks, statistics, units, stride = given[1], given[2], given[3], given[5]
-        count, extremes = given[6], given[7]
-        table = double_at(given[4])
+        chunks, statistics, units = given[_MERGE], given[_MERGE + 1], given[_MERGE + 2]
+        count, extremes = given[_MERGE + 3], given[_MERGE + 4]
+        table, stride = double_at(given[_TABLE]), given[_STRIDE]
         for chunk in range(chunks):
-            parts = double_at(given[0] + chunk * statistics * units * 8)
+            parts = double_at(given[_PARTS] + chunk * statistics * units * 8)
             for row in range(statistics):
                 for unit in range(units):
                     value, at = parts[row * units + unit], (row + 1) * stride + unit
@@ -385,7 +350,3 @@ def _merge_kernel() -> Any:
             table[unit] += count
 
     return kernel
-
-
-def _chunks(rows: int, most: int) -> int:
-    return max(1, min(rows // _TASK_ROWS, most, _CHUNKS))

@@ -6,17 +6,14 @@ over contiguous buffers that the compiler vectorises. bfloat16 and float16, whic
 know, are read through their bits.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
-import torch
-from numba import config, get_num_threads, njit, set_num_threads, types
+from numba import njit, types
 from numba.extending import intrinsic
 
 from ._cpu_compile import cached
-from ._cpu_lock import LOCK
 from ._cpu_memory import byte_at, double_at, float_at, short_at
 from ._elements import ELEMENT, GRADIENT, MASK, WEIGHT
 from ._select_host import CRITERIA, Selection
@@ -100,23 +97,9 @@ def compiled(function: Function) -> Function:
 
 
 def kernel(function: Function) -> Function:
-    """Compile a function with a parallel loop."""
-    result: Any = cached(njit, function, nogil=True, parallel=True)
+    """Compile a function that threads run at the same time, each taking tasks from a counter."""
+    result: Any = cached(njit, function, nogil=True)
     return cast(Function, result)
-
-
-@contextmanager
-def threads(most: int | None = None) -> Iterator[int]:
-    """Let kernels run on as many threads as PyTorch uses, or fewer, and no others meanwhile."""
-    with LOCK:
-        before = get_num_threads()
-        # Numba sets its options at run time, so type checkers do not know them.
-        count = min(most or torch.get_num_threads(), vars(config)["NUMBA_NUM_THREADS"])
-        set_num_threads(count)
-        try:
-            yield count
-        finally:
-            set_num_threads(before)
 
 
 @compiled

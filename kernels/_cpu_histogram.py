@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import prange
 
 from ._cpu_elements import (
     BLOCK,
@@ -23,9 +22,9 @@ from ._cpu_elements import (
     kernel,
     new_block,
     philox,
-    threads,
 )
 from ._cpu_memory import next_task
+from ._cpu_tasks import on_threads
 from ._elements import Table, Walks, tasks
 from ._select_host import CRITERIA, DIGITS, Query
 
@@ -110,11 +109,10 @@ class Histogram:
             return self._all()
         digit = _digit(query)
         # To wake threads takes longer than to look at what was kept.
-        with threads(1 if self._has_kept(digit) else None) as n:
-            turn = np.zeros(n, dtype=np.int64)
-            counts = _refine(
-                self._criterion, digit, self._walk, self._pieces, turn, self._ties, self._kept
-            )
+        most = 1 if self._has_kept(digit) else None
+        counts, turn = np.zeros((len(self._pieces), DIGITS), dtype=np.int32), np.zeros(1, np.int64)
+        shared = (self._walk, self._pieces, turn, self._ties, self._kept, counts)
+        on_threads(_refine, self._criterion, digit, *shared, most=most)
         return self._fold(counts)
 
     def _all(self) -> Table:
@@ -145,9 +143,9 @@ class Histogram:
         return low, high
 
     def _scan(self, pieces: Table, most: int | None = None) -> Table:
-        with threads(most) as n:
-            turn = np.zeros(n, dtype=np.int64)
-            counts = _scan(self._criterion, self._walk, pieces, turn, self._kept)
+        counts, turn = np.empty((len(pieces), DIGITS), dtype=np.int32), np.zeros(1, np.int64)
+        shared = (self._walk, pieces, turn, self._kept, counts)
+        on_threads(_scan, self._criterion, *shared, most=most)
         table = self._fold(counts)
         table[:, _DIGITS_OF_NAN:] = 0
         return table
@@ -174,19 +172,16 @@ def _digit(query: Query) -> Digit:
 
 
 @kernel
-def _scan(criterion: int, walk: Walks, pieces: Table, turn: Any, kept: Kept) -> Any:
+def _scan(criterion: int, walk: Walks, pieces: Table, turn: Any, kept: Kept, counts: Any) -> None:
     """Count the first digits of the keys of each task, int32 [n_tasks, DIGITS], and keep some."""
-    counts = np.empty((len(pieces), DIGITS), dtype=np.int32)
-    for _ in prange(turn.size):
-        block = new_block()
-        # Four counters for one digit: else each increment waits for the one before.
-        lanes = np.empty((4, _FIRST_DIGITS), dtype=np.int32)
+    block = new_block()
+    # Four counters for one digit: else each increment waits for the one before.
+    lanes = np.empty((4, _FIRST_DIGITS), dtype=np.int32)
+    t = next_task(turn.ctypes.data)
+    while t < len(pieces):
+        _scan_task(criterion, walk, pieces[t], kept, t, block, lanes)
+        _add_lanes(lanes, counts[t])
         t = next_task(turn.ctypes.data)
-        while t < len(pieces):
-            _scan_task(criterion, walk, pieces[t], kept, t, block, lanes)
-            _add_lanes(lanes, counts[t])
-            t = next_task(turn.ctypes.data)
-    return counts
 
 
 @compiled
@@ -264,18 +259,16 @@ def _fold(counts: Any, pieces: Table, table: Table) -> None:
 
 @kernel
 def _refine(
-    criterion: int, digit: Digit, walk: Walks, pieces: Table, turn: Any, ties: Any, kept: Kept
-) -> Any:
+    criterion: int, digit: Digit, walk: Walks, pieces: Table, turn: Any, ties: Any,
+    kept: Kept, counts: Any,
+) -> None:  # fmt: skip
     """Count a digit of what has the prefix in each task, int32 [n_tasks, DIGITS]."""
-    counts = np.zeros((len(pieces), DIGITS), dtype=np.int32)
-    for _ in prange(turn.size):
-        block = new_block()
+    block = new_block()
+    t = next_task(turn.ctypes.data)
+    while t < len(pieces):
+        if digit.prefixes[pieces[t, 0]] >= 0:
+            _refine_task(criterion, digit, walk, pieces[t], ties, kept, t, block, counts[t])
         t = next_task(turn.ctypes.data)
-        while t < len(pieces):
-            if digit.prefixes[pieces[t, 0]] >= 0:
-                _refine_task(criterion, digit, walk, pieces[t], ties, kept, t, block, counts[t])
-            t = next_task(turn.ctypes.data)
-    return counts
 
 
 @compiled

@@ -9,6 +9,8 @@ import numpy as np
 
 # Elements of a task, and the lines that are summed up in float32 at most.
 _TASK, _LINES = 1 << 17, 512
+# A weight that is read alone makes so many tasks, but none of fewer lines.
+_LEAST_TASKS, _FEW_LINES = 4, 32
 
 
 class Matrix(NamedTuple):
@@ -71,11 +73,10 @@ def _cycle(shape: tuple[int, ...], dims: Sequence[int], dim: int) -> tuple[int, 
     return shape[dim], math.prod(shape[d] for d in dims[dims.index(dim) + 1 :])
 
 
-# Columns of a plan: addresses and places are filled in at each launch.
+# Columns of a plan, the first four for addresses and places.
 FIELDS = 13
 
 
-@lru_cache(maxsize=64)
 def tasks_of(matrices: tuple[Matrix, ...]) -> tuple[Any, Any, int]:
     """Return the plan int64 [weights, fields], the tasks (weight, first, last segment), slots.
 
@@ -86,6 +87,9 @@ def tasks_of(matrices: tuple[Matrix, ...]) -> tuple[Any, Any, int]:
     for index, matrix in enumerate(matrices):
         per_group = matrix.lines // matrix.groups
         lines = max(1, min(_LINES, per_group))
+        if len(matrices) == 1:
+            # Else a single weight would be the work of one thread.
+            lines = min(lines, max(_FEW_LINES, -(-matrix.lines // _LEAST_TASKS)))
         cuts = -(-per_group // lines)
         segments = matrix.groups * cuts
         plan.append([

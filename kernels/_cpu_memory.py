@@ -49,12 +49,15 @@ def _pointer_to(kind: Any) -> Any:
 
 
 def _generate_next(typing: Any, counter: Any) -> Any:
-    """Return the int64 at an address, and add 1 to it; no two threads get the same."""
+    """Return the int64 at an address, and add 1 to it; no two threads get the same.
+
+    Whoever gets a number sees all that was written before the lower ones were taken.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         one = context.get_constant(types.int64, 1)
         pointer = builder.inttoptr(arguments[0], one.type.as_pointer())
-        return builder.atomic_rmw("add", pointer, one, "monotonic")
+        return builder.atomic_rmw("add", pointer, one, "acq_rel")
 
     return types.int64(types.int64), generate
 
@@ -118,3 +121,11 @@ def total_of(lane: Any, begin: Any, end: Any) -> Any:
     for j in range(begin, end):
         total += np.float64(lane[j])
     return total
+
+
+@inline
+def add_each(lane: Any, begin: Any, end: Any, out: Any, row: Any, unit: Any) -> None:
+    """Add lanes to one statistic of as many units."""
+    target = out[row, unit : unit + end - begin]
+    for j in range(end - begin):
+        target[j] += lane[begin + j]

@@ -10,7 +10,7 @@ of one weight. Where a sum is not finite, that line or lane is read again elemen
 """
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from . import reference
 from ._cpu_compile import c_function, deferred, inline, inline_sums
 from ._cpu_lines import FIELDS, Matrix, matrix_of, tasks_of
 from ._cpu_memory import LANES, LOADERS, NAMES, double_at, float_lanes, int_at, total_of
-from ._cpu_tasks import run_tasks
+from ._cpu_tasks import LOCK, Work, scratch
 from ._definitions import parameter_tables
 
 F = np.float32
@@ -29,6 +29,10 @@ _LARGEST = np.finfo(np.float32).max
 # Sums that are made in both directions; each table takes its own.
 _W, _W2, _DW, _DW2, _WDW_SIZE, _WDW, _BAD = range(7)
 _SUMS = 7
+# Arguments of the kernels: partial results, the tables along and across lines with their strides,
+# plan and tasks. Only the last two are always the same.
+_PARTS, _ALONG, _ALONG_STRIDE, _ACROSS, _ACROSS_STRIDE, _PLAN, _OF_TASKS = range(7)
+_VARYING = 5
 
 
 def parameter_stats(
@@ -100,22 +104,51 @@ def _by_reference(
 
 
 def _launch(spec: str, entries: Sequence[_Entry], tables: tuple[Tensor, Tensor]) -> None:
-    by_columns = entries[0].matrix.by_columns
+    launch = _prepared(
+        spec, tuple(entry.matrix for entry in entries), tuple(entry.place for entry in entries)
+    )
     # Sums along a line go to the table of its own direction, those across lines to the other.
-    along, across = tables[::-1] if by_columns else tables
-    plan, tasks, slots = tasks_of(tuple(entry.matrix for entry in entries))
-    plan = plan.copy()
-    plan[:, 0] = [entry.weight.data_ptr() for entry in entries]
-    plan[:, 1] = [0 if e.gradient is None else e.gradient.data_ptr() for e in entries]
-    places = np.array([entry.place for entry in entries], dtype=np.int64)
-    plan[:, 2:4] = places[:, ::-1] if by_columns else places
-    parts = np.zeros((slots, _SUMS))
-    shared = (
-        plan.ctypes.data, tasks.ctypes.data, parts.ctypes.data, slots, along.data_ptr(),
-        along.stride(0), across.data_ptr(), across.stride(0),
-    )  # fmt: skip
-    run_tasks(_read_kernel(spec), len(tasks), *shared)
-    run_tasks(_fold_kernel(spec), len(entries), *shared)
+    along, across = tables[::-1] if entries[0].matrix.by_columns else tables
+    target = (along.data_ptr(), along.stride(0), across.data_ptr(), across.stride(0))
+    with LOCK:
+        for row, entry in enumerate(entries):
+            launch.plan[row, 0] = entry.weight.data_ptr()
+            if entry.gradient is not None:
+                launch.plan[row, 1] = entry.gradient.data_ptr()
+        parts = scratch(launch.scratch)
+        for work in launch.works:
+            work.run(parts, *target)
+
+
+class _Launch(NamedTuple):
+    """What reads weights of given shapes: kernels in turn, and float64 of scratch.
+
+    Attributes:
+        plan: int64 [weights, fields]; addresses go to the first two fields.
+        tasks: int64 [tasks, 3], kept alive for the kernels.
+    """
+
+    works: tuple[Work, ...]
+    scratch: int
+    plan: Any
+    tasks: Any
+
+
+@lru_cache(maxsize=4096)
+def _prepared(
+    spec: str, matrices: tuple[Matrix, ...], places: tuple[tuple[int, int], ...]
+) -> _Launch:
+    """Prepare to read weights whose sums have these places in the tables."""
+    plan, tasks, slots = tasks_of(matrices)
+    found = np.array(places, dtype=np.int64)
+    plan[:, 2:4] = found[:, ::-1] if matrices[0].by_columns else found
+    fixed = (plan.ctypes.data, tasks.ctypes.data)
+    read, fold = _read_kernel(spec), _fold_kernel(spec)
+    works = [Work(read, len(tasks), fixed, varying=_VARYING, after=fold)]
+    if len(matrices) > 1:
+        launches = ((read, len(tasks)), (fold, len(matrices)))
+        works = [Work(kernel, number, fixed, varying=_VARYING) for kernel, number in launches]
+    return _Launch(tuple(works), slots * _SUMS, plan, tasks)
 
 
 def _line_step(spec: Any, lanes: Any, weight: Any, gradient: Any, width: Any) -> Any:
@@ -223,14 +256,14 @@ def _read_kernel(spec: str) -> Any:
     @c_function
     def kernel(arguments: Any, task: Any) -> Any:
         given = int_at(arguments)
-        chosen = int_at(given[1] + task * 24)
-        plan = int_at(given[0] + chosen[0] * (FIELDS * 8))
+        chosen = int_at(given[_OF_TASKS] + task * 24)
+        plan = int_at(given[_PLAN] + chosen[0] * (FIELDS * 8))
         stride, length = plan[5], plan[4]
         sums = np.empty(_SUMS)
         lanes = (float_lanes(), float_lanes(), float_lanes(), float_lanes(), float_lanes())
         for segment in range(chosen[1], chosen[2]):
             first, lines = _lines_of(segment, plan[8], plan[9], plan[10])
-            parts = given[2] + (plan[11] + segment * length) * (_SUMS * 8)
+            parts = given[_PARTS] + (plan[11] + segment * length) * (_SUMS * 8)
             for left in range(0, length, LANES):
                 width = min(LANES, length - left)
                 w = plan[0] + (first * stride + left) * size
@@ -241,8 +274,8 @@ def _read_kernel(spec: str) -> Any:
                 for line in range(lines):
                     w_line, d_line = w + line * stride * size, d + line * stride * step_size
                     _sum_line(spec, lanes, w_line, d_line, width, sums)
-                    target = double_at(given[4] + (plan[2] + first + line) * 8)
-                    _store(target, given[5], sums, width, step_size > 0, not by_columns)
+                    target = double_at(given[_ALONG] + (plan[2] + first + line) * 8)
+                    _store(target, given[_ALONG_STRIDE], sums, width, step_size > 0, not by_columns)
                 if not _keep_lanes(lanes, width, parts + left * 8, length, by_columns):
                     for j in range(width):
                         target = double_at(parts + (left + j) * 8)
@@ -288,6 +321,9 @@ def _keep_lanes(lanes: Any, width: Any, parts: Any, length: Any, by_columns: Any
         _copy(products, width, parts + _WDW_SIZE * length * 8)
     else:
         _copy(products, width, parts + _WDW * length * 8)
+    bad = double_at(parts + _BAD * length * 8)
+    for j in range(width):
+        bad[j] = 0
     return True
 
 
@@ -336,23 +372,29 @@ def _fold_kernel(spec: str) -> Any:
     """Return the kernel whose task adds up the slots of a weight."""
     has_gradient = spec.split(":")[1] != "none"
     by_columns = spec.endswith("columns")
+    # What lanes give; the other slots were not written.
+    made = (_W, _W2, _DW, _DW2, _WDW_SIZE, _BAD) if by_columns else (_W, _W2, _WDW, _BAD)
 
     @c_function
     def kernel(arguments: Any, task: Any) -> Any:
         given = int_at(arguments)
-        plan = int_at(given[0] + task * (FIELDS * 8))
+        plan = int_at(given[_PLAN] + task * (FIELDS * 8))
         length, repeat, period, per_group, cuts = plan[4], plan[6], plan[7], plan[8], plan[9]
         sums = np.empty(_SUMS)
         for group in range(plan[12]):
-            first = double_at(given[2] + (plan[11] + group * cuts * length) * (_SUMS * 8))
+            first = double_at(given[_PARTS] + (plan[11] + group * cuts * length) * (_SUMS * 8))
             for cut in range(1, cuts):
-                for i in range(_SUMS * length):
-                    first[i] += first[cut * _SUMS * length + i]
-            for q in range(length):
-                for which in range(_SUMS):
-                    sums[which] = first[which * length + q]
-                unit = group * period + q // repeat % period
-                target = double_at(given[6] + (plan[3] + unit) * 8)
-                _store(target, given[7], sums, per_group, has_gradient, by_columns)
+                for which in made:
+                    for q in range(which * length, (which + 1) * length):
+                        first[q] += first[cut * _SUMS * length + q]
+            for begin in range(0, length, repeat):
+                for which in made:
+                    sums[which] = 0
+                    for q in range(which * length + begin, which * length + begin + repeat):
+                        sums[which] += first[q]
+                unit = group * period + begin // repeat % period
+                target = double_at(given[_ACROSS] + (plan[3] + unit) * 8)
+                count = per_group * repeat
+                _store(target, given[_ACROSS_STRIDE], sums, count, has_gradient, by_columns)
 
     return kernel

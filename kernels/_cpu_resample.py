@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import prange
-from torch import Tensor
+from torch import Tensor, get_num_threads
 from torch.autograd.graph import increment_version
 
 from ._cpu_elements import (
@@ -29,9 +28,9 @@ from ._cpu_elements import (
     new_block,
     offset_of,
     philox,
-    threads,
 )
 from ._cpu_memory import double_at, float_at, next_task, short_at
+from ._cpu_tasks import on_threads
 from ._element_checks import Gradients, check_resample
 from ._elements import MASK, WEIGHT, Table, Walks, tasks, walks
 from ._law import CENTRE, LEAST, LOG, LOG_HIGH, LOG_LOW, SQRT_2, TAIL, Law
@@ -89,9 +88,8 @@ def resample_(
     )
     choice = _NO_CHOICE if selection is None else choice_of(selection)
     by = _MASKS if masks is not None else _ALL if selection is None else _SELECTION
-    with threads() as n_threads:
-        pieces = tasks(walk.counts, n_threads)
-        _resample(by, choice, source, walk, pieces, np.zeros(n_threads, dtype=np.int64))
+    pieces = tasks(walk.counts, get_num_threads())
+    on_threads(_resample, by, choice, source, walk, pieces, np.zeros(1, dtype=np.int64))
     # Written behind the back of autograd, which has to know.
     increment_version([weight for weight in weights if not weight.is_inference()])
 
@@ -100,17 +98,16 @@ def resample_(
 def _resample(
     by: int, choice: Choice, source: Source, walk: Walks, pieces: Table, turn: Any
 ) -> None:
-    for _ in prange(turn.size):
-        block = new_block()
-        values = np.empty(BLOCK, dtype=np.float32)
+    block = new_block()
+    values = np.empty(BLOCK, dtype=np.float32)
+    t = next_task(turn.ctypes.data)
+    while t < len(pieces):
+        w, start, stop = pieces[t]
+        for position in range(start, stop, BLOCK):
+            n = min(BLOCK, stop - position)
+            _choose(by, choice, walk, w, position, n, block)
+            _write(source, walk, w, position, n, block, values)
         t = next_task(turn.ctypes.data)
-        while t < len(pieces):
-            w, start, stop = pieces[t]
-            for position in range(start, stop, BLOCK):
-                n = min(BLOCK, stop - position)
-                _choose(by, choice, walk, w, position, n, block)
-                _write(source, walk, w, position, n, block, values)
-            t = next_task(turn.ctypes.data)
 
 
 @compiled

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import prange
 from torch import Tensor
 
 from ._cpu_elements import (
@@ -18,10 +17,10 @@ from ._cpu_elements import (
     kernel,
     new_block,
     offset_of,
-    threads,
 )
 from ._cpu_histogram import Histogram
 from ._cpu_memory import byte_at, next_task
+from ._cpu_tasks import on_threads
 from ._element_checks import Gradients, check_select, check_selection
 from ._elements import MASK, Table, Walks, tasks, walks
 from ._select_host import Selection, select_with
@@ -60,9 +59,8 @@ def selection_masks(
     check_selection(selection, weights, gradients)
     masks = [torch.empty(weight.shape, dtype=torch.bool) for weight in weights]
     walk = _walks(selection.criterion, weights, gradients, masks)
-    with threads() as n_threads:
-        pieces = tasks(walk.counts, n_threads)
-        _mark(choice_of(selection), walk, pieces, np.zeros(n_threads, dtype=np.int64))
+    pieces = tasks(walk.counts, torch.get_num_threads())
+    on_threads(_mark, choice_of(selection), walk, pieces, np.zeros(1, dtype=np.int64))
     return masks
 
 
@@ -80,12 +78,11 @@ def _walks(
 @kernel
 def _mark(choice: Choice, walk: Walks, pieces: Table, turn: Any) -> None:
     """Write the masks."""
-    for _ in prange(turn.size):
-        block = new_block()
+    block = new_block()
+    t = next_task(turn.ctypes.data)
+    while t < len(pieces):
+        _mark_task(choice, walk, pieces[t], block)
         t = next_task(turn.ctypes.data)
-        while t < len(pieces):
-            _mark_task(choice, walk, pieces[t], block)
-            t = next_task(turn.ctypes.data)
 
 
 @compiled

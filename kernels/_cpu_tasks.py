@@ -1,10 +1,14 @@
-"""Run compiled tasks on all threads: the one parallel loop of the CPU kernels.
+"""Run compiled tasks on all threads.
 
-A kernel is a C function (arguments, task) that reads its arguments from an array of int64, so it
-knows nothing of threads, compiles fast and is cached on disk.
+Kernels of `Work`, called many times in a step, are C functions (arguments, task) that read their
+arguments from an array of int64, and run on the threads of torch. Those of `on_threads`, called a
+few times for all weights together, are functions that take tasks themselves.
 """
 
 import ctypes
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -12,31 +16,88 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import cfunc, config, njit, prange, set_num_threads, types
+from numba import cfunc, types
 from numba.extending import intrinsic
 from torch import get_num_threads
 
 from ._cpu_compile import cached, inline
-from ._cpu_lock import LOCK
 from ._cpu_memory import int_at, next_task
 
+# Words in front of the arguments: the next task, how many are done, the addresses of the kernel and
+# of what follows the last task (or 0), and the number of tasks.
+_NEXT, _DONE, _KERNEL, _AFTER, _TASKS, _HEAD = range(6)
 
-def run_tasks(kernel: Any, tasks: int, *arguments: int) -> None:
-    """Call the C function `kernel` for each task, on as many threads as torch uses.
+
+# Whoever uses the scratch memory or prepared work holds it: hooks run on several threads.
+LOCK = threading.Lock()
+_buffer = np.empty(0)
+_buffer_address = 0
+
+
+def scratch(size: int) -> int:
+    """Return the address of so many float64, in the same place while that is big enough."""
+    global _buffer, _buffer_address
+    if _buffer.size < size:
+        _buffer = np.empty(size)
+        _buffer_address = int(_buffer.ctypes.data)
+    return _buffer_address
+
+
+class Work:
+    """Tasks of a kernel, prepared once and run any number of times, with the lock held.
 
     Each thread takes the next task when it is done with one; what a task does must not depend on
     that.
+
+    Args:
+        kernel: C function (address of int64 arguments, task).
+        tasks: Number of tasks.
+        arguments: The arguments that are always the same; those of a run precede them.
+        varying: Number of those.
+        after: C function like the kernel that is called once when all tasks are done, or None.
     """
-    packed = np.array((0, kernel.address, tasks, *arguments), dtype=np.int64)
-    threads = get_num_threads()
-    if tasks == 1 or threads == 1:
-        _work.ctypes(packed.ctypes.data)
-    elif (parallel := _torch_parallel()) is not None:
-        parallel(_work.address, packed.ctypes.data, threads, 0)
-    else:
-        with LOCK:
-            set_num_threads(min(threads, config.NUMBA_NUM_THREADS))
-            _numba_parallel()(packed.ctypes.data, threads)
+
+    def __init__(
+        self, kernel: Any, tasks: int, arguments: Sequence[int], *, varying: int, after: Any = None
+    ) -> None:
+        head = (0, 0, kernel.address, after.address if after else 0, tasks)
+        words = (*head, *[0] * varying, *arguments)
+        self._words = (ctypes.c_int64 * len(words))(*words)
+        self._address = ctypes.addressof(self._words)
+        self._varying = slice(_HEAD, _HEAD + varying)
+        # Compiled code lives as long as these.
+        self._functions = kernel, after
+        self._serial = tasks == 1
+
+    def run(self, *arguments: int) -> None:
+        """Do all tasks with the arguments that vary, on as many threads as torch uses."""
+        words = self._words
+        words[_NEXT] = words[_DONE] = 0
+        words[self._varying] = list(arguments)
+        threads = get_num_threads()
+        if self._serial or threads == 1:
+            _work.ctypes(self._address)
+        elif (parallel := _torch_parallel()) is not None:
+            parallel(_work.address, self._address, threads, 0)
+        else:
+            on_threads(_work.ctypes, self._address)
+
+
+def on_threads(function: Callable[..., object], *arguments: Any, most: int | None = None) -> None:
+    """Call a function that lets go of the GIL on as many threads as torch uses, or fewer, at once.
+
+    The threads share the work by a counter among the arguments. They end with the call: threads
+    that wait for work are lost when a process forks.
+    """
+    count = min(get_num_threads(), most or get_num_threads())
+    if count == 1:
+        function(*arguments)
+        return
+    with ThreadPoolExecutor(count - 1) as pool:
+        others = [pool.submit(function, *arguments) for _ in range(count - 1)]
+        function(*arguments)
+    for other in others:
+        other.result()
 
 
 @cache
@@ -57,22 +118,15 @@ def _torch_parallel() -> Any:
     return parallel
 
 
-@cache
-def _numba_parallel() -> Any:
-    def run(data: Any, threads: Any) -> None:
-        for _ in prange(threads):
-            _take_tasks(data)
-
-    return cached(njit, run, parallel=True, nogil=True)
-
-
 @inline
 def _take_tasks(data: Any) -> None:
     given = int_at(data)
-    task = next_task(data)
-    while task < given[2]:
-        _call(given[1], data + 24, task)
-        task = next_task(data)
+    task = next_task(data + 8 * _NEXT)
+    while task < given[_TASKS]:
+        _call(given[_KERNEL], data + 8 * _HEAD, task)
+        if next_task(data + 8 * _DONE) == given[_TASKS] - 1 and given[_AFTER] != 0:
+            _call(given[_AFTER], data + 8 * _HEAD, 0)
+        task = next_task(data + 8 * _NEXT)
 
 
 def _word(builder: Any, value: Any) -> Any:

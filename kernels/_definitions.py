@@ -55,6 +55,11 @@ ZERO_BELOW = {
 }  # fmt: skip
 
 
+# From here on a float32 is infinite in a narrower dtype. Of all h, only that of SELU can be beyond
+# the z that it is made from.
+INFINITE_FROM = {torch.float16: 65520.0, torch.bfloat16: 3.3961775292304e38}
+
+
 def parse_activation(activation: str) -> tuple[str, float | None]:
     """Split "leaky_relu:0.2" into its name and slope; other functions have no parameter.
 

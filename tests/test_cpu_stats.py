@@ -58,6 +58,8 @@ def check_activation(z, axis=1, name="identity"):
     near(found[1:3] / scale, expected[1:3] / scale, plain[:2] / scale, z.dtype)
     near(found[3], expected[3], plain[2], z.dtype)
     near(found[4:6], expected[4:6], expected[4:6], z.dtype)
+    # The network rounds h, so its extremes are numbers of the dtype.
+    assert torch.equal(found[4:6], found[4:6].to(z.dtype).double())
     return found
 
 
@@ -126,7 +128,7 @@ def test_activations(name):
     check_activation(z, 1, name)
 
 
-@pytest.mark.parametrize("name", ["relu", "gelu", "sigmoid", "leaky_relu:0.2"])
+@pytest.mark.parametrize("name", [*ACTIVATIONS, "leaky_relu:0.2"])
 def test_activations_in_long_runs(name):
     long = noise(2, 3, 600)
     long[0, 0, 0], long[1, 1, 599], long[0, 2] = math.inf, -math.inf, math.nan
@@ -141,6 +143,15 @@ def test_half_precision_functions(name, dtype):
     # Smallest and largest numbers; what leaky ReLU makes of them in float16 is rounded to 0.
     z[3, :4] = torch.tensor([6e-8, -6e-8, 6e4, -6e4], dtype=dtype)
     check_activation(z, 1, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_overflow_of_h_in_half_precision_is_counted(dtype):
+    """SELU goes beyond the largest number of the dtype; in rows of lanes and in long runs."""
+    z = torch.full((2, 300), torch.finfo(dtype).max, dtype=dtype)
+    for x, axis in ((z, 1), (z[:, None], 1)):
+        assert cpu.activation_stats(x, axis, "selu")[8].sum() == 600
+        assert cpu.activation_stats(x, axis, "gelu")[8].sum() == 0
 
 
 @pytest.mark.parametrize("name", FLAT)
@@ -242,7 +253,7 @@ def test_inside_a_compiled_function():
     assert torch.equal(compiled(z), cpu.activation_stats(z * 2, 1, "relu"))
 
 
-def test_threads_of_numba_where_torch_has_none(monkeypatch):
+def test_threads_of_our_own_where_torch_has_none(monkeypatch):
     z, w = noise(16, 40, 30, 30), noise(900, 70)
     expected = [cpu.activation_stats(z, 1, "gelu"), *cpu.parameter_stats([w], [w])]
     monkeypatch.setattr(_cpu_tasks, "_torch_parallel", lambda: None)
@@ -358,6 +369,23 @@ def test_a_weight_that_is_nan_shows():
     rows, columns = check_parameters([w], [dw])
     assert rows[1].isnan().tolist() == [False, False, True, False, False, False]
     assert columns[1].isnan().tolist() == [False, False, False, True, False]
+
+
+def test_no_folder_for_compiled_code():
+    """Then every process compiles anew."""
+    code = (
+        "import torch\n"
+        "from fastplastic.kernels import cpu, Law\n"
+        "from numba.core.caching import _CacheLocator\n"
+        "def fail(self): raise OSError('read-only')\n"
+        "_CacheLocator.ensure_cache_path = fail\n"
+        "x = torch.ones(4, 3)\n"
+        "print(cpu.activation_stats(x, 1, 'relu')[1].tolist())\n"
+        "cpu.resample_([x], ['x'], [Law('uniform', 2.0, 0.0)])\n"
+        "print(x.unique().tolist())\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.split("\n")[:2] == ["[4.0, 4.0, 4.0]", "[2.0]"], result.stderr
 
 
 def test_compiled_code_is_found_again(tmp_path):

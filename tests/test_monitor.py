@@ -529,7 +529,7 @@ def test_channels_of_one_unit_add_up():
     for unit in range(3):
         own = z[:, units == unit].reshape(-1, 1)
         expected = activation_stats(own, 1, "tanh" if unit == 2 else "relu")[:, 0]
-        torch.testing.assert_close(seen.table[:9, unit], expected)
+        like(seen.table[:9, unit], expected)
     assert seen.table[9].tolist() == [12, 12, 12]
 
 

@@ -1,26 +1,28 @@
-"""Numba: statistics of activations and of gradients per unit, each element read once.
+"""Numba: statistics of activations per unit, each element read once.
 
-    activation_stats  [9, C]  n, sum h, sum |h|, sum h^2, min h, max h, #(h == 0), #flat, #nonfinite
-    gradient_stats    [4, C]  n, sum |g|, sum g^2, #nonfinite
+    [9, C]  n, sum h, sum |h|, sum h^2, min h, max h, #(h == 0), #flat, #nonfinite
 
-h = f(z) and whether f is flat at z are made from z in registers (`_cpu_math`).
+h = f(z) and whether f is flat at z are made from z in registers (`_cpu_math`), in float32. Where z
+is of half precision, min and max are rounded to it, and h counts as 0 where that makes it 0.
 """
 
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from . import _cpu_math, reference
 from ._cpu_blocks import Sums, add_sums, register
-from ._cpu_compile import inline, inline_finite, outlined
-from ._cpu_memory import LOADERS, NAMES, count_lanes, float_lanes, total_of
+from ._cpu_compile import inline, inline_finite, inline_sums, outlined
+from ._cpu_memory import LOADERS, NAMES, add_each, count_lanes, float_lanes, total_of
 from ._definitions import (
     FLAT,
+    INFINITE_FROM,
+    MIN_ROW,
     ZERO_BELOW,
     activation_table,
     check_axis,
-    gradient_table,
     parse_activation,
 )
 
@@ -28,11 +30,13 @@ _SHORT = ("identity", "relu", "relu6", "hardtanh", "leaky_relu", "hardswish", "h
 _NEVER_NEGATIVE = ("relu", "relu6", "softplus", "sigmoid", "hardsigmoid")
 F = np.float32
 _INFINITY = F(np.inf)
+# All bits but the sign: the largest int32, and as a mask.
+_REST = np.int32(0x7FFFFFFF)
+_LEAST = np.int32(-0x80000000)
 _LARGEST = np.finfo(np.float32).max
-# Statistics of activations and of gradients as the kernels give them.
+# Statistics as the kernels give them.
 _SUM, _ABS, _SQUARE, _MIN, _MAX, _ZERO, _FLAT, _BAD = range(8)
 _ACTIVATION_START = (0.0, 0.0, 0.0, np.inf, -np.inf, 0.0, 0.0, 0.0)
-_G_ABS, _G_SQUARE, _G_BAD = range(3)
 
 
 def activation_stats(
@@ -46,16 +50,9 @@ def activation_stats(
     table = activation_table(x, axis, out)
     spec = f"activation:{name}:{NAMES[x.dtype]}"
     add_sums(spec, x, axis, 0.01 if slope is None else slope, table)
-    return table
-
-
-def gradient_stats(g: Tensor, unit_axis: int = 1, *, out: Tensor | None = None) -> Tensor:
-    """Sum up the gradients of each unit, as `reference.gradient_stats`, on the CPU."""
-    axis = check_axis(g, unit_axis)
-    if g.dtype not in NAMES:
-        return reference.gradient_stats(g, unit_axis, out=out)
-    table = gradient_table(g, axis, out)
-    add_sums(f"gradient:{NAMES[g.dtype]}", g, axis, 0.0, table)
+    if x.dtype != torch.float32:
+        # As the network rounds h. The order stays, so it does not matter that it is done at last.
+        table[MIN_ROW : MIN_ROW + 2] = table[MIN_ROW : MIN_ROW + 2].to(x.dtype)
     return table
 
 
@@ -70,6 +67,7 @@ class _Function(NamedTuple):
         limit: The largest abs(h) that the dtype rounds to 0.
         signed: Whether h can be negative.
         flat_is_zero: Whether f is flat exactly where h is 0.
+        z_is_h: Whether h is finite only where z is.
     """
 
     load: Any
@@ -79,11 +77,21 @@ class _Function(NamedTuple):
     limit: Any
     signed: bool
     flat_is_zero: bool
+    z_is_h: bool
 
 
-def _value(name: str) -> Any:
-    """Return (z, slope) -> h, exactly 0 where torch's is."""
+def _value(name: str, kind: str) -> Any:
+    """Return (z, slope) -> h, exactly 0 where torch's is, infinite where the dtype makes it so."""
     h_of = getattr(_cpu_math, name)
+    if name == "selu" and kind != "float32":
+        end = F(INFINITE_FROM[getattr(torch, kind)])
+
+        @inline
+        def ending(z: Any, slope: Any) -> Any:
+            h = h_of(z, slope)
+            return h if h < end else _INFINITY
+
+        return ending
     if name not in ZERO_BELOW:
         return h_of
     cut = F(ZERO_BELOW[name])
@@ -139,11 +147,12 @@ def activation(name: str, kind: str) -> Sums:
     function = _Function(
         load=LOADERS[kind][0],
         itemsize=LOADERS[kind][1],
-        value=_value(name),
+        value=_value(name, kind),
         flat=_flat(name),
         limit=F(2.0**-25) if kind == "float16" else F(0),
         signed=name not in _NEVER_NEGATIVE,
         flat_is_zero=name == "relu" and kind != "float16",
+        z_is_h=name in ("identity", "leaky_relu"),
     )
     step, fold = _activation_step(function), _activation_fold(function)
     fold_each = _activation_fold_each(function)
@@ -167,13 +176,15 @@ def activation(name: str, kind: str) -> Sums:
             lows[j], highs[j] = _INFINITY, -_INFINITY
             zeros[j], flats[j] = np.int32(0), np.int32(0)
 
+    run, keep = _activation_run(function), _activation_keep(function)
     return Sums(
-        function.itemsize, unroll, _ACTIVATION_START, lanes_of, clear, step, fold, fold_each, again
-    )
+        function.itemsize, unroll, _ACTIVATION_START, lanes_of, clear, step, fold, fold_each, again,
+        run, keep,
+    )  # fmt: skip
 
 
 def _activation_step(function: _Function) -> Any:
-    load, _, value, flat, limit, signed, flat_is_zero = function
+    load, _, value, flat, limit, signed, flat_is_zero, _ = function
 
     @inline
     def step(lanes: Any, address: Any, stride: Any, rows: Any, width: Any, slope: Any) -> Any:
@@ -239,11 +250,65 @@ def _activation_fold(function: _Function) -> Any:
 
 
 @inline
-def add_each(lane: Any, begin: Any, end: Any, out: Any, row: Any, unit: Any) -> None:
-    """Add lanes to one statistic of as many units."""
-    target = out[row, unit : unit + end - begin]
-    for j in range(end - begin):
-        target[j] += lane[begin + j]
+def _ordered(h: Any, signed: Any) -> Any:
+    """Return a float32 as an int32 of the same order: of those, LLVM finds extremes by vectors."""
+    bits = F(h).view(np.int32)
+    return np.int32(bits ^ np.int32((bits >> np.int32(31)) & _REST)) if signed else bits
+
+
+def _activation_run(function: _Function) -> Any:
+    load, _, value, flat, limit, signed, flat_is_zero, z_is_h = function
+
+    @inline_sums
+    def run(address: Any, count: Any, slope: Any) -> Any:
+        total, size, square, poison = F(0), F(0), F(0), F(0)
+        low, high = _REST, _LEAST
+        zero, flat_ = np.int32(0), np.int32(0)
+        for i in range(count):
+            z = load(address, i)
+            h = value(z, slope)
+            total += h
+            if signed:
+                size += abs(h)
+            square += h * h
+            if not z_is_h:
+                # An infinite z may have a finite h. By itself, or two sums would wait in turn.
+                poison += F(0) * z
+            key = _ordered(h, signed)
+            low = key if key < low else low
+            high = key if key > high else high
+            zero = np.int32(zero + np.int32(abs(h) <= limit))
+            if not flat_is_zero:
+                flat_ = np.int32(flat_ + np.int32(flat(z)))
+        return total, size, square + poison, low, high, zero, flat_
+
+    return run
+
+
+def _activation_keep(function: _Function) -> Any:
+    signed, flat_is_zero = function.signed, function.flat_is_zero
+
+    @inline
+    def keep(found: Any, out: Any, unit: Any) -> Any:
+        total, size, square, low, high, zero, flat = found
+        if not square <= _LARGEST:
+            return False
+        out[_SUM, unit] += total
+        out[_ABS, unit] += size if signed else total
+        out[_SQUARE, unit] += square
+        out[_MIN, unit] = min(out[_MIN, unit], _of_order(low, signed))
+        out[_MAX, unit] = max(out[_MAX, unit], _of_order(high, signed))
+        out[_ZERO, unit] += zero
+        out[_FLAT, unit] += zero if flat_is_zero else flat
+        return True
+
+    return keep
+
+
+@inline
+def _of_order(key: Any, signed: Any) -> Any:
+    flipped = np.int32(key ^ np.int32((key >> np.int32(31)) & _REST))
+    return np.int32(flipped if signed else key).view(np.float32)
 
 
 def _activation_fold_each(function: _Function) -> Any:
@@ -290,86 +355,5 @@ def _activation_again(function: _Function) -> Any:
                 out[_MAX, unit] = max(out[_MAX, unit], h)
                 out[_ZERO, unit] += abs(h) <= limit
                 out[_FLAT, unit] += flat(z)
-
-    return again
-
-
-@register
-def gradient(kind: str) -> Sums:
-    """Return the sums over gradients of a dtype."""
-    load, itemsize = LOADERS[kind]
-
-    @inline
-    def lanes_of() -> Any:
-        return float_lanes(), float_lanes()
-
-    @inline
-    def clear(lanes: Any, width: Any) -> None:
-        for j in range(width):
-            lanes[0][j], lanes[1][j] = F(0), F(0)
-
-    @inline
-    def step(lanes: Any, address: Any, stride: Any, rows: Any, width: Any, slope: Any) -> Any:
-        sizes, squares = lanes
-        for j in range(width):
-            size, square = F(0), F(0)
-            for row in range(rows):
-                g = load(address, row * stride + j)
-                size += abs(g)
-                square += g * g
-            sizes[j] += size
-            squares[j] += square
-
-    return Sums(
-        itemsize,
-        8,
-        (0.0, 0.0, 0.0),
-        lanes_of,
-        clear,
-        step,
-        _gradient_fold(),
-        _gradient_fold_each(),
-        _gradient_again(load, itemsize),
-    )
-
-
-def _gradient_fold_each() -> Any:
-    @inline
-    def fold_each(lanes: Any, begin: Any, end: Any, out: Any, unit: Any) -> Any:
-        if not total_of(lanes[1], begin, end) <= _LARGEST:
-            return False
-        add_each(lanes[0], begin, end, out, _G_ABS, unit)
-        add_each(lanes[1], begin, end, out, _G_SQUARE, unit)
-        return True
-
-    return fold_each
-
-
-def _gradient_fold() -> Any:
-    @inline
-    def fold(lanes: Any, begin: Any, end: Any, out: Any, unit: Any) -> Any:
-        square = total_of(lanes[1], begin, end)
-        if not square <= _LARGEST:
-            return False
-        out[_G_ABS, unit] += total_of(lanes[0], begin, end)
-        out[_G_SQUARE, unit] += square
-        return True
-
-    return fold
-
-
-def _gradient_again(load: Any, itemsize: int) -> Any:
-    @outlined
-    def again(
-        address: Any, rows: Any, stride: Any, begin: Any, end: Any, slope: Any, out: Any, unit: Any
-    ) -> Any:
-        for row in range(rows):
-            for j in range(begin, end):
-                g = np.float64(load(address + row * stride * itemsize, j))
-                if np.isfinite(g):
-                    out[_G_ABS, unit] += abs(g)
-                    out[_G_SQUARE, unit] += g * g
-                else:
-                    out[_G_BAD, unit] += 1
 
     return again
