@@ -9,6 +9,8 @@ from torch.fx import Graph, Node
 from ._flow import Layer, Value, along
 from .wiring import Site
 
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
+
 
 def module_calls(node: Node) -> dict[str, str]:
     """Return {call: module name} of the modules that were running, the outermost first."""
@@ -39,6 +41,10 @@ class Sites:
     def find(self, node: Node, layers: list[Layer]) -> dict[str, Site]:
         """Return a site for each of `layers` (by name) whose units are all in the node's tensor."""
         place = self._output_of(node) or self._input_of(node)
+        while place is None and (view := _only_view(node)) is not None:
+            # Hugging Face's Conv1D gives its output the shape of its input.
+            node = view
+            place = self._output_of(node) or self._input_of(node)
         value = self._values.get(node)
         if place is None or not isinstance(value, Value) or value.ids is None:
             return {}
@@ -80,6 +86,12 @@ class Sites:
         target = node.args[1] if len(node.args) > 1 else None
         owned = isinstance(target, Node) and target.op == "placeholder" and len(target.users) > 1
         return len(self._calls_of[name]) == 1 or owned
+
+
+def _only_view(node: Node) -> Node | None:
+    """Return the node's only user if that has the same elements in another shape."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].target in _VIEWS else None
 
 
 def _axis(value: Value, layers: list[Layer]) -> tuple[int, torch.Tensor] | None:

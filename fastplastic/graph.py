@@ -6,6 +6,7 @@ rules cannot decide is marked as not resettable with the reason.
 """
 
 import contextlib
+import inspect
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -69,6 +70,9 @@ def _export(model: nn.Module, example_inputs: Any) -> ExportedProgram:
     args = () if isinstance(example_inputs, Mapping) else example_inputs
     args = args if isinstance(args, tuple) else (args,)
     kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        # Decoders of Hugging Face return a cache, which torch.export does not take.
+        kwargs.setdefault("use_cache", False)
     with _evaluating(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.export.export(model, args, kwargs, strict=False)

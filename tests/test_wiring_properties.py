@@ -278,3 +278,7 @@ def test_hugging_face_model(build: Callable[[], nn.Module], hidden: dict[str, in
     check(model, inputs)
     graph = build_graph(model, inputs)
     assert {name: int(graph[name].hidden.sum()) for name in hidden} == hidden
+    assert all(graph[name].z_site is not None for name in hidden)
+    # Decoders return a cache unless they are asked not to.
+    del inputs["use_cache"]
+    assert build_graph(model, inputs).note is None
