@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import fastplastic
-from fastplastic.cli import options, plan, profile, reinit
+from fastplastic.cli import listing, options, plan, profile, reinit
 from fastplastic.errors import FileError, InputError
 
 # Typer carries its own copy of click, whose base class of usage errors has no public name.
@@ -32,6 +32,8 @@ fastplastic profile vit_small_patch16_224 --data DIR --json -
 fastplastic plan resnet50 --ratio 0.05 -o plan.json
 
 fastplastic reinit resnet50 --plan plan.json -o resnet50-fresh.safetensors
+
+fastplastic list criteria
 """
 
 app = typer.Typer(
@@ -43,6 +45,7 @@ app = typer.Typer(
 app.command("profile")(options.command(options.ProfileOptions, profile.run))
 app.command("plan")(options.command(options.PlanOptions, plan.run))
 app.command("reinit")(options.command(options.ReinitOptions, reinit.run))
+app.command("list")(listing.command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -159,10 +159,16 @@ class SelectOptions(DataOptions):
     ] = None
     criterion: Annotated[
         Literal[
-            "dead", "frozen", "saturated", "dormant", "gradient",
-            "first_order", "contribution", "random",
+            "dead", "frozen", "saturated", "phi", "dormant", "gradient", "activation_gradient",
+            "first_order", "contribution", "zero_contribution", "adaptable_contribution",
+            "plasticity", "random",
         ],
-        _option("--criterion", panel=_SELECT, help="The score that ranks the units."),
+        _option(
+            "--criterion",
+            panel=_SELECT,
+            metavar="NAME",
+            help="The score that ranks the units: see fastplastic list criteria.",
+        ),
     ] = "dormant"  # fmt: skip
     granularity: Annotated[
         Literal["unit"], _option("--granularity", panel=_SELECT, help="What is taken as a whole.")
@@ -235,11 +241,14 @@ class ReinitOptions(SelectOptions):
         ),
     ] = None
     init: Annotated[
-        Literal["default", "kaiming_uniform", "empirical"],
+        Literal[
+            "default", "kaiming_uniform", "kaiming_normal", "xavier_uniform", "trunc_normal",
+            "empirical",
+        ],
         _option("--init", panel=_SELECT, help="Distribution of the fresh incoming weights."),
-    ] = "default"
+    ] = "default"  # fmt: skip
     outgoing: Annotated[
-        Literal["zero", "keep"],
+        Literal["zero", "small", "fresh", "keep"],
         _option("--outgoing", panel=_SELECT, help="What becomes of the outgoing weights."),
     ] = "zero"
     output: Annotated[

@@ -311,3 +311,21 @@ def plan(view: PlanView) -> RenderableType:
     parts += [table] if view.rows else []
     parts += [facts(("note", note) for note in view.notes)] if view.notes else []
     return _stacked(*parts)
+
+
+def criteria(rows: Iterable[Sequence[str]]) -> RenderableType:
+    """Return the criteria: name, which scores are candidates, threshold, formula, source."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("criterion", no_wrap=True)
+    table.add_column("candidates")
+    table.add_column("threshold", justify="right")
+    table.add_column("formula", overflow="fold")
+    table.add_column("source", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    words = (
+        "h: activation, f: activation function, g: gradient to h, w_in and w_out: weights that "
+        "make and read the unit, dw: gradient to a weight. flat: abs(f'(z)) <= 0.01. Means are "
+        "over samples and positions. candidates: the scores that are re-initialised first."
+    )
+    return _stacked(table, Text(words, style="dim"))

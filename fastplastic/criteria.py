@@ -2,14 +2,15 @@
 
 Every function returns float64 [n_units] on the CPU, NaN where the statistics do not tell.
 `CRITERIA` says for each which end of the scale makes a unit a candidate for re-initialisation.
-h is the activation, f the activation function, z its input, w a weight and dw the gradient of the
-loss to it; all means run over batch and positions.
+h is the activation, f the activation function, z its input, g the gradient of the loss to h, w a
+weight and dw the gradient of the loss to it; all means run over batch and positions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from fastplastic.randomness import unit_noise
@@ -20,36 +21,60 @@ _REDO_EPSILON = 1e-9
 
 
 @dataclass(frozen=True)
+class Layer:
+    """What a criterion may know of a layer beside its statistics.
+
+    Attributes:
+        name: Its name.
+        activations: (first unit, last unit + 1, name of the activation function), as in
+            `wiring.UnitLayer`.
+        seed: Any integer.
+    """
+
+    name: str = ""
+    activations: Sequence[tuple[int, int, str]] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Criterion:
     """One way to score units.
 
     Attributes:
         name: Name on the command line and in plan files.
-        formula: (statistics, layer name, seed) -> score per unit.
+        formula: (statistics, layer) -> score per unit.
         candidate: Which scores make a unit a candidate.
         threshold: Threshold of its source (inclusive), or None where the source gives none.
         needs: Which statistics it reads.
         source: Where the formula comes from.
         summary: The formula in one line.
+        only: For which activation functions alone, or "" for all.
     """
 
     name: str
-    formula: Callable[[LayerStats, str, int], Tensor]
+    formula: Callable[[LayerStats, Layer], Tensor]
     candidate: Literal["small", "large"]
     threshold: float | None
     needs: Literal["activations", "gradients", "nothing"]
     source: str
     summary: str
+    only: str = ""
 
-    def score(self, stats: LayerStats, *, layer: str = "", seed: int = 0) -> Tensor:
+    @property
+    def unknown(self) -> str:
+        """Why a unit may have no score."""
+        if self.only:
+            return f"only {self.only} have one"
+        return "no gradient reaches them" if self.needs == "gradients" else "nothing was measured"
+
+    def score(self, stats: LayerStats, layer: Layer | None = None) -> Tensor:
         """Return the score of every unit of a layer, float64 [n_units].
 
         Args:
             stats: Statistics of the layer.
-            layer: Name of the layer; read by `random` only.
-            seed: Read by `random` only.
+            layer: Read by `phi` and `random` only.
         """
-        return self.formula(stats, layer, seed)
+        return self.formula(stats, Layer() if layer is None else layer)
 
 
 def dead(stats: LayerStats) -> Tensor:
@@ -78,6 +103,26 @@ def saturated(stats: LayerStats) -> Tensor:
     return stats.flat_share
 
 
+def phi(stats: LayerStats, layer: Layer) -> Tensor:
+    """Return the root mean square of h scaled to [-1, 1]; 1 for a unit at the ends of its range.
+
+    After Rakitianskaia and Engelbrecht, "Measuring saturation in neural networks", SSCI 2015, who
+    take the mean of the size, which sums of h and h^2 do not tell; the root mean square is at least
+    as large, and the same at 0 and at 1. Only for tanh, hardtanh, sigmoid and hardsigmoid: NaN for
+    units with another activation function.
+    """
+    mean, square = stats.mean_h, stats.mean_sq_h
+    scores = torch.full_like(mean, torch.nan)
+    for first, stop, name in layer.activations:
+        units = slice(first, stop)
+        if name in ("tanh", "hardtanh"):
+            scores[units] = square[units].sqrt()
+        elif name in ("sigmoid", "hardsigmoid"):
+            # (2 h - 1)^2 on average; rounding can make it negative.
+            scores[units] = (4 * square[units] - 4 * mean[units] + 1).clamp(min=0).sqrt()
+    return scores
+
+
 def dormant(stats: LayerStats) -> Tensor:
     """Return mean abs(h) divided by (its mean over the units of the layer + 1e-9).
 
@@ -95,6 +140,16 @@ def gradient(stats: LayerStats) -> Tensor:
     nothing about its units (the last norm of a residual block may start at zero, for instance).
     """
     size = stats.mean_abs_dw
+    return size / size.nanmean()
+
+
+def activation_gradient(stats: LayerStats) -> Tensor:
+    """Return mean abs(g) divided by its mean over the units of the layer.
+
+    Source: the variant of GraMa (arXiv 2505.24061) in use that reads gradients of activations
+    instead of weights; threshold 0.01 there. NaN for the whole layer when no gradient reaches it.
+    """
+    size = stats.mean_abs_g
     return size / size.nanmean()
 
 
@@ -117,15 +172,49 @@ def contribution(stats: LayerStats) -> Tensor:
     return stats.mean_abs_h * stats.mean_abs_w_out
 
 
-def random(stats: LayerStats, layer: str, seed: int) -> Tensor:
+def zero_contribution(stats: LayerStats) -> Tensor:
+    """Return the standard deviation of h times mean abs(w_out).
+
+    Source: continual backpropagation with the mean of a unit moved into the bias of its consumers,
+    Dohare et al., Nature 2024. There it is mean abs(h - mean h), which sums do not tell; the
+    standard deviation is at least as large, and 0 for the same units.
+    """
+    return stats.std_h * stats.mean_abs_w_out
+
+
+def adaptable_contribution(stats: LayerStats) -> Tensor:
+    """Return `zero_contribution` divided by mean abs(w_in): units with large weights adapt slowly.
+
+    Source: continual backpropagation, Dohare et al., Nature 2024. NaN where all incoming weights
+    are 0.
+    """
+    size = stats.mean_abs_w
+    return zero_contribution(stats) / size.where(size > 0, torch.nan)
+
+
+def plasticity(stats: LayerStats) -> Tensor:
+    """Return the larger of two shares: not flat, and gradient, each over its mean in the layer.
+
+    Small only for a unit that is saturated AND has an insignificant gradient: either alone may be
+    harmless. A saturated unit with a usual gradient still learns at the positions that are left,
+    and a small gradient of an unsaturated one may say that it is right already. The first is
+    (1 - share of positions with abs(f'(z)) <= 0.01), the second mean abs(dw) of the incoming
+    weights as in GraMa; dividing by the layer's mean makes layers and activation functions
+    comparable. The score and its threshold of 0.1 are ours. NaN for a layer that no gradient
+    reaches.
+    """
+    live = 1 - stats.flat_share
+    return torch.maximum(live / live.nanmean(), gradient(stats))
+
+
+def random(stats: LayerStats, layer: Layer) -> Tensor:
     """Return uniform numbers in [0, 1) fixed by (seed, layer name, unit): the control.
 
     Args:
         stats: Tells the number of units; its values are not read.
-        layer: Name of the layer.
-        seed: Any integer.
+        layer: Its name and the seed are read.
     """
-    return unit_noise(seed, "random criterion", layer, stats.n_units)
+    return unit_noise(layer.seed, "random criterion", layer.name, stats.n_units)
 
 
 _REDO = "Sokar et al., arXiv 2302.12902"
@@ -135,33 +224,56 @@ CRITERIA: dict[str, Criterion] = {
     criterion.name: criterion
     for criterion in (
         Criterion(
-            "dead", lambda stats, *_: dead(stats), "small", 0.0, "activations",
+            "dead", lambda stats, _: dead(stats), "small", 0.0, "activations",
             f"{_REDO}; Dohare et al., Nature 2024", "max h - min h",
         ),
         Criterion(
-            "frozen", lambda stats, *_: frozen(stats), "large", 1.0, "activations",
+            "frozen", lambda stats, _: frozen(stats), "large", 1.0, "activations",
             _THESIS, "share of positions with abs(f'(z)) <= 0.01",
         ),
         Criterion(
-            "saturated", lambda stats, *_: saturated(stats), "large", 0.95, "activations",
+            "saturated", lambda stats, _: saturated(stats), "large", 0.95, "activations",
             "after Rakitianskaia and Engelbrecht, SSCI 2015",
             "share of positions with abs(f'(z)) <= 0.01",
         ),
         Criterion(
-            "dormant", lambda stats, *_: dormant(stats), "small", 0.025, "activations",
+            "phi", phi, "large", None, "activations",
+            "after Rakitianskaia and Engelbrecht, SSCI 2015",
+            "root mean square of h scaled to [-1, 1]", "tanh, hardtanh, sigmoid, hardsigmoid",
+        ),
+        Criterion(
+            "dormant", lambda stats, _: dormant(stats), "small", 0.025, "activations",
             _REDO, "mean abs(h) / its mean over the layer",
         ),
         Criterion(
-            "gradient", lambda stats, *_: gradient(stats), "small", 0.1, "gradients",
+            "gradient", lambda stats, _: gradient(stats), "small", 0.1, "gradients",
             "GraMa, arXiv 2505.24061", "mean abs(dw) of the incoming row / its mean over the layer",
         ),
         Criterion(
-            "first_order", lambda stats, *_: first_order(stats), "small", None, "gradients",
+            "activation_gradient", lambda stats, _: activation_gradient(stats), "small", 0.01,
+            "gradients", "variant of GraMa, arXiv 2505.24061",
+            "mean abs(g) / its mean over the layer",
+        ),
+        Criterion(
+            "first_order", lambda stats, _: first_order(stats), "small", None, "gradients",
             f"Molchanov et al., CVPR 2019; {_THESIS}", "abs(sum of w_out * dw_out)",
         ),
         Criterion(
-            "contribution", lambda stats, *_: contribution(stats), "small", None, "activations",
+            "contribution", lambda stats, _: contribution(stats), "small", None, "activations",
             "Dohare et al., Nature 2024", "mean abs(h) * mean abs(w_out)",
+        ),
+        Criterion(
+            "zero_contribution", lambda stats, _: zero_contribution(stats), "small", None,
+            "activations", "Dohare et al., Nature 2024",
+            "standard deviation of h * mean abs(w_out)",
+        ),
+        Criterion(
+            "adaptable_contribution", lambda stats, _: adaptable_contribution(stats), "small", None,
+            "activations", "Dohare et al., Nature 2024", "zero_contribution / mean abs(w_in)",
+        ),
+        Criterion(
+            "plasticity", lambda stats, _: plasticity(stats), "small", 0.1, "gradients",
+            "ours", "max of (1 - flat share) and mean abs(dw), each / its mean over the layer",
         ),
         Criterion(
             "random", random, "small", None, "nothing",

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from fastplastic.errors import InputError
 from fastplastic.law_recorder import record_laws
-from fastplastic.laws import Law, constant, normal, uniform
+from fastplastic.laws import Law, constant, normal, truncated_normal, uniform
 from fastplastic.wiring import UnitLayer
 
 _ZERO = constant(0.0)
 # Hugging Face's Conv1D initialises itself with this (after GPT-2).
 _CONV1D_STD = 0.02
+_TRUNC_STD = 0.02
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,26 +56,67 @@ class Initializer(Protocol):
         """Return what there is to say about the laws given so far."""
 
 
-class KaimingUniform:
-    """U(-b, b) with b = sqrt(6 / fan_in), fan_in the number of incoming weights; bias 0.
-
-    Source: He et al., "Delving deep into rectifiers", arXiv 1502.01852, for ReLU.
-    """
+class _OfShape:
+    """Laws that the shape of the weight alone decides; biases are 0."""
 
     def __init__(self, model: nn.Module) -> None:
         pass
 
     def __call__(self, target: Target) -> Law:
         """Return the law from which the rows of the target are drawn."""
-        if target.is_bias:
-            return _ZERO
-        fan_in = target.tensor.numel() // target.layer.n_units
-        bound = math.sqrt(6 / fan_in)
-        return uniform(-bound, bound)
+        return _ZERO if target.is_bias else self._law(target)
 
     def notes(self) -> tuple[str, ...]:
         """Return what there is to say about the laws given so far."""
         return ()
+
+    def _law(self, target: Target) -> Law:
+        raise NotImplementedError
+
+
+class KaimingUniform(_OfShape):
+    """U(-b, b) with b = sqrt(6 / fan_in), fan_in the number of incoming weights; bias 0.
+
+    Source: He et al., "Delving deep into rectifiers", arXiv 1502.01852, for ReLU.
+    """
+
+    def _law(self, target: Target) -> Law:
+        bound = math.sqrt(6 / _fan_in(target))
+        return uniform(-bound, bound)
+
+
+class KaimingNormal(_OfShape):
+    """N(0, 2 / fan_in), fan_in the number of incoming weights; bias 0.
+
+    Source: He et al., "Delving deep into rectifiers", arXiv 1502.01852, for ReLU.
+    """
+
+    def _law(self, target: Target) -> Law:
+        return normal(0.0, math.sqrt(2 / _fan_in(target)))
+
+
+class XavierUniform(_OfShape):
+    """U(-b, b) with b = sqrt(6 / (fan_in + fan_out)), fans as in `torch.nn.init`; bias 0.
+
+    Source: Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural
+    networks", AISTATS 2010.
+    """
+
+    def _law(self, target: Target) -> Law:
+        shape = target.tensor.shape
+        bound = math.sqrt(6 / ((shape[0] + shape[1]) * math.prod(shape[2:])))
+        return uniform(-bound, bound)
+
+
+class TruncNormal(_OfShape):
+    """N(0, 0.02^2) between -2 and 2, with which timm initialises transformers; bias 0."""
+
+    def _law(self, target: Target) -> Law:
+        return truncated_normal(0.0, _TRUNC_STD, -2.0, 2.0)
+
+
+def _fan_in(target: Target) -> float:
+    return target.tensor.numel() / target.layer.n_units
 
 
 class Empirical:
@@ -173,6 +215,9 @@ class Default:
 INITIALIZERS: Mapping[str, Callable[[nn.Module], Initializer]] = {
     "default": Default,
     "kaiming_uniform": KaimingUniform,
+    "kaiming_normal": KaimingNormal,
+    "xavier_uniform": XavierUniform,
+    "trunc_normal": TruncNormal,
     "empirical": Empirical,
 }
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastplastic.criteria import CRITERIA, Criterion
+from fastplastic.criteria import CRITERIA, Criterion, Layer
 from fastplastic.errors import InputError
 from fastplastic.quotas import Pool, counts_by_ratio, counts_by_threshold, take
 from fastplastic.randomness import unit_noise
@@ -264,18 +264,22 @@ def _pools(
 
 def _unit_scores(profile: "Profile", layer: "LayerProfile", rule: Criterion, seed: int) -> Tensor:
     """Return the score of each unit, the most extreme one over the rows that make it."""
-    scores = rule.score(layer.stats, layer=layer.name, seed=seed)
+    scores = _own_scores(layer, rule, seed)
     if rule.needs == "nothing":
         # The minimum of several random numbers would prefer units with many rows.
         return scores
     extreme = torch.fmin if rule.candidate == "small" else torch.fmax
     for member in layer.wiring.coupled:
-        of_rows = rule.score(profile[member.name].stats, layer=member.name, seed=seed)
+        of_rows = _own_scores(profile[member.name], rule, seed)
         known = member.row_of_unit >= 0
         of_units = torch.full_like(scores, torch.nan)
         of_units[known] = of_rows[member.row_of_unit[known]]
         scores = extreme(scores, of_units)
     return scores
+
+
+def _own_scores(layer: "LayerProfile", rule: Criterion, seed: int) -> Tensor:
+    return rule.score(layer.stats, Layer(layer.name, layer.wiring.activations, seed))
 
 
 def _pool(
@@ -302,10 +306,9 @@ def _unknown_note(unknown: dict[str, int], rule: Criterion) -> str:
     shown = ", ".join(list(unknown)[:_NAMES_IN_A_NOTE])
     more = len(unknown) - _NAMES_IN_A_NOTE
     names = f"{shown} and {more} more" if more > 0 else shown
-    why = "no gradient reaches them" if rule.needs == "gradients" else "nothing was measured"
     return (
         f"{sum(unknown.values())} hidden units have no {rule.name} score and are left out "
-        f"({why}): {names}"
+        f"({rule.unknown}): {names}"
     )
 
 
@@ -317,10 +320,9 @@ def _nothing_eligible(
             f"none of the {len(chosen)} chosen layers has a hidden unit, expected at least one: "
             "choose other layers with include and exclude"
         )
-    reason = "no gradient reaches them" if rule.needs == "gradients" else "nothing was measured"
     return (
         f"none of the {sum(unknown.values())} hidden units of the chosen layers has a "
-        f"{rule.name} score ({reason}), expected at least one: take another criterion"
+        f"{rule.name} score ({rule.unknown}), expected at least one: take another criterion"
     )
 
 

@@ -19,7 +19,7 @@ from fastplastic._mean_gradient import MeanGradient
 from fastplastic._observer import Observation, Observer
 from fastplastic._restore import undisturbed
 from fastplastic.checkpoint import fingerprint
-from fastplastic.criteria import CRITERIA
+from fastplastic.criteria import CRITERIA, Layer
 from fastplastic.errors import InputError
 from fastplastic.graph import build_graph
 from fastplastic.kernels import backend
@@ -95,7 +95,7 @@ class LayerProfile:
     @property
     def dormant_score(self) -> Tensor:
         """float64: mean abs(h) / (its mean over the layer + 1e-9) (ReDo, arXiv 2302.12902)."""
-        return CRITERIA["dormant"].score(self.stats, layer=self.name)
+        return CRITERIA["dormant"].score(self.stats)
 
     @property
     def dormant(self) -> Tensor:
@@ -203,7 +203,10 @@ class Profile:
         if criterion not in CRITERIA:
             raise InputError(_no_such("criterion", criterion, CRITERIA))
         rule = CRITERIA[criterion]
-        return {x.name: rule.score(x.stats, layer=x.name, seed=seed) for x in self.layers}
+        return {
+            layer.name: rule.score(layer.stats, Layer(layer.name, layer.wiring.activations, seed))
+            for layer in self.layers
+        }
 
     def to_dict(
         self, *, model: str | None = None, weights: str | None = None, data: str | None = None

@@ -1,26 +1,31 @@
-"""Apply a plan to a model: the only code that writes to weights and buffers."""
+"""Apply a plan to a model: the only code that writes to weights, buffers and optimizer state."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from fastplastic._columns import ColumnDraw, column_mask, column_norms, reader_of
+from fastplastic._optimizer_state import OptimizerState, StateTensor, set_step, step_of
+from fastplastic._report import ReinitReport, Written
 from fastplastic.checkpoint import fingerprint
 from fastplastic.errors import FingerprintError, InputError
-from fastplastic.initializers import Target, make_initializer
+from fastplastic.initializers import Initializer, Target, make_initializer
 from fastplastic.kernels import resample_
-from fastplastic.laws import Law
+from fastplastic.laws import Law, normal
 from fastplastic.planner import GRANULARITIES, Plan
 from fastplastic.writes import (
     FillWrite,
     Region,
     RowWrite,
     Tensors,
-    column_write,
+    column_region,
     merged,
     merged_fills,
     norm_writes,
@@ -28,63 +33,22 @@ from fastplastic.writes import (
     selected_rows,
 )
 
-OUTGOING = ("zero", "keep")
+OUTGOING = ("zero", "small", "fresh", "keep")
+# Norm of a small outgoing column, as a share of the median of the others.
+_SMALL = 0.02
 
-
-@dataclass(frozen=True)
-class Written:
-    """What was written to one tensor.
-
-    Attributes:
-        name: Name of the parameter or buffer.
-        kind: "parameter" or "buffer".
-        elements: Number of elements written.
-        total: Number of elements it has.
-    """
-
-    name: str
-    kind: str
-    elements: int
-    total: int
-
-    @property
-    def share(self) -> float:
-        """Share of the elements written, in [0, 1]."""
-        return self.elements / self.total
-
-
-@dataclass(frozen=True)
-class ReinitReport:
-    """What `reinit_` wrote.
-
-    Attributes:
-        count: Number of units re-initialised.
-        layers: Layer name -> number of its units selected in the plan.
-        init: Name of the initializer.
-        outgoing: What was done to the outgoing columns.
-        seed: Seed of the fresh values.
-        written: Every tensor that was written to, in the order of the first write.
-        notes: What a reader should know, one sentence each.
-    """
-
-    count: int
-    layers: dict[str, int]
-    init: str
-    outgoing: str
-    seed: int
-    written: tuple[Written, ...]
-    notes: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as values that `json.dumps` takes, with the share of each tensor."""
-        values = asdict(self)
-        for entry, written in zip(values["written"], self.written, strict=True):
-            entry["share"] = written.share
-        return values
+__all__ = ["OUTGOING", "ReinitReport", "Written", "reinit_"]
 
 
 def reinit_(
-    model: nn.Module, plan: Plan, *, init: str = "default", outgoing: str = "zero", seed: int = 0
+    model: nn.Module,
+    plan: Plan,
+    *,
+    init: str = "default",
+    outgoing: str = "zero",
+    optimizer: Optimizer | None = None,
+    reset_steps: bool = False,
+    seed: int = 0,
 ) -> ReinitReport:
     """Re-initialise the units of a plan in place: all of them, or none if anything fails.
 
@@ -96,9 +60,16 @@ def reinit_(
     Args:
         model: The model that was profiled, or one with the same parameters.
         plan: What `fastplastic.plan` chose.
-        init: Law of the fresh rows: "default" (the library's own), "kaiming_uniform" or "empirical"
-            (see `initializers`).
-        outgoing: "zero" or "keep" the outgoing columns.
+        init: Law of the fresh rows: "default" (the library's own), "kaiming_uniform",
+            "kaiming_normal", "xavier_uniform", "trunc_normal" or "empirical" (see `initializers`).
+        outgoing: What becomes of the outgoing columns. "zero": the unit has no effect, and the
+            first gradient to its incoming weights is 0. "small": a random direction with 0.02 of
+            the median norm of the other columns, in use against that. "fresh": drawn anew. "keep".
+        optimizer: The optimizer that trains the model, if it has started: what it remembers of each
+            weight that is written (momentum, mean squares) begins anew. Else old momentum moves
+            fresh weights.
+        reset_steps: Also let its counter of steps begin anew, for each tensor that is written, as
+            Adam corrects its means by it.
         seed: Any integer. Fresh values depend on it, the parameter's name and the row alone; the
             global random state is neither read nor changed.
 
@@ -106,27 +77,37 @@ def reinit_(
         FingerprintError: The plan was made for a model with other parameters.
         FileError: The plan does not fit the model or itself (edited by hand).
         InputError: An argument is unknown, or a weight cannot be written: shared between layers,
-            transformed before use, not floating-point, not loaded.
+            transformed before use, not floating-point, not loaded. The optimizer is none, or not
+            that of the model.
     """
     _check_choices(plan, outgoing, seed)
     initializer = make_initializer(init, model)
     tensors = Tensors(model)
+    state = None if optimizer is None else OptimizerState(optimizer, model)
     _check_fingerprint(model, plan)
     rows = selected_rows(plan)
     fresh = [write for name in rows for write in row_writes(tensors, plan.wiring[name], rows[name])]
-    fills = list(_fills(tensors, plan, rows, outgoing))
+    fills = list(_norms(tensors, plan, rows))
+    columns = list(merged(_columns(tensors, plan, rows))) if outgoing != "keep" else []
     laws = [initializer(_target(tensors, write)) for write in fresh]
-    regions = [*(write.region for write in fresh), *(fill.region for fill in fills)]
+    draws: list[ColumnDraw] = []
+    if outgoing == "zero":
+        # After the norms: a column of zeros stays so even in a row drawn afresh.
+        fills += [FillWrite(region, 0.0) for region in columns]
+    else:
+        draws = [_column_draw(tensors, model, region, outgoing, initializer) for region in columns]
+    regions = [write.region for write in (*fresh, *fills, *draws)]
     written = _count(tensors, regions)
-    _apply(tensors, list(zip(fresh, laws, strict=True)), fills, seed)
+    memory = _memory(state, regions, written, reset_steps)
+    _apply(tensors, _Writes(list(zip(fresh, laws, strict=True)), fills, draws, memory), seed)
     return ReinitReport(
         count=plan.count,
         layers={name: len(units) for name, units in plan.units.items()},
         init=init,
         outgoing=outgoing,
         seed=int(seed),
-        written=written,
-        notes=initializer.notes(),
+        written=(*written, *memory.written),
+        notes=(*initializer.notes(), *memory.notes),
     )
 
 
@@ -151,20 +132,35 @@ def _check_fingerprint(model: nn.Module, plan: Plan) -> None:
         )
 
 
-def _fills(
-    tensors: Tensors, plan: Plan, rows: dict[str, Tensor], outgoing: str
-) -> Iterator[FillWrite]:
-    """Yield norms first, then columns: a column of zeros stays so even in a row drawn afresh."""
+def _norms(tensors: Tensors, plan: Plan, rows: dict[str, Tensor]) -> Iterator[FillWrite]:
     for name in rows:
         for norm in plan.wiring[name].norms:
             yield from norm_writes(tensors, plan.wiring[name], norm, rows[name])
-    if outgoing == "keep":
-        return
+
+
+def _columns(tensors: Tensors, plan: Plan, rows: dict[str, Tensor]) -> Iterator[Region]:
+    """Yield the outgoing columns of the units."""
     inner = _inner_layers(plan)
     for name in rows:
         for consumer in plan.wiring[name].consumers:
             if consumer.name not in inner[name]:
-                yield column_write(tensors, plan.wiring[name], consumer, rows[name])
+                yield column_region(tensors, plan.wiring[name], consumer, rows[name])
+
+
+def _column_draw(
+    tensors: Tensors, model: nn.Module, region: Region, outgoing: str, initializer: Initializer
+) -> ColumnDraw:
+    if outgoing == "fresh":
+        law = initializer(reader_of(model, region, tensors[region.name]))
+        return ColumnDraw(region, law, None)
+    norms = column_norms(region, tensors[region.name])
+    median = float(norms.median()) if len(norms) else 0.0
+    if not math.isfinite(median):
+        raise InputError(
+            f"{region.name!r} has columns that are not finite, expected numbers: choose another "
+            "outgoing"
+        )
+    return ColumnDraw(region, normal(0.0, 1.0), _SMALL * median)
 
 
 def _inner_layers(plan: Plan) -> dict[str, set[str]]:
@@ -207,23 +203,83 @@ def _count_one(tensors: Tensors, name: str, regions: list[Region]) -> Written:
     return Written(name, kind, elements, tensor.numel())
 
 
-def _apply(
-    tensors: Tensors, fresh: list[tuple[RowWrite, Law]], fills: list[FillWrite], seed: int
-) -> None:
+@dataclass(frozen=True, eq=False)
+class _Memory:
+    """What is reset of an optimizer: state by region, counters of steps."""
+
+    states: Sequence[tuple[StateTensor, Region]] = ()
+    steps: Sequence[tuple[dict[str, Any], str]] = ()
+    written: tuple[Written, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def _memory(
+    state: OptimizerState | None,
+    regions: list[Region],
+    written: tuple[Written, ...],
+    reset_steps: bool,
+) -> _Memory:
+    if state is None:
+        return _Memory()
+    elements = {entry.name: entry.elements for entry in written}
+    by_name: dict[str, list[Region]] = {}
+    for region in merged(regions):
+        by_name.setdefault(region.name, []).append(region)
+    tensors = list(state.tensors(elements))
+    return _Memory(
+        states=[(tensor, region) for tensor in tensors for region in by_name[tensor.name]],
+        steps=list(state.steps(elements)) if reset_steps else (),
+        written=tuple(
+            Written(
+                f"{tensor.name}: {tensor.key}", "optimizer state", elements[tensor.name],
+                tensor.tensor.numel(),
+            )
+            for tensor in tensors
+        ),
+        notes=state.notes(elements),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Writes:
+    """All that is written, in this order."""
+
+    fresh: list[tuple[RowWrite, Law]]
+    fills: list[FillWrite]
+    draws: list[ColumnDraw]
+    memory: _Memory
+
+
+def _apply(tensors: Tensors, writes: _Writes, seed: int) -> None:
     """Write everything; whatever interrupts it, the tensors are then as before."""
-    fills = list(merged_fills(fills))
-    places = [_Place(tensors, write.region) for write, _ in fresh]
-    filled = [_Place(tensors, fill.region) for fill in fills]
+    fills, memory = list(merged_fills(writes.fills)), writes.memory
+    places = [_Place(tensors[write.region.name], write.region) for write, _ in writes.fresh]
+    filled = [_Place(tensors[fill.region.name], fill.region) for fill in fills]
+    drawn = [_Place(tensors[draw.region.name], draw.region) for draw in writes.draws]
+    states = [_Place(state.tensor, region) for state, region in memory.states]
     # Only what is overwritten is kept, all of it before the first write.
-    journal = [(place, place.read()) for place in (*places, *filled)]
+    undo: list[Callable[[], object]] = [
+        place.undo() for place in (*places, *filled, *drawn, *states)
+    ]
+    undo += [partial(set_step, *step, step_of(*step)) for step in memory.steps]
     with torch.no_grad():
         try:
-            _draw(tensors, fresh, seed)
+            _draw(tensors, writes.fresh, seed)
             for place, fill in zip(filled, fills, strict=True):
                 _fill(place, fill.value)
+            for place, draw in zip(drawn, writes.draws, strict=True):
+                _draw_columns(tensors[draw.region.name], place, draw, seed)
+            for place, (state, region) in zip(states, memory.states, strict=True):
+                if state.start is None:
+                    values = _Place(tensors[state.name], region).read()
+                    place.write(values.to(state.tensor.dtype))
+                else:
+                    _fill(place, state.start)
+            for step in memory.steps:
+                set_step(*step, 0)
         except BaseException:  # also KeyboardInterrupt and MemoryError
-            for place, old in journal:
-                place.write(old)
+            for restore in undo:
+                restore()
             raise
 
 
@@ -239,6 +295,18 @@ def _draw(tensors: Tensors, fresh: list[tuple[RowWrite, Law]], seed: int) -> Non
             _row_mask(tensor, write) for tensor, (write, _) in zip(weights, writes, strict=True)
         ]
         resample_(weights, names, [law for _, law in writes], seed=seed, masks=masks)
+
+
+def _draw_columns(tensor: Tensor, place: "_Place", draw: ColumnDraw, seed: int) -> None:
+    """Draw outgoing columns, and give them a norm if they are to have one."""
+    mask = column_mask(draw.region, tensor)
+    resample_([tensor], [draw.region.name], [draw.law], seed=seed, masks=[mask])
+    if draw.norm is not None:
+        values = place.read()
+        others = [dim for dim in range(values.dim()) if dim != place.list_dim]
+        # In float32: half precision may round a small square to 0.
+        norms = values.float().square().sum(others, keepdim=True).sqrt()
+        place.write((values.float() * (draw.norm / norms)).to(values.dtype))
 
 
 def _row_mask(tensor: Tensor, write: RowWrite) -> Tensor:
@@ -257,8 +325,8 @@ def _fill(place: "_Place", value: float) -> None:
 class _Place:
     """A region of a tensor: what can be read from it and written to it."""
 
-    def __init__(self, tensors: Tensors, region: Region) -> None:
-        tensor = tensors[region.name].detach()
+    def __init__(self, tensor: Tensor, region: Region) -> None:
+        tensor = tensor.detach()
         self._view = region.view(tensor)
         self._index = tuple(
             part if isinstance(part, slice) else part.to(tensor.device) for part in region.index
@@ -266,12 +334,18 @@ class _Place:
         lists = [dim for dim, part in enumerate(self._index) if isinstance(part, Tensor)]
         # Along one dimension there are operations that are ten times as fast as indexing.
         self._dim = lists[0] if len(lists) == 1 else None
+        # The dimension of what is read that runs over the list.
+        self.list_dim = 0 if self._dim is None else self._dim
 
     def read(self) -> Tensor:
         """Return a copy of the values."""
         if self._dim is None:
             return self._view[self._index]
         return self._view.index_select(self._dim, self._rows)
+
+    def undo(self) -> Callable[[], None]:
+        """Return what writes the values back that are there now."""
+        return partial(self.write, self.read())
 
     def write(self, values: Tensor) -> None:
         """Write what `read` returned."""

@@ -84,11 +84,20 @@ class LayerStats:
         return self._mean("sum_abs_h", "n")
 
     @property
+    def mean_h(self) -> Tensor:
+        """Mean h."""
+        return self._mean("sum_h", "n")
+
+    @property
+    def mean_sq_h(self) -> Tensor:
+        """Mean h^2."""
+        return self._mean("sum_sq_h", "n")
+
+    @property
     def std_h(self) -> Tensor:
         """Standard deviation of h over all positions (not corrected for sample size)."""
-        mean = self._mean("sum_h", "n")
         # Rounding can leave a constant unit with a tiny negative variance.
-        return (self._mean("sum_sq_h", "n") - mean * mean).clamp(min=0).sqrt()
+        return (self.mean_sq_h - self.mean_h**2).clamp(min=0).sqrt()
 
     @property
     def range_h(self) -> Tensor:
@@ -114,6 +123,11 @@ class LayerStats:
     def mean_abs_dw(self) -> Tensor:
         """Mean abs(dL/dw) of the incoming weights; NaN for a layer where it is 0 everywhere."""
         return _unless_all_zero(self._mean("sum_abs_dw", "n_dw"))
+
+    @property
+    def mean_abs_w(self) -> Tensor:
+        """Mean abs(w) of the incoming weights."""
+        return self._mean("sum_abs_w", "n_in")
 
     @property
     def mean_abs_w_out(self) -> Tensor:

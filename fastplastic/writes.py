@@ -211,8 +211,8 @@ def norm_writes(
         yield FillWrite(Region(full, (hit,)), _NORM_VALUES[name])
 
 
-def column_write(tensors: Tensors, layer: UnitLayer, consumer: Consumer, rows: Tensor) -> FillWrite:
-    """Return what sets the columns to zero with which a consumer reads these rows."""
+def column_region(tensors: Tensors, layer: UnitLayer, consumer: Consumer, rows: Tensor) -> Region:
+    """Return the columns with which a consumer reads these rows."""
     weight = tensors[consumer.weight]
     columns = len(consumer.unit_of_column)
     if columns % consumer.groups or (consumer.groups > 1 and consumer.column_dim != 1):
@@ -225,14 +225,14 @@ def column_write(tensors: Tensors, layer: UnitLayer, consumer: Consumer, rows: T
     hit = _columns(f"columns of {consumer.weight!r}", consumer.unit_of_column, layer, rows)
     if consumer.groups == 1:
         index = (hit,) if consumer.column_dim == 0 else (slice(None), hit)
-        return FillWrite(Region(consumer.weight, index), 0.0)
+        return Region(consumer.weight, index)
     if weight.shape[0] % consumer.groups:
         raise FileError(
             f"{weight.shape[0]} rows of {consumer.weight!r} do not form {consumer.groups} groups: "
             "plan again with this model"
         )
     group, column = hit // per_group, hit % per_group
-    return FillWrite(Region(consumer.weight, (group, slice(None), column), consumer.groups), 0.0)
+    return Region(consumer.weight, (group, slice(None), column), consumer.groups)
 
 
 def merged_fills(fills: Iterable[FillWrite]) -> Iterator[FillWrite]:

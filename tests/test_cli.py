@@ -193,6 +193,17 @@ def test_choices_are_those_of_the_library():
     assert set(get_args(hints["init"])) == set(INITIALIZERS)
 
 
+def test_list_of_criteria(run):
+    shown = run("list", "criteria")
+    assert shown.code == 0
+    for rule in CRITERIA.values():
+        assert rule.name in shown.output
+    entries = json.loads(run("list", "criteria", "--json").output)
+    assert [entry["name"] for entry in entries] == list(CRITERIA)
+    assert next(e for e in entries if e["name"] == "dormant")["threshold"] == 0.025
+    refused(run("list", "layers"), 2, "criteria")
+
+
 def test_model_kwargs_are_spread_as_in_timm(run, monkeypatch):
     seen = []
     monkeypatch.setattr(profile_command, "measure", lambda given, **_: seen.append(given) or 1 / 0)

@@ -215,4 +215,36 @@ def test_an_unknown_initializer_is_refused():
     assert str(caught.value) == (
         "init 'fresh' is unknown, expected one of default, kaiming_uniform, empirical"
     )
-    assert set(INITIALIZERS) == {"default", "kaiming_uniform", "empirical"}
+    assert set(INITIALIZERS) == {
+        "default", "kaiming_uniform", "kaiming_normal", "xavier_uniform", "trunc_normal",
+        "empirical",
+    }  # fmt: skip
+
+
+TORCH = {
+    "kaiming_uniform": lambda w: nn.init.kaiming_uniform_(w, nonlinearity="relu"),
+    "kaiming_normal": lambda w: nn.init.kaiming_normal_(w, nonlinearity="relu"),
+    "xavier_uniform": nn.init.xavier_uniform_,
+    "trunc_normal": lambda w: nn.init.trunc_normal_(w, std=0.02),
+}
+
+
+@pytest.mark.parametrize("name", TORCH)
+@pytest.mark.parametrize(
+    ("layer", "kind"),
+    [
+        (nn.Linear(120, 400), "linear"),
+        (nn.Conv2d(60, 90, 3), "conv"),
+        (nn.Conv2d(60, 90, 3, groups=3), "conv"),
+    ],
+    ids=["linear", "conv", "grouped conv"],
+)
+def test_laws_are_those_of_torch(name, layer, kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(layer)
+    initializer = make_initializer(name, model)
+    law = initializer(target(model, "0.weight", kind=kind))
+    expected = TORCH[name](torch.empty_like(layer.weight))
+    assert same_moments(drawn_from(law, *layer.weight.shape), expected.detach())
+    assert initializer(target(model, "0.bias", kind=kind, bias=True)) == constant(0.0)
+    assert initializer.notes() == ()

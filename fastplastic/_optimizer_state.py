@@ -1,0 +1,138 @@
+"""What an optimizer remembers of each weight, and what it should remember of a fresh one."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fastplastic.errors import InputError
+
+# State that is an average of the weights themselves (ASGD, Lookahead, schedule-free optimizers):
+# zeros would pull the weights to zero, so it takes the fresh ones.
+_COPIES_OF_WEIGHTS = ("ax", "z", "lookahead_slow_buff", "slow_buffer", "slow_param")
+# State that does not begin at zero: its name, and the option of the group that it begins at.
+_BEGINS_AT = {"sum": "initial_accumulator_value", "step_size": "lr"}
+
+
+@dataclass(frozen=True, eq=False)
+class StateTensor:
+    """One tensor of optimizer state that has an element for each weight.
+
+    Attributes:
+        name: Name of the parameter.
+        key: Name of the state.
+        tensor: The state, in the shape of the parameter.
+        start: Its value for a fresh weight; None for the weight itself.
+    """
+
+    name: str
+    key: str
+    tensor: Tensor
+    start: float | None
+
+
+class OptimizerState:
+    """The state of an optimizer for the parameters of a model.
+
+    Args:
+        optimizer: Any torch optimizer.
+        model: The model that it trains.
+
+    Raises:
+        InputError: It is no optimizer, or trains no parameter of the model.
+    """
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise InputError(
+                f"optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer"
+            )
+        self._states = [layer.state for layer in _layers_of(optimizer)]
+        self._groups = {
+            id(weight): group for group in optimizer.param_groups for weight in group["params"]
+        }
+        self._parameters = {
+            name: weight
+            for name, weight in model.named_parameters(remove_duplicate=False)
+            if id(weight) in self._groups
+        }
+        if not self._parameters:
+            raise InputError(
+                "the optimizer trains none of the parameters of the model, expected the one that "
+                "was built from model.parameters()"
+            )
+
+    def tensors(self, names: Iterable[str]) -> Iterator[StateTensor]:
+        """Yield the state of some parameters that has an element for each weight."""
+        for name in names:
+            weight = self._parameters.get(name)
+            for key, value in self._of(weight).items():
+                if isinstance(value, Tensor) and weight is not None and _is_like(value, weight):
+                    yield StateTensor(name, key, value, self._start(weight, key))
+
+    def steps(self, names: Iterable[str]) -> Iterator[tuple[dict[str, Any], str]]:
+        """Yield the state of some parameters that counts steps, and the key of the counter."""
+        for name in names:
+            weight = self._parameters.get(name)
+            for state in self._states:
+                if weight is not None and "step" in state.get(weight, {}):
+                    yield state[weight], "step"
+
+    def notes(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Return what is known of these parameters and cannot be reset by element."""
+        other = set()
+        for name in names:
+            weight = self._parameters.get(name)
+            for key, value in self._of(weight).items():
+                many = isinstance(value, Tensor) and value.numel() > 1
+                if many and weight is not None and not _is_like(value, weight):
+                    other.add(key)
+        if not other:
+            return ()
+        return (
+            f"optimizer state {', '.join(sorted(other))} has no element for each weight and was "
+            "left as it is",
+        )
+
+    def _of(self, weight: Tensor | None) -> dict[str, Any]:
+        # Not by index: that would make an entry.
+        found = ({} if weight is None else state.get(weight, {}) for state in self._states)
+        return dict(item for state in found for item in state.items())
+
+    def _start(self, weight: Tensor, key: str) -> float | None:
+        if key in _COPIES_OF_WEIGHTS:
+            return None
+        option = _BEGINS_AT.get(key)
+        value = self._groups[id(weight)].get(option, 0.0) if option else 0.0
+        return float(value)
+
+
+def _layers_of(optimizer: Optimizer) -> Iterator[Optimizer]:
+    """Yield an optimizer and those that it wraps (timm's Lookahead, Accelerate)."""
+    yield optimizer
+    for name in ("_base_optimizer", "base_optimizer", "optimizer"):
+        inner = getattr(optimizer, name, None)
+        if isinstance(inner, Optimizer) and inner is not optimizer:
+            yield from _layers_of(inner)
+            return
+
+
+def _is_like(value: Tensor, weight: Tensor) -> bool:
+    return value.shape == weight.shape and value.is_floating_point()
+
+
+def step_of(state: Mapping[str, Any], key: str) -> Any:
+    """Return a counter of steps, a copy where it is a tensor."""
+    return state[key].clone() if isinstance(state[key], Tensor) else state[key]
+
+
+def set_step(state: dict[str, Any], key: str, value: Any) -> None:
+    """Set a counter of steps, in place where it is a tensor."""
+    if isinstance(state[key], Tensor):
+        with torch.no_grad():
+            state[key].fill_(value)
+    else:
+        state[key] = type(state[key])(value)

@@ -1,0 +1,56 @@
+"""What `reinit_` says it has written."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written to one tensor.
+
+    Attributes:
+        name: Name of the parameter or buffer; of optimizer state "PARAMETER: STATE".
+        kind: "parameter", "buffer" or "optimizer state".
+        elements: Number of elements written.
+        total: Number of elements it has.
+    """
+
+    name: str
+    kind: str
+    elements: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        """Share of the elements written, in [0, 1]."""
+        return self.elements / self.total
+
+
+@dataclass(frozen=True)
+class ReinitReport:
+    """What `reinit_` wrote.
+
+    Attributes:
+        count: Number of units re-initialised.
+        layers: Layer name -> number of its units selected in the plan.
+        init: Name of the initializer.
+        outgoing: What was done to the outgoing columns.
+        seed: Seed of the fresh values.
+        written: Every tensor that was written to, in the order of the first write.
+        notes: What a reader should know, one sentence each.
+    """
+
+    count: int
+    layers: dict[str, int]
+    init: str
+    outgoing: str
+    seed: int
+    written: tuple[Written, ...]
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as values that `json.dumps` takes, with the share of each tensor."""
+        values = asdict(self)
+        for entry, written in zip(values["written"], self.written, strict=True):
+            entry["share"] = written.share
+        return values
