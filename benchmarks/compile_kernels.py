@@ -130,7 +130,9 @@ def _select_cases(dtype: str, quick: bool) -> Iterator[tuple[str, Callable[[], o
     w = torch.empty(256, 512, dtype=DTYPES[dtype])
     table = np.zeros(1, dtype=np.int64)
     numbers = {"swr": ("key", "word")}
-    if dtype == "fp32" and not quick:
+    if dtype == "fp32" and quick:
+        numbers["random"] = ("word",)
+    elif dtype == "fp32":
         numbers = {"swr": ("key", "word", "element"), "gradient": ("key",), "random": ("word",)}
     for criterion in numbers:
         # One query of each kind; the search itself would need the counts.

@@ -90,6 +90,12 @@ def element_task(total: int) -> int:
     return max(_ELEMENT_TASK, power_of_two(cdiv(total, _ELEMENT_TASKS)))
 
 
+def histogram_block(criterion: str) -> int:
+    """Return how many elements the histogram reads at once."""
+    # At random all are ties. Where nothing is read, AMD's compiler interleaves too many of them.
+    return HISTOGRAM_BLOCK // 2 if criterion == "random" else HISTOGRAM_BLOCK
+
+
 def fold_parts(parts: int) -> int:
     """Return how many partial sums of a unit the fold reads at once."""
     return min(power_of_two(parts), _FOLD_PARTS)

@@ -308,6 +308,6 @@ class _Histogram:
                 DEPTH=found.depth,
                 VECTOR=kind.vector,
                 BINS=DIGITS,
-                BLOCK=launch.HISTOGRAM_BLOCK,
+                BLOCK=launch.histogram_block(self._criterion),
                 **(launch.OPTIONS | {"num_warps": launch.HISTOGRAM_WARPS}),
             )
