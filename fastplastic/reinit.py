@@ -96,7 +96,8 @@ def reinit_(
         fills += [FillWrite(region, 0.0) for region in columns]
     else:
         draws = [_column_draw(tensors, model, region, outgoing, initializer) for region in columns]
-    regions = [write.region for write in (*fresh, *fills, *draws)]
+    regions = [write.region for write in fresh] + [fill.region for fill in fills]
+    regions += [draw.region for draw in draws]
     written = _count(tensors, regions)
     memory = _memory(state, regions, written, reset_steps)
     _apply(tensors, _Writes(list(zip(fresh, laws, strict=True)), fills, draws, memory), seed)
