@@ -2,9 +2,9 @@
 
 Each takes z and returns h = f(z). Absolute errors are below 2e-7 of max(1, |h|), that of GELU below
 2e-6 (near z = -5, where it is 1.7e-6 itself) because its Phi is off by up to 4e-7. Next to 0, where
-a difference would cancel, a series keeps h different from 0 wherever f is. Polynomials are summed up
-as two halves: a processor works on both at once, while in Horner's form each step waits for the one
-before.
+a difference would cancel, a series keeps h different from 0 wherever f is. Polynomials are summed
+up as two halves: a processor works on both at once, while in Horner's form each step waits for the
+one before.
 """
 
 from typing import Any
