@@ -104,8 +104,8 @@ def with_units(made: Case, name: str, units: object) -> Case:
 
 
 def test_unknown_choices_are_refused():
-    refused(mlp(), InputError, "outgoing 'small' is unknown, expected one of zero, keep",
-            outgoing="small")  # fmt: skip
+    refused(mlp(), InputError, "outgoing 'half' is unknown, expected one of zero, small, fresh,",
+            outgoing="half")  # fmt: skip
     refused(mlp(), InputError, "seed 0.5 is not usable, expected an integer", seed=0.5)
     refused(mlp(), InputError, "init 'ones' is unknown, expected one of default,", init="ones")
     made = mlp()
