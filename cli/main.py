@@ -83,7 +83,7 @@ def _outcome(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return _INTERRUPTED, "interrupted"
     if isinstance(error, _UsageError):
-        message = getattr(error, "format_message", error.__str__)()
+        message = getattr(error, "format_message", error.__str__)().replace("Value error, ", "")
         program = getattr(getattr(error, "ctx", None), "command_path", "fastplastic")
         return _USAGE, f"{message.rstrip('.')}: see {program} --help"
     if isinstance(error, InputError):

@@ -26,7 +26,7 @@ class Written:
         return self.elements / self.total
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ReinitReport:
     """What `reinit_` wrote.
 
@@ -47,6 +47,13 @@ class ReinitReport:
     seed: int
     written: tuple[Written, ...]
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        elements = sum(written.elements for written in self.written)
+        return (
+            f"ReinitReport({self.count} units in {len(self.layers)} layers: init {self.init}, "
+            f"outgoing {self.outgoing}, {elements} elements of {len(self.written)} tensors)"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as values that `json.dumps` takes, with the share of each tensor."""

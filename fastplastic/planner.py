@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 GRANULARITIES = ("unit",)
 SCOPES = ("layer", "global")
 _NAMES_IN_A_NOTE = 5
+_WITHOUT_GRADIENT = ", or trained weights (random ones often begin with norms of zero)"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Plan:
     """Which units to re-initialise, and why. Made by `plan`, applied by `reinit_`.
 
@@ -62,6 +63,13 @@ class Plan:
     fingerprint: str
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        amount = f"ratio {self.ratio:g}" if self.ratio is not None else f"up to {self.threshold:g}"
+        return (
+            f"Plan({self.criterion}, {amount}: {self.count} of {self.eligible} units "
+            f"in {len(self.units)} layers)"
+        )
 
     @property
     def count(self) -> int:
@@ -323,6 +331,7 @@ def _nothing_eligible(
     return (
         f"none of the {sum(unknown.values())} hidden units of the chosen layers has a "
         f"{rule.name} score ({rule.unknown}), expected at least one: take another criterion"
+        f"{_WITHOUT_GRADIENT if rule.needs == 'gradients' else ''}"
     )
 
 

@@ -1,10 +1,9 @@
 """The plasticity profile of a model: what it holds, and the function that makes one."""
 
-import difflib
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,130 +14,24 @@ from torch.nn.functional import cross_entropy
 from fastplastic import __version__
 from fastplastic._batches import Batch, loss_of, read_batches
 from fastplastic._coverage import Coverage, coverage_of, notes_of
+from fastplastic._layer_profile import LayerProfile, Totals
 from fastplastic._mean_gradient import MeanGradient
 from fastplastic._observer import Observation, Observer
 from fastplastic._restore import undisturbed
 from fastplastic.checkpoint import fingerprint
 from fastplastic.criteria import CRITERIA, Layer
-from fastplastic.errors import InputError
+from fastplastic.errors import InputError, no_such
 from fastplastic.graph import build_graph
 from fastplastic.kernels import backend
 from fastplastic.stats import LayerStats
-from fastplastic.wiring import Consumer, UnitGraph, UnitLayer
+from fastplastic.wiring import UnitGraph
 
 SCHEMA_VERSION = 1
 
-
-@dataclass(frozen=True, eq=False)
-class LayerProfile:
-    """What was measured of one weight layer. Tensors are on the CPU, one entry per unit.
-
-    Attributes:
-        wiring: What makes the units and what reads them.
-        stats: The sums behind all numbers here.
-    """
-
-    wiring: UnitLayer
-    stats: LayerStats
-
-    @property
-    def name(self) -> str:
-        """Dotted module name of the producer."""
-        return self.wiring.name
-
-    @property
-    def kind(self) -> str:
-        """One of linear, conv, depthwise conv, conv transpose, conv1d (Hugging Face)."""
-        return self.wiring.kind
-
-    @property
-    def n_units(self) -> int:
-        """Number of units."""
-        return self.wiring.n_units
-
-    @property
-    def activation(self) -> str:
-        """Name of the activation function."""
-        return self.wiring.activation
-
-    @property
-    def hidden(self) -> Tensor:
-        """Bool: units that reach the network through their consumers' columns only."""
-        return self.wiring.hidden
-
-    @property
-    def consumers(self) -> tuple[Consumer, ...]:
-        """The layers that read the units."""
-        return self.wiring.consumers
-
-    @property
-    def reason(self) -> str | None:
-        """Why units are not hidden, with their number; None when all are."""
-        reasons = self.wiring.reasons.items()
-        return "; ".join(f"{reason} ({number})" for reason, number in reasons) or None
-
-    @property
-    def dead(self) -> Tensor:
-        """Bool: h is constant over every position seen (more than one)."""
-        return self.stats.range_h == 0
-
-    @property
-    def frozen(self) -> Tensor:
-        """Bool: abs(f'(z)) <= 0.01 at every position seen."""
-        return (self.stats["n_flat"] == self.stats["n"]) & (self.stats["n"] > 0)
-
-    @property
-    def saturated_fraction(self) -> Tensor:
-        """float64: share of positions with abs(f'(z)) <= 0.01; NaN where nothing was seen."""
-        return self.stats.flat_share
-
-    @property
-    def dormant_score(self) -> Tensor:
-        """float64: mean abs(h) / (its mean over the layer + 1e-9) (ReDo, arXiv 2302.12902)."""
-        return CRITERIA["dormant"].score(self.stats)
-
-    @property
-    def dormant(self) -> Tensor:
-        """Bool: `dormant_score` is at most the 0.025 of ReDo's default setting."""
-        threshold = CRITERIA["dormant"].threshold
-        assert threshold is not None
-        return self.dormant_score <= threshold
-
-    @property
-    def no_gradient(self) -> bool:
-        """Whether no gradient reached the weights: gradient scores are NaN then."""
-        return not self.stats.has_gradients
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the layer's part of the JSON schema."""
-        return {
-            "name": self.name,
-            "kind": self.kind,
-            "activation": self.activation,
-            "units": self.n_units,
-            "hidden": int(self.hidden.sum()),
-            "dead": int(self.dead.sum()),
-            "frozen": int(self.frozen.sum()),
-            "dormant": int(self.dormant.sum()),
-            "saturated_fraction": _share(self.stats, "n_flat", "n"),
-            "mean_abs_activation": _share(self.stats, "sum_abs_h", "n"),
-            "mean_abs_gradient": _share(self.stats, "sum_abs_g", "n_g"),
-        }
+__all__ = ["SCHEMA_VERSION", "LayerProfile", "Profile", "Totals", "assemble", "profile"]
 
 
-@dataclass(frozen=True)
-class Totals:
-    """Counts over all layers; dead, frozen and dormant units need not be hidden."""
-
-    layers: int
-    units: int
-    hidden_units: int
-    dead: int
-    frozen: int
-    dormant: int
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Profile:
     """The plasticity profile of a model on some data.
 
@@ -174,10 +67,24 @@ class Profile:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_by_name", {layer.name: layer for layer in self.layers})
 
+    def __repr__(self) -> str:
+        totals = self.totals
+        return (
+            f"Profile({totals.layers} layers, {totals.units} units: {totals.hidden_units} hidden, "
+            f"{totals.dead} dead, {totals.frozen} frozen, {totals.dormant} dormant; "
+            f"{self.samples} samples, {self.mode})"
+        )
+
+    def __iter__(self) -> Iterator[LayerProfile]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
     def __getitem__(self, name: str) -> LayerProfile:
         """Return the layer with this name; InputError when there is none."""
         if name not in self._by_name:
-            raise InputError(_no_such("layer", name, self._by_name))
+            raise InputError(no_such("layer", name, self._by_name))
         return self._by_name[name]
 
     @property
@@ -201,7 +108,7 @@ class Profile:
             InputError: There is no such criterion.
         """
         if criterion not in CRITERIA:
-            raise InputError(_no_such("criterion", criterion, CRITERIA))
+            raise InputError(no_such("criterion", criterion, CRITERIA))
         rule = CRITERIA[criterion]
         return {
             layer.name: rule.score(layer.stats, Layer(layer.name, layer.wiring.activations, seed))
@@ -384,15 +291,3 @@ def _device(model: nn.Module) -> torch.device:
 def _dtype(model: nn.Module) -> str:
     types = (p.dtype for p in model.parameters() if p.is_floating_point())
     return str(next(types, torch.float32)).removeprefix("torch.")
-
-
-def _share(stats: LayerStats, total: str, count: str) -> float | None:
-    """Return the ratio of two sums over the layer, None when nothing was counted."""
-    counted = float(stats[count].sum())
-    return float(stats[total].sum()) / counted if counted else None
-
-
-def _no_such(what: str, name: str, known: Iterable[str]) -> str:
-    names = list(known)
-    near = difflib.get_close_matches(name, names, n=3) or names[:3]
-    return f"no {what} {name!r} among {len(names)}: did you mean {', '.join(near)}?"

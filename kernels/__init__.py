@@ -9,6 +9,16 @@
 
 CUDA and ROCm tensors go to Triton kernels (`gpu`), CPU tensors to Numba kernels (`cpu`), all others
 to plain PyTorch (`reference`), which is also what the other two are tested against.
+
+Rows of the tables: "n..." counts, "sum_..." adds up, "abs" and "sq" are of size and square.
+
+    ACTIVATION_ROWS     n finite positions, sum_h, sum_abs_h, sum_sq_h, min_h, max_h, n_zero where h
+                        is 0, n_flat where abs(f'(z)) <= 0.01, n_nonfinite_h where z or h is not
+    GRADIENT_ROWS       n_g finite gradients, sum_abs_g, sum_sq_g, n_nonfinite_g
+    PARAMETER_ROWS      n weights in the row, sum_abs_w, sum_sq_w, n_dw finite gradients,
+                        sum_abs_dw, sum_sq_dw, sum_abs_w_dw of abs(w dw), n_nonfinite_dw
+    PARAMETER_COLUMNS   the same of columns, but sum_w_dw with signs: over the columns that read a
+                        unit that is its first-order saliency, the sum of h dL/dh
 """
 
 from collections.abc import Sequence
@@ -153,6 +163,10 @@ def select(
             whose score is NaN is not eligible; an infinite one comes last.
         caps: Most elements to select in each weight; None for no limit.
         seed: Any integer.
+
+    Returns:
+        The selection as thresholds (three numbers for each weight), with how many elements are
+        taken of each; `selection_masks` makes masks of it.
 
     Raises:
         ValueError: The arguments do not fit together, or `count` is more than the caps and the

@@ -314,7 +314,7 @@ def test_what_was_asked_for_stands_in_the_plan():
         (
             {"ratio": 0.1, "criterion": "gradient"},
             "none of the 8 hidden units of the chosen layers has a gradient score (no gradient "
-            "reaches them), expected at least one: take another criterion",
+            "reaches them), expected at least one: take another criterion, or trained weights",
         ),
     ],
 )

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fastplastic import LayerProfile, Profile, profile
+from fastplastic import LayerProfile, Profile, plan, profile, reinit_
 from fastplastic.criteria import CRITERIA
 from fastplastic.errors import FileError, InputError
 from fastplastic.kernels.reference import activation_stats, gradient_stats, parameter_stats
@@ -586,7 +586,7 @@ def test_json_of_what_is_unknown_is_null():
     ("call", "text"),
     [
         (lambda p: p["cnv"], "no layer 'cnv' among 3: did you mean conv"),
-        (lambda p: p["zzz"], "no layer 'zzz' among 3: did you mean conv, fc, head"),
+        (lambda p: p["zzz"], "no layer 'zzz' among 3, expected one such as conv, fc"),
         (lambda p: p.score("dormnt"), f"no criterion 'dormnt' among {len(CRITERIA)}: did"),
     ],
 )  # fmt: skip
@@ -594,6 +594,25 @@ def test_unknown_names(call, text):
     with pytest.raises(InputError) as error:
         call(profile(net(), data(1)))
     assert text in str(error.value)
+
+
+def test_results_print_in_a_line():
+    found = profile(net(), data(1))
+    assert [layer.name for layer in found] == [layer.name for layer in found.layers]
+    assert len(found) == 3
+    totals, layer = found.totals, found["fc"]
+    assert repr(found) == (
+        f"Profile(3 layers, {totals.units} units: {totals.hidden_units} hidden, "
+        f"{totals.dead} dead, {totals.frozen} frozen, {totals.dormant} dormant; "
+        f"{found.samples} samples, eval)"
+    )
+    start = f"LayerProfile('fc': linear, {layer.activation}, {layer.n_units} units, "
+    assert repr(layer).startswith(start) and "\n" not in repr(layer)
+    chosen = plan(found, criterion="random", ratio=0.25)
+    expected = f"Plan(random, ratio 0.25: {chosen.count} of {chosen.eligible} units in "
+    assert repr(chosen).startswith(expected)
+    report = repr(reinit_(net(), chosen))
+    assert report.startswith(f"ReinitReport({chosen.count} units in ") and len(report) < 200
 
 
 def assert_same(one, two):
