@@ -213,7 +213,8 @@ def test_an_unknown_initializer_is_refused():
     with pytest.raises(InputError) as caught:
         make_initializer("fresh", nn.Linear(1, 1))
     assert str(caught.value) == (
-        "init 'fresh' is unknown, expected one of default, kaiming_uniform, empirical"
+        "init 'fresh' is unknown, expected one of default, kaiming_uniform, kaiming_normal, "
+        "xavier_uniform, trunc_normal, empirical"
     )
     assert set(INITIALIZERS) == {
         "default", "kaiming_uniform", "kaiming_normal", "xavier_uniform", "trunc_normal",
