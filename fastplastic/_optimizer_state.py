@@ -10,11 +10,13 @@ from torch.optim import Optimizer
 
 from fastplastic.errors import InputError
 
-# State that is an average of the weights themselves (ASGD, Lookahead, schedule-free optimizers):
+# State that begins as the weights themselves (ASGD, MADGRAD, Lookahead, schedule-free optimizers):
 # zeros would pull the weights to zero, so it takes the fresh ones.
-_COPIES_OF_WEIGHTS = ("ax", "z", "lookahead_slow_buff", "slow_buffer", "slow_param")
+_COPIES_OF_WEIGHTS = ("ax", "x0", "z", "lookahead_slow_buff", "slow_buffer", "slow_param")
 # State that does not begin at zero: its name, and the option of the group that it begins at.
 _BEGINS_AT = {"sum": "initial_accumulator_value", "step_size": "lr"}
+# The same for single optimizers: class and state, and the value.
+_BEGINS_AT_IN = {("RMSpropTF", "square_avg"): 1.0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +52,9 @@ class OptimizerState:
             raise InputError(
                 f"optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer"
             )
-        self._states = [layer.state for layer in _layers_of(optimizer)]
+        layers = list(_layers_of(optimizer))
+        self._states = [layer.state for layer in layers]
+        self._classes = [type(layer).__name__ for layer in layers]
         self._groups = {
             id(weight): group for group in optimizer.param_groups for weight in group["params"]
         }
@@ -105,6 +109,9 @@ class OptimizerState:
     def _start(self, weight: Tensor, key: str) -> float | None:
         if key in _COPIES_OF_WEIGHTS:
             return None
+        for name in self._classes:
+            if (name, key) in _BEGINS_AT_IN:
+                return _BEGINS_AT_IN[name, key]
         option = _BEGINS_AT.get(key)
         value = self._groups[id(weight)].get(option, 0.0) if option else 0.0
         return float(value)

@@ -5,12 +5,13 @@ from functools import partial
 
 import pytest
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn, optim
 
 import fastplastic
 import fastplastic.reinit as reinit_module
 from fastplastic import FastPlasticError, plan, reinit_
+from fastplastic._optimizer_state import OptimizerState
 
 # Everything that keeps something for each weight in another way.
 OPTIMIZERS = {
@@ -28,9 +29,14 @@ OPTIMIZERS = {
     "lamb": lambda p: create_optimizer_v2(p, "lamb", 0.01),
     "lion": lambda p: create_optimizer_v2(p, "lion", 0.01),
     "lookahead": lambda p: create_optimizer_v2(p, "lookahead_adamw", 0.01),
+    "rmsprop of tensorflow": lambda p: create_optimizer_v2(p, "rmsproptf", 0.01),
     "madgrad": lambda p: create_optimizer_v2(p, "madgrad", 0.01),
 }
-STARTS = {("adagrad", "sum"): 0.3, ("rprop", "step_size"): 0.03}
+STARTS = {
+    ("adagrad", "sum"): 0.3, ("rprop", "step_size"): 0.03,
+    ("rmsprop of tensorflow", "square_avg"): 1.0,
+}  # fmt: skip
+COPIES = ("ax", "lookahead_slow_buff", "x0")
 
 
 def trained(make, steps=7, sizes=(6, 8, 3)):
@@ -97,7 +103,7 @@ def test_fresh_weights_have_no_past(name):
         if mask.any():
             of_weights.add(f"{of}: {key}")
             # Averages of the weights begin at the fresh ones.
-            copies = key in ("ax", "lookahead_slow_buff")
+            copies = key in COPIES
             start = torch.full_like(value, STARTS.get((name, key), 0.0))
             expected = weights[of].detach() if copies else start
             assert torch.equal(value[mask], expected[mask]), (of, key)
@@ -108,6 +114,25 @@ def test_fresh_weights_have_no_past(name):
         assert written.elements == int(masks[label.split(":")[0]].sum())
     step()
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+# What wraps other packages is left out, and what needs second derivatives.
+OTHERS = ["fused*", "bnb*", "apex*", "adahessian"]
+
+
+@pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum'")
+@pytest.mark.parametrize("name", list_optimizers(exclude_filters=OTHERS))
+def test_fresh_state_is_that_of_timms_optimizers(name):
+    """After one step without gradients and almost without a rate, state is what it begins as."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 4, bias=False)
+    optimizer = create_optimizer_v2(model.parameters(), name, 1e-12, weight_decay=0.0)
+    model.weight.grad = torch.zeros_like(model.weight)
+    optimizer.step()
+    for state in OptimizerState(optimizer, model).tensors(["weight"]):
+        expected = model.weight.detach() if state.start is None else state.start
+        # A mean that begins at 1 has moved by a tenth.
+        assert ((state.tensor - expected).abs() < 0.11).all(), (state.key, state.tensor)
 
 
 def test_without_the_optimizer_its_state_stays():
