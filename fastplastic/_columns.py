@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastplastic.initializers import Target
 from fastplastic.laws import Law
-from fastplastic.wiring import UnitLayer
+from fastplastic.wiring import UnitLayer, is_conv1d
 from fastplastic.writes import Region
 
 
@@ -30,7 +30,7 @@ def reader_of(model: nn.Module, region: Region, weight: Tensor) -> Target:
     """Return the weight of a consumer as something to draw, by the law of its own rows."""
     name = region.name.rpartition(".")[0]
     unit_dim = 1 if _column_dim(region) == 0 else 0
-    kind = "conv1d" if type(model.get_submodule(name)).__name__ == "Conv1D" else "reader"
+    kind = "conv1d" if is_conv1d(model.get_submodule(name)) else "reader"
     units = weight.shape[unit_dim]
     hidden = torch.zeros(units, dtype=torch.bool)
     layer = UnitLayer(name, kind, region.name, None, unit_dim, units, None, (), hidden)

@@ -23,7 +23,7 @@ from ._flow import UnitFlow, Value
 from ._rules_elementwise import activate
 from ._sites import Sites, module_calls
 from ._walk import RULES, Walk, base_name, branch_point, op_name, plain, unknown
-from .wiring import Site, UnitGraph, UnitLayer
+from .wiring import Site, UnitGraph, UnitLayer, is_conv1d
 
 # Activation functions that libraries write as several operators in a module of their own.
 _ACTIVATION_CLASSES = {
@@ -265,10 +265,7 @@ def _unreached(
 
 def _weight_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        if (
-            isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
-            or type(module).__name__ == "Conv1D"
-        ):
+        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or is_conv1d(module):
             yield name, module
 
 
@@ -278,7 +275,7 @@ def _module_graph(model: nn.Module, reason: str) -> UnitGraph:
     for name, module in _weight_modules(model):
         weight = module.weight
         assert isinstance(weight, Tensor)
-        conv1d = type(module).__name__ == "Conv1D"
+        conv1d = is_conv1d(module)
         turned = conv1d or bool(getattr(module, "transposed", False))
         units = int(getattr(module, "out_channels", weight.shape[1 if turned else 0]))
         axis = 1 if isinstance(module, nn.modules.conv._ConvNd) else -1

@@ -139,3 +139,8 @@ class UnitGraph:
             if layer.name == name:
                 return layer
         raise KeyError(name)
+
+
+def is_conv1d(module: object) -> bool:
+    """Tell whether a module is Hugging Face's Conv1D: a linear layer whose weight is (in, out)."""
+    return type(module).__name__ == "Conv1D"

@@ -114,7 +114,10 @@ def test_version(run):
         ("plan m --ratio nan", "--ratio nan: expected a share in (0, 1]"),
         ("plan m --ratio 0.1 --max-layer-fraction 2", "--max-layer-fraction 2: expected a share"),
         ("plan m --threshold inf", "--threshold inf: expected a finite number"),
-        ("plan m --ratio 0.1 --criterion worst", "'worst' is not one of 'dead', 'frozen'"),
+        (
+            "plan m --ratio 0.1 --criterion worst",
+            "'--criterion': 'worst' is not one of 'dead'",
+        ),
         ("plan m --ratio 0.1 --granularity weight", "'weight' is not"),
         ("reinit m --ratio 0.1", "no -o/--output: name a .safetensors file, or add --dry-run"),
         ("reinit m --ratio 0.1 -o f.pth", "-o f.pth: expected a name that ends in .safetensors"),
