@@ -124,6 +124,24 @@ def test_a_failure_leaves_everything_as_it_was(case, monkeypatch, outgoing):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_columns_that_are_drawn_but_have_no_norm_yet_are_put_back(case, monkeypatch):
+    model = case[0]
+    before = copy.deepcopy(model.state_dict())
+    resample, calls = reinit_module.resample_, []
+
+    def failing(weights, names, *arguments, **options):
+        resample(weights, names, *arguments, **options)
+        calls.append(names)
+        if names == [case[3]]:
+            raise MemoryError
+
+    monkeypatch.setattr(reinit_module, "resample_", failing)
+    with pytest.raises(MemoryError):
+        reinit_(model, case[1], outgoing="small")
+    assert len(calls) == 2
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def test_columns_that_are_not_finite_have_no_median_norm(case):
     model, made, _, name = case
     with torch.no_grad():
