@@ -61,6 +61,11 @@ def compare(
             torch.cuda.synchronize()
 
     benchmark.pedantic(timed, setup=run_rivals, rounds=rounds, iterations=1)
+    _note(benchmark, times)
+
+
+def _note(benchmark: Any, times: dict[str, list[float]]) -> None:
+    """Write the times of the rivals, and the ratios to them, beside the result."""
     mine, fastest = benchmark.stats.stats.median, benchmark.stats.stats.min
     benchmark.extra_info["device"] = device_name()
     for name, values in times.items():
