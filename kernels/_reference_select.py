@@ -32,13 +32,13 @@ def select(
     ]
     table = np.concatenate([np.zeros((4, 0), dtype=np.int64), *orders], axis=1)
     table = table[:, table[0] <= _INFINITE]
-    eligible = table.shape[1]
+    eligible = np.bincount(table[2], minlength=len(names))
     key, word, weight, element = table[:, np.lexsort(table[::-1])]
     if caps is not None:
         within = _rank_in_own(weight, len(names)) < np.array(caps, dtype=np.int64)[weight]
         key, word, weight, element = (v[within] for v in (key, word, weight, element))
     if count > len(key):
-        raise too_many(count, len(key), eligible)
+        raise too_many(count, len(key), int(eligible.sum()))
     ends = np.full((len(names), 3), [0, -1, -1], dtype=np.int64)
     # The last one of each weight stays.
     for column, values in enumerate((key, word, element)):
@@ -46,8 +46,9 @@ def select(
     counts = np.bincount(weight[:count], minlength=len(names))
     keys, words, elements = (tuple(column.tolist()) for column in ends.T)
     return Selection(
-        criterion, int(seed), tuple(names), keys, words, elements, tuple(counts.tolist()), eligible
-    )
+        criterion, int(seed), tuple(names), keys, words, elements,
+        tuple(counts.tolist()), tuple(eligible.tolist()),
+    )  # fmt: skip
 
 
 def selection_masks(

@@ -40,7 +40,7 @@ class Selection:
         words: Threshold of the words where the key is the threshold, in [-1, 2^32).
         elements: Threshold of the elements where key and word are the thresholds, -1 or more.
         counts: Number of elements selected in each weight.
-        eligible: Number of elements whose score is not NaN, over all weights.
+        eligible: Number of elements in each weight whose score is not NaN.
     """
 
     criterion: str
@@ -50,7 +50,7 @@ class Selection:
     words: tuple[int, ...]
     elements: tuple[int, ...]
     counts: tuple[int, ...]
-    eligible: int
+    eligible: tuple[int, ...]
 
     @property
     def count(self) -> int:
@@ -131,7 +131,7 @@ def select_with(
         tuple(search.words.tolist()),
         tuple(search.elements.tolist()),
         tuple(search.counts.tolist()),
-        max(search.eligible, 0),
+        tuple(search.eligible.tolist()),
     )
 
 
@@ -144,7 +144,8 @@ class _Search:
 
     def __init__(self, sizes: Sequence[int], count: int, caps: Sequence[int] | None) -> None:
         n = len(sizes)
-        self.eligible = -1
+        self.eligible = np.zeros(n, dtype=np.int64)
+        self.checked = False
         # How many are still to be taken: by all free weights together, at most by each weight.
         self.remaining = int(count)
         self.caps = np.array(sizes if caps is None else caps, dtype=np.int64)
@@ -170,7 +171,7 @@ class _Search:
         prefixes = np.where(self.state == _DONE, -1, self.prefixes)
         query = Query(number, shift, bits, prefixes, self.keys, self.words)
         cumulative = histogram(query)[active, : 1 << bits].cumsum(1)
-        if self.eligible < 0:
+        if not self.checked:
             self._check_count(cumulative[:, -1])
         self._take(active, cumulative, self._digits(active, cumulative), bits)
         self._finish(active, shift)
@@ -186,10 +187,11 @@ class _Search:
         self._finish(active, 0)
 
     def _check_count(self, eligible: Table) -> None:
-        self.eligible = int(eligible.sum())
+        self.checked = True
+        self.eligible = eligible.copy()
         allowed = int(np.minimum(eligible, self.caps).sum())
         if self.remaining > allowed:
-            raise too_many(self.remaining, allowed, self.eligible)
+            raise too_many(self.remaining, allowed, int(eligible.sum()))
 
     def _digits(self, active: Table, cumulative: Table) -> Table:
         """Return the digit of each active weight; who meets its cap below goes on by itself."""

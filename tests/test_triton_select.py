@@ -120,7 +120,7 @@ def test_nan_is_not_eligible_and_infinity_comes_last():
     dw = torch.ones_like(w)
     dw[0, 3], dw[0, 7] = 1e30, math.nan
     found, masks = check(4, weights=[w], gradients=[dw])
-    assert found.eligible == 6
+    assert found.eligible == (6,)
     assert masks[0][0, 4:7].all() and not masks[0][0, [0, 7]].any()
     check(6, weights=[w], gradients=[dw])
     with pytest.raises(ValueError, match="count is 7, expected at most 6"):
