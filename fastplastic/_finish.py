@@ -1,10 +1,12 @@
 """The last step of `graph`: from the book-keeping to unit layers."""
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from ._flow import Layer, distinct
 from ._sites import Sites
@@ -47,6 +49,7 @@ class _Finish:
                 self.members[walk.find(unit)].append(unit)
         self.readers = self._by_layer([(reader.ids, reader) for reader in walk.readers])
         self.norms = self._by_layer([(ids, (name, ids)) for name, ids in walk.norms])
+        self.inner = _inner(walk.layers)
 
     def _by_layer(self, items: list[tuple[Tensor, Any]]) -> dict[int, list[Any]]:
         """Sort items by the layers whose units stand in their ids."""
@@ -81,6 +84,7 @@ class _Finish:
                 if own is not None
             ),
             z_site=z_site, g_site=g_site, transformed=layer.transformed,
+            head=layer.name not in self.inner,
         )  # fmt: skip
 
     def _reason(self, unit: int) -> str:
@@ -105,6 +109,18 @@ class _Finish:
                 row_of_unit = rows.setdefault(key, torch.full((layer.n_units,), -1))
                 row_of_unit[unit - layer.start] = other - member.start
         return tuple(Coupling(name, row_of_unit) for (name, _), row_of_unit in rows.items())
+
+
+def _inner(layers: Sequence[Layer]) -> set[str]:
+    """Return the names of the layers that another weight layer depends on."""
+    nodes = {layer.own_node for layer in layers}
+    if not nodes:
+        return set()
+    leading: set[Node] = set()
+    for node in reversed(next(iter(nodes)).graph.nodes):
+        if any(user in nodes or user in leading for user in node.users):
+            leading.add(node)
+    return {layer.name for layer in layers if layer.own_node in leading}
 
 
 def _own(layer: Layer, ids: Tensor, known: Tensor) -> Tensor | None:

@@ -272,7 +272,8 @@ def _weight_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _module_graph(model: nn.Module, reason: str) -> UnitGraph:
     """Return the layers by module alone: profiled, never re-initialised."""
     layers = []
-    for name, module in _weight_modules(model):
+    modules = list(_weight_modules(model))
+    for name, module in modules:
         weight = module.weight
         assert isinstance(weight, Tensor)
         conv1d = is_conv1d(module)
@@ -296,6 +297,7 @@ def _module_graph(model: nn.Module, reason: str) -> UnitGraph:
                 reasons={"the model could not be traced": units},
                 z_site=site,
                 g_site=site,
+                head=name == modules[-1][0],
             )
         )
     return UnitGraph(tuple(layers), (), f"the model could not be traced ({reason})")

@@ -94,6 +94,8 @@ class UnitLayer:
         z_site: Where the pre-activation is seen, or None.
         g_site: Where the gradient to the activation is seen, or None.
         transformed: The weight is changed before use (weight standardisation, weight_norm).
+        head: It makes the output: no weight layer reads anything that depends on it. Of a model
+            that could not be traced, the last layer.
     """
 
     name: str
@@ -112,6 +114,7 @@ class UnitLayer:
     z_site: Site | None = None
     g_site: Site | None = None
     transformed: bool = False
+    head: bool = False
 
     @property
     def activation(self) -> str:

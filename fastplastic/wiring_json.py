@@ -45,6 +45,7 @@ def encode_layer(layer: UnitLayer) -> dict[str, Any]:
         "z_site": _encode_site(layer.z_site),
         "g_site": _encode_site(layer.g_site),
         "transformed": layer.transformed,
+        "head": layer.head,
     }
 
 
@@ -170,6 +171,7 @@ class _Decoder:
             z_site=self.site(value, "z_site", where, units),
             g_site=self.site(value, "g_site", where, units),
             transformed=_field(value, "transformed", where, bool, "true or false"),
+            head=_field(value, "head", where, bool, "true or false"),
         )
 
     def consumer(self, value: object, where: str, units: int) -> Consumer:

@@ -260,6 +260,27 @@ def test_operators_that_mix_units_make_them_not_hidden(mix: Any, reason: str) ->
     assert not a.hidden.any() and list(a.reasons) == [reason]
 
 
+def heads(net: nn.Module) -> list[str]:
+    return [unit_layer.name for unit_layer in graph_of(net, ROWS).layers if unit_layer.head]
+
+
+def test_what_makes_the_output_is_the_head() -> None:
+    parts = {name: nn.Linear(6, 6) for name in "abcd"}
+    assert heads(Net(lambda s, x: s.b(F.relu(s.a(x))), **parts)) == ["layers.b"]
+    # Two heads, averaged or not; a stream goes on to both of them.
+    several = Net(lambda s, x: (h := x + s.a(x), (s.b(h) + s.c(h.relu())) / 2, s.d(h))[1:], **parts)
+    assert heads(several) == ["layers.b", "layers.c", "layers.d"]
+    # Its first call is read by its second one.
+    assert heads(Net(lambda s, x: s.a(F.relu(s.a(x))), a=parts["a"])) == []
+
+
+def test_of_a_model_that_cannot_be_traced_the_last_layer_is_the_head() -> None:
+    net = Net(lambda s, x: s.b(s.a(x)) if x.sum() > 0 else x, a=nn.Linear(6, 6), b=nn.Linear(6, 6))
+    graph = build_graph(net, ROWS)
+    assert graph.note is not None
+    assert [unit_layer.head for unit_layer in graph.layers] == [False, True]
+
+
 @pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.spectral_norm])
 def test_transformed_weights_are_not_resettable(wrap: Any) -> None:
     net = Net(

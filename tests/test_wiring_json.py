@@ -67,6 +67,7 @@ def unit_layers(draw):
         z_site=draw(site),
         g_site=draw(site),
         transformed=draw(st.booleans()),
+        head=draw(st.booleans()),
     )
 
 
@@ -166,6 +167,7 @@ COLUMNS = ("consumers", 0, "unit_of_column")
         (("consumers", 0), [], r"is \[\], expected an object"),
         (("z_site", "where"), "left", "'where' is 'left', expected one of input, output"),
         (("transformed",), 1, "'transformed' is 1, expected true or false"),
+        (("head",), None, "'head' is None, expected true or false"),
         (("reasons",), {"x": -1}, "'x' is -1"),
     ],
 )
