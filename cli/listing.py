@@ -21,11 +21,12 @@ def command(
 
 def run(as_json: bool) -> None:
     """Print all criteria."""
-    from fastplastic.criteria import CRITERIA
+    from fastplastic.criteria import CRITERIA, WEIGHT_CRITERIA
 
-    entries = [
+    units: list[dict[str, Any]] = [
         {
             "name": rule.name,
+            "granularity": "unit",
             "candidates": rule.candidate,
             "threshold": rule.threshold,
             "needs": rule.needs,
@@ -35,6 +36,20 @@ def run(as_json: bool) -> None:
         }
         for rule in CRITERIA.values()
     ]
+    weights = [
+        {
+            "name": rule.name,
+            "granularity": "weight",
+            "candidates": "small",
+            "threshold": None,
+            "needs": rule.needs,
+            "formula": rule.summary,
+            "only": None,
+            "source": rule.source,
+        }
+        for rule in WEIGHT_CRITERIA.values()
+    ]
+    entries = units + weights
     if as_json:
         print(json.dumps(entries, indent=2))
         return
@@ -47,5 +62,6 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
     only = f"; only {entry['only']}" if entry["only"] else ""
     threshold = "-" if entry["threshold"] is None else f"{entry['threshold']:g}"
     return (
-        entry["name"], entry["candidates"], threshold, entry["formula"] + only, entry["source"],
+        entry["granularity"], entry["name"], entry["candidates"], threshold,
+        entry["formula"] + only, entry["source"],
     )  # fmt: skip

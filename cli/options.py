@@ -161,17 +161,19 @@ class SelectOptions(DataOptions):
         Literal[
             "dead", "frozen", "saturated", "phi", "dormant", "gradient", "activation_gradient",
             "first_order", "contribution", "zero_contribution", "adaptable_contribution",
-            "plasticity", "random",
-        ],
+            "plasticity", "random", "swr", "magnitude",
+        ] | None,
         _option(
             "--criterion",
             panel=_SELECT,
             metavar="NAME",
-            help="The score that ranks the units: see fastplastic list criteria.",
+            help="The score that ranks them: see fastplastic list criteria. "
+            "(default: dormant, of weights swr)",
         ),
-    ] = "dormant"  # fmt: skip
+    ] = None  # fmt: skip
     granularity: Annotated[
-        Literal["unit"], _option("--granularity", panel=_SELECT, help="What is taken as a whole.")
+        Literal["unit", "weight"],
+        _option("--granularity", panel=_SELECT, help="Take whole units, or single weights."),
     ] = "unit"
     scope: Annotated[
         Literal["global", "layer"],
@@ -227,6 +229,11 @@ class PlanOptions(SelectOptions):
         """Refuse what needs no model to be refused: InputError or FileError."""
         super().check()
         if self.output:
+            if self.granularity == "weight" and self.output.suffix != ".safetensors":
+                raise InputError(
+                    f"-o {self.output}: expected a name that ends in .safetensors for single "
+                    "weights, for example plan.safetensors"
+                )
             require_writable(self.output, force=self.force)
 
 
@@ -267,6 +274,10 @@ class ReinitOptions(SelectOptions):
         super().check()
         if self.output is None and not self.dry_run:
             raise InputError("no -o/--output: name a .safetensors file, or add --dry-run")
+        if self.granularity == "weight" and self.outgoing != "zero":
+            raise InputError(
+                f"--outgoing {self.outgoing}: single weights have no outgoing ones: drop it"
+            )
         if self.output and self.output.suffix != ".safetensors":
             raise InputError(f"-o {self.output}: expected a name that ends in .safetensors")
         if self.output and not self.dry_run:

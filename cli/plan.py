@@ -1,4 +1,4 @@
-"""`fastplastic plan`: choose the units to re-initialise, and write them down."""
+"""`fastplastic plan`: choose what to re-initialise, and write it down."""
 
 import shlex
 import sys
@@ -10,7 +10,12 @@ from fastplastic.cli.terminal import console, follow
 
 if TYPE_CHECKING:
     from fastplastic import Plan
-    from fastplastic.cli.render import PlanRow
+    from fastplastic.cli.render import PlanView
+
+
+def measure_for(options: SelectOptions, *, pretrained: bool | None) -> Measured:
+    """Measure what the granularity needs."""
+    return measure(options, pretrained=pretrained, gradients=options.granularity == "weight")
 
 
 def choose(options: SelectOptions, measured: Measured) -> "Plan":
@@ -34,15 +39,17 @@ def choose(options: SelectOptions, measured: Measured) -> "Plan":
 def plan_fact(plan: "Plan") -> tuple[str, str]:
     """Return what a plan does, as a fact for the header."""
     amount = f"ratio {plan.ratio:g}" if plan.ratio is not None else f"threshold {plan.threshold:g}"
-    share = f"{plan.count:,} of {plan.eligible:,} eligible units"
+    share = f"{plan.count:,} of {plan.eligible:,} eligible {plan.granularity}s"
     return "plan", f"{share}: {plan.criterion}, {amount}, {plan.scope}, seed {plan.seed}"
 
 
-def plan_rows(plan: "Plan") -> tuple["PlanRow", ...]:
-    """Return one line for each layer of a plan."""
-    from fastplastic.cli.render import PlanRow
+def plan_view(
+    plan: "Plan", facts: tuple[tuple[str, str], ...], notes: tuple[str, ...] = ()
+) -> "PlanView":
+    """Return what to show of a plan, under these facts and with more notes."""
+    from fastplastic.cli.render import MaskRow, PlanRow, PlanView
 
-    return tuple(
+    units = tuple(
         PlanRow(
             name=name,
             units=plan.wiring[name].n_units,
@@ -53,6 +60,10 @@ def plan_rows(plan: "Plan") -> tuple["PlanRow", ...]:
         )
         for name, units in plan.units.items()
     )
+    masks = tuple(
+        MaskRow(name, mask.numel(), plan.counts[name]) for name, mask in plan.masks.items()
+    )
+    return PlanView(facts, units, masks, (*plan.notes, *notes))
 
 
 def _following(options: PlanOptions, measured: Measured, plan: "Plan") -> str:
@@ -65,17 +76,23 @@ def _following(options: PlanOptions, measured: Measured, plan: "Plan") -> str:
     if options.output:
         applied = ["reinit", *arguments(options, ModelOptions), "--plan", str(options.output)]
         return shlex.join([*program, *applied, *fresh])
-    return shlex.join([*program, "plan", *arguments(options, PlanOptions), "-o", "plan.json"])
+    name = "plan.json" if plan.granularity == "unit" else "plan.safetensors"
+    return shlex.join([*program, "plan", *arguments(options, PlanOptions), "-o", name])
 
 
 def run(options: PlanOptions) -> None:
-    """Choose the units to re-initialise; look at them before anything is changed.
+    """Choose the units or weights to re-initialise; look at them before anything is changed.
 
-    Profiles the model, ranks the units that can be re-initialised, and shows how many would be
-    taken from which layer. With -o the plan is written to a file for `reinit --plan`.
+    Profiles the model, ranks what can be re-initialised, and shows how much would be taken from
+    which layer. With -o the plan is written to a file for `reinit --plan`.
+
+    For example: fastplastic plan resnet50 --data DIR --ratio 0.05 -o plan.json
+
+    Of single weights: fastplastic plan resnet50 --data DIR --granularity weight --ratio 0.05 -o
+    plan.safetensors
     """
     options.check()
-    measured = measure(options, pretrained=options.pretrained)
+    measured = measure_for(options, pretrained=options.pretrained)
     plan = choose(options, measured)
     if options.output:
         plan.save(options.output, force=options.force)
@@ -83,11 +100,7 @@ def run(options: PlanOptions) -> None:
         return
     from fastplastic.cli import render
 
-    view = render.PlanView(
-        facts=(*measured.facts, plan_fact(plan)),
-        rows=plan_rows(plan),
-        notes=plan.notes,
-    )
+    view = plan_view(plan, (*measured.facts, plan_fact(plan)))
     out = console(sys.stdout)
     out.print(render.plan(view))
     follow(out, _following(options, measured, plan))

@@ -84,7 +84,7 @@ def _precision(options: DataOptions) -> AbstractContextManager[object]:
     return torch.autocast(device_of(options.device).type, getattr(torch, options.amp_dtype))
 
 
-def measure(options: DataOptions, *, pretrained: bool | None) -> Measured:
+def measure(options: DataOptions, *, pretrained: bool | None, gradients: bool = False) -> Measured:
     """Load model and data as the options say, and profile the one on the other."""
     import torch
 
@@ -107,13 +107,14 @@ def measure(options: DataOptions, *, pretrained: bool | None) -> Measured:
         seed=options.seed,
     )
     other_head = source.num_classes != model.num_classes
-    head = loss_head(model, source.num_classes, options.seed) if other_head else nullcontext()
+    head = loss_head(model, source.num_classes, options.seed) if other_head else nullcontext(())
     # Random units of the model itself, such as dropout, draw from torch's own generator.
     torch.manual_seed(options.seed)
-    with head, _precision(options), progress(len(source), quiet=options.quiet) as done:
-        profile = fastplastic.profile(model, source, progress=done)
+    with head as lent, _precision(options), progress(len(source), quiet=options.quiet) as done:
+        profile = fastplastic.profile(model, source, gradients=gradients, progress=done)
     # The plan is for the model as it was loaded, whatever head the loss was taken from.
-    profile = replace(profile, fingerprint=fingerprint(model))
+    weights = profile.weights and profile.weights.without(tuple(f"{name}." for name in lent))
+    profile = replace(profile, fingerprint=fingerprint(model), weights=weights)
     facts = _facts(options, loaded, source, profile)
     return Measured(loaded, profile, source.name, facts)
 

@@ -1,4 +1,4 @@
-"""`fastplastic reinit`: re-initialise units, and write the weights to a new file."""
+"""`fastplastic reinit`: re-initialise, and write the weights to a new file."""
 
 import shlex
 import sys
@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fastplastic.cli.options import DataOptions, ReinitOptions, arguments
-from fastplastic.cli.plan import choose, plan_fact, plan_rows
-from fastplastic.cli.profile import load, measure
+from fastplastic.cli.plan import choose, measure_for, plan_fact, plan_view
+from fastplastic.cli.profile import load
 from fastplastic.cli.terminal import console, follow
 
 if TYPE_CHECKING:
@@ -29,15 +29,17 @@ def _model_and_plan(
         plan = Plan.load(options.plan)
         loaded = load(options, pretrained=pretrained)
         return loaded, plan, (("model", options.model), ("weights", loaded.weights))
-    measured = measure(options, pretrained=pretrained)
+    measured = measure_for(options, pretrained=pretrained)
     return measured.loaded, choose(options, measured), measured.facts
 
 
 def run(options: ReinitOptions) -> None:
-    """Re-initialise units, and write the weights to a new file.
+    """Re-initialise units or single weights, and write the weights to a new file.
 
-    Takes the units from --plan, or profiles the model and plans on the spot with --ratio or
+    Takes them from --plan, or profiles the model and plans on the spot with --ratio or
     --threshold. The file is safetensors and loads into the same timm model with strict=True.
+
+    For example: fastplastic reinit resnet50 --plan plan.json -o resnet50-fresh.safetensors
     """
     options.check()
     from fastplastic import reinit_
@@ -53,22 +55,22 @@ def run(options: ReinitOptions) -> None:
         return
     from fastplastic.cli import render
 
-    view = render.PlanView(
-        facts=(*facts, plan_fact(plan), *_written(options, report)),
-        rows=plan_rows(plan),
-        notes=(*plan.notes, *report.notes),
-    )
+    shown = (*facts, plan_fact(plan), *_written(options, plan, report))
+    view = plan_view(plan, shown, report.notes)
     out = console(sys.stdout)
     out.print(render.plan(view))
     follow(out, "" if options.dry_run else _following(options))
 
 
-def _written(options: ReinitOptions, report: "ReinitReport") -> tuple[tuple[str, str], ...]:
+def _written(
+    options: ReinitOptions, plan: "Plan", report: "ReinitReport"
+) -> tuple[tuple[str, str], ...]:
     elements = sum(written.elements for written in report.written)
     change = f"{elements:,} numbers in {len(report.written)} tensors"
     where = "nothing was written" if options.dry_run else str(options.output)
+    outgoing = f", outgoing {report.outgoing}" if plan.granularity == "unit" else ""
     return (
-        ("reset", f"{change}: init {report.init}, outgoing {report.outgoing}, seed {report.seed}"),
+        ("reset", f"{change}: init {report.init}{outgoing}, seed {report.seed}"),
         ("file", where),
     )
 

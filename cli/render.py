@@ -273,11 +273,21 @@ class PlanRow:
 
 
 @dataclass(frozen=True)
+class MaskRow:
+    """One parameter of a plan of single weights."""
+
+    name: str
+    weights: int
+    chosen: int
+
+
+@dataclass(frozen=True)
 class PlanView:
     """What `fastplastic plan` and `fastplastic reinit` show."""
 
     facts: tuple[tuple[str, str], ...]
-    rows: tuple[PlanRow, ...]
+    rows: tuple[PlanRow, ...] = ()
+    masks: tuple[MaskRow, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -292,8 +302,16 @@ def _table(titles: Sequence[str], cells: Iterable[Sequence[str]]) -> Table:
 
 
 def plan(view: PlanView) -> RenderableType:
-    """Return which units of which layers a plan takes."""
-    table = _table(
+    """Return which units of which layers, or which weights of which tensors, a plan takes."""
+    parts: list[RenderableType] = [facts(view.facts)]
+    parts += [_unit_table(view.rows)] if view.rows else []
+    parts += [_mask_table(view.masks)] if view.masks else []
+    parts += [facts(("note", note) for note in view.notes)] if view.notes else []
+    return _stacked(*parts)
+
+
+def _unit_table(rows: Sequence[PlanRow]) -> Table:
+    return _table(
         ("layer", "units", "resettable", "chosen", "share", "scores"),
         (
             (
@@ -304,18 +322,25 @@ def plan(view: PlanView) -> RenderableType:
                 percent(row.chosen / row.units),
                 f"{magnitude(row.lowest)} to {magnitude(row.highest)}",
             )
-            for row in view.rows
+            for row in rows
         ),
     )
-    parts: list[RenderableType] = [facts(view.facts)]
-    parts += [table] if view.rows else []
-    parts += [facts(("note", note) for note in view.notes)] if view.notes else []
-    return _stacked(*parts)
+
+
+def _mask_table(rows: Sequence[MaskRow]) -> Table:
+    return _table(
+        ("tensor", "weights", "chosen", "share"),
+        (
+            (row.name, count(row.weights), count(row.chosen), percent(row.chosen / row.weights))
+            for row in rows
+        ),
+    )
 
 
 def criteria(rows: Iterable[Sequence[str]]) -> RenderableType:
-    """Return the criteria: name, which scores are candidates, threshold, formula, source."""
+    """Return the criteria: of what, name, candidates, threshold, formula, source."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("of")
     table.add_column("criterion", no_wrap=True)
     table.add_column("candidates")
     table.add_column("threshold", justify="right")
@@ -326,6 +351,7 @@ def criteria(rows: Iterable[Sequence[str]]) -> RenderableType:
     words = (
         "h: activation, f: activation function, g: gradient to h, w_in and w_out: weights that "
         "make and read the unit, dw: gradient to a weight. flat: abs(f'(z)) <= 0.01. Means are "
-        "over samples and positions. candidates: the scores that are re-initialised first."
+        "over samples and positions. candidates: the scores that are re-initialised first. "
+        "A threshold of weights is a multiple of the mean score of their tensor."
     )
     return _stacked(table, Text(words, style="dim"))

@@ -63,7 +63,7 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         what = "is a folder" if path.is_dir() else "no such file"
         raise FileError(f"{path}: {what}; {_EXPECTED}: check the path")
     try:
-        checkpoint = load_file(path) if _is_safetensors(path) else _load_pickled(path)
+        checkpoint = load_file(path) if is_safetensors(path) else _load_pickled(path)
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror or error}): check it") from error
     except SafetensorError as error:
@@ -189,7 +189,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _is_safetensors(path: Path) -> bool:
+def is_safetensors(path: Path) -> bool:
     """Tell by the name or, whatever it is called, by the JSON after eight bytes of length."""
     if path.suffix == ".safetensors":
         return True

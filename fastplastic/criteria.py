@@ -1,9 +1,10 @@
 """How healthy a unit is: pure functions from the statistics of one layer to a score per unit.
 
-Every function returns float64 [n_units] on the CPU, NaN where the statistics do not tell.
+Every function of units returns float64 [n_units] on the CPU, NaN where the statistics do not tell.
 `CRITERIA` says for each which end of the scale makes a unit a candidate for re-initialisation.
-h is the activation, f the activation function, z its input, g the gradient of the loss to h, w a
-weight and dw the gradient of the loss to it; all means run over batch and positions.
+`WEIGHT_CRITERIA` holds those of single weights, functions from weights and gradients. h is the
+activation, f the activation function, z its input, g the gradient of the loss to h, w a weight and
+dw the gradient of the loss to it; all means run over batch and positions.
 """
 
 from collections.abc import Callable, Sequence
@@ -278,6 +279,76 @@ CRITERIA: dict[str, Criterion] = {
         Criterion(
             "random", random, "small", None, "nothing",
             "the control at equal dose", "uniform in [0, 1), seeded",
+        ),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WeightCriterion:
+    """One way to score single weights; the smallest scores are candidates.
+
+    Attributes:
+        name: Name on the command line, in plan files and in `kernels.select`.
+        formula: (weights, their mean gradients) -> float32 score of each, in their shape.
+        needs: "gradients", or "nothing".
+        source: Where the formula comes from.
+        summary: The formula in one line.
+        warning: What a user should know, or "".
+    """
+
+    name: str
+    formula: Callable[[Tensor, Tensor], Tensor]
+    needs: Literal["gradients", "nothing"]
+    source: str
+    summary: str
+    warning: str = ""
+
+
+def weight_swr(weights: Tensor, gradients: Tensor) -> Tensor:
+    """Return abs(w) * abs(dw), float32 in the shape of the weights.
+
+    Source: selective weight reinitialisation, Hernandez-Garcia et al., arXiv 2508.00212; the best
+    of the utilities there, with a threshold and resampling from the initial distribution.
+    """
+    return weights.float().abs() * gradients.float().abs()
+
+
+def weight_gradient(weights: Tensor, gradients: Tensor) -> Tensor:
+    """Return abs(dw), float32 in the shape of the weights.
+
+    Source: one of the utilities compared in Hernandez-Garcia et al., arXiv 2508.00212.
+    """
+    return gradients.float().abs()
+
+
+def weight_magnitude(weights: Tensor, gradients: Tensor) -> Tensor:
+    """Return abs(w), float32 in the shape of the weights.
+
+    Source: one of the utilities compared in Hernandez-Garcia et al., arXiv 2508.00212, where it
+    fails in all settings.
+    """
+    return weights.float().abs()
+
+
+def weight_random(weights: Tensor, gradients: Tensor) -> Tensor:
+    """Return 0 for every weight, float32: the seeded order of equal scores decides. The control."""
+    return torch.zeros(weights.shape, device=weights.device)
+
+
+_SWR = "Hernandez-Garcia et al., arXiv 2508.00212"
+
+WEIGHT_CRITERIA: dict[str, WeightCriterion] = {
+    criterion.name: criterion
+    for criterion in (
+        WeightCriterion("swr", weight_swr, "gradients", f"SWR: {_SWR}", "abs(w * dw)"),
+        WeightCriterion("gradient", weight_gradient, "gradients", _SWR, "abs(dw)"),
+        WeightCriterion(
+            "magnitude", weight_magnitude, "nothing", _SWR, "abs(w)",
+            f"magnitude failed in all settings of {_SWR}: swr did best there",
+        ),
+        WeightCriterion(
+            "random", weight_random, "nothing", "the control at equal dose", "seeded order",
         ),
     )
 }  # fmt: skip

@@ -1,7 +1,9 @@
-"""From which law the fresh rows of each parameter are drawn.
+"""From which law the fresh values of each parameter are drawn.
 
 An initializer is made for a model and then asked for the `Law` of one parameter at a time; `notes`
-says afterwards what a reader should know. Only `default` gives biases other than zero.
+says afterwards what a reader should know. Only `default` gives biases of reset units other than
+zero. What is no weight of a layer (norms, embeddings, biases on their own) has its default law
+always.
 """
 
 import math
@@ -22,28 +24,42 @@ _ZERO = constant(0.0)
 # Hugging Face's Conv1D initialises itself with this (after GPT-2).
 _CONV1D_STD = 0.02
 _TRUNC_STD = 0.02
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A parameter of which some rows are drawn afresh.
+    """A parameter of which some rows, or some elements, are drawn afresh.
 
     Attributes:
         name: Its dotted name.
         tensor: Its present values.
-        layer: The layer that it belongs to.
+        layer: The layer that it belongs to; None for what is no weight or bias of reset units.
         rows: int64, the rows to draw; the others are live.
+        mask: bool, the elements to draw, instead of rows; the others are live.
     """
 
     name: str
     tensor: Tensor
-    layer: UnitLayer
-    rows: Tensor
+    layer: UnitLayer | None
+    rows: Tensor | None = None
+    mask: Tensor | None = None
 
     @property
     def is_bias(self) -> bool:
         """Whether it is the bias of the layer, with one element per unit."""
-        return self.name == self.layer.bias
+        return self.layer is not None and self.name == self.layer.bias
+
+    def live(self) -> Tensor:
+        """Return the values that stay, float64."""
+        values = self.tensor.detach()
+        if self.mask is not None:
+            return values[~self.mask.to(values.device)].double()
+        assert self.layer is not None and self.rows is not None
+        live = torch.ones(self.layer.n_units, dtype=torch.bool)
+        live[self.rows] = False
+        rows = live.nonzero().flatten().to(values.device)
+        return values.index_select(self.layer.unit_dim, rows).double()
 
 
 class Initializer(Protocol):
@@ -60,15 +76,17 @@ class _OfShape:
     """Laws that the shape of the weight alone decides; biases are 0."""
 
     def __init__(self, model: nn.Module) -> None:
-        pass
+        self._default = Default(model)
 
     def __call__(self, target: Target) -> Law:
         """Return the law from which the rows of the target are drawn."""
+        if target.layer is None:
+            return self._default(target)
         return _ZERO if target.is_bias else self._law(target)
 
     def notes(self) -> tuple[str, ...]:
         """Return what there is to say about the laws given so far."""
-        return ()
+        return self._default.notes()
 
     def _law(self, target: Target) -> Law:
         raise NotImplementedError
@@ -116,13 +134,14 @@ class TruncNormal(_OfShape):
 
 
 def _fan_in(target: Target) -> float:
+    assert target.layer is not None
     return target.tensor.numel() / target.layer.n_units
 
 
 class Empirical:
-    """Normal with the mean and standard deviation of the layer's own live rows; bias 0.
+    """Normal with the mean and standard deviation of the layer's own live weights; bias 0.
 
-    Live are the rows that are not drawn afresh. Without any, the law of `default` is taken.
+    Live is what is not drawn afresh. Without any, the law of `default` is taken.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -131,26 +150,25 @@ class Empirical:
 
     def __call__(self, target: Target) -> Law:
         """Return the law from which the rows of the target are drawn."""
+        if target.layer is None:
+            return self._default(target)
         if target.is_bias:
             return _ZERO
-        live = torch.ones(target.layer.n_units, dtype=torch.bool)
-        live[target.rows] = False
-        if not live.any():
+        values = target.live()
+        if not values.numel():
             self._without_live.append(target.name)
             return self._default(target)
-        rows = live.nonzero().flatten().to(target.tensor.device)
-        values = target.tensor.detach().index_select(target.layer.unit_dim, rows).double()
         mean, std = float(values.mean()), float(values.std(correction=0))
         if not math.isfinite(std):
             raise InputError(
-                f"{target.name!r} has live rows that are not finite, expected numbers to imitate: "
-                "choose another init"
+                f"{target.name!r} has live weights that are not finite, expected numbers to "
+                "imitate: choose another init"
             )
         return normal(mean, std)
 
     def notes(self) -> tuple[str, ...]:
         """Return what there is to say about the laws given so far."""
-        own = tuple(f"{name}: no live row to imitate, default law" for name in self._without_live)
+        own = tuple(f"{name}: nothing live to imitate, default law" for name in self._without_live)
         return (*own, *self._default.notes())
 
 
@@ -160,7 +178,8 @@ class Default:
     For a timm model it is read off a fresh model of the same architecture, parameter by parameter;
     otherwise, or where the fresh one differs in shape or has no law per element, it is the law of
     PyTorch's `reset_parameters`: U(-b, b) with b = 1 / sqrt(fan_in) for weights and biases of
-    linear layers and convolutions, `MultiheadAttention` and Hugging Face's Conv1D as they do.
+    linear layers and convolutions, `MultiheadAttention` and Hugging Face's Conv1D as they do, 1 and
+    0 for norms.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -263,6 +282,8 @@ def _record_timm(module: nn.Module, architecture: str) -> dict[str, tuple[torch.
 
 def _pytorch_law(target: Target, model: nn.Module) -> Law:
     owner = model.get_submodule(target.name.rpartition(".")[0])
+    if target.layer is None:
+        return _pytorch_law_alone(target, owner)
     if target.layer.kind == "conv1d":
         return _ZERO if target.is_bias else normal(0.0, _CONV1D_STD)
     weight = model.get_parameter(target.layer.weight)
@@ -275,3 +296,21 @@ def _pytorch_law(target: Target, model: nn.Module) -> Law:
         # As in torch.nn.init, the fan is taken from the first row in memory.
         bound = 1 / math.sqrt(weight[0].numel())
     return uniform(-bound, bound)
+
+
+def _pytorch_law_alone(target: Target, owner: nn.Module) -> Law:
+    """Return the law of a parameter that is no weight of a layer."""
+    kind = target.name.rpartition(".")[2]
+    if isinstance(owner, _NORMS) and kind in ("weight", "bias"):
+        return constant(float(kind == "weight"))
+    weight = getattr(owner, "weight", None)
+    if isinstance(owner, (nn.Linear, nn.modules.conv._ConvNd)) and kind == "bias":
+        assert isinstance(weight, Tensor)
+        bound = 1 / math.sqrt(weight[0].numel())
+        return uniform(-bound, bound)
+    if kind in ("in_proj_bias", "bias") and isinstance(owner, nn.MultiheadAttention):
+        return _ZERO
+    raise InputError(
+        f"no initial distribution of {target.name!r} is known (of a {type(owner).__name__}), "
+        "expected a weight, bias or norm: leave it out of include"
+    )

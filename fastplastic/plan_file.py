@@ -1,7 +1,9 @@
-"""Plans as JSON files: readable line by line, and checked in full when they are read.
+"""Plans as files, checked in full when they are read.
 
-One line per selected layer with its units and scores, then one line per wired layer. A plan decides
-where weights are written, and it may have been edited by hand, so nothing in it is trusted.
+Units are JSON that can be read line by line: one line per selected layer with its units and scores,
+then one line per wired layer. Masks of single weights are safetensors: one bit for each element, in
+row-major order from the lowest bit on, with all the rest as JSON metadata. A plan decides where
+weights are written, and it may have been edited by hand, so nothing in it is trusted.
 """
 
 import json
@@ -10,30 +12,42 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fastplastic import __version__
-from fastplastic.checkpoint import atomic_write
-from fastplastic.criteria import CRITERIA
-from fastplastic.errors import FileError
-from fastplastic.planner import GRANULARITIES, SCOPES, Plan
+from fastplastic.checkpoint import atomic_write, is_safetensors
+from fastplastic.criteria import CRITERIA, WEIGHT_CRITERIA
+from fastplastic.errors import FileError, InputError
+from fastplastic.planner import SCOPES, Plan
 from fastplastic.wiring import UnitLayer
 from fastplastic.wiring_json import decode_layers, encode_layer
 
 SCHEMA_VERSION = 1
 _KIND = "fastplastic plan"
+_KEY, _MASK = "fastplastic", "mask/"
 
 
 def save_plan(plan: Plan, path: str | Path, *, force: bool = False) -> None:
-    """Write a plan as JSON.
+    """Write a plan: units as JSON, masks as safetensors.
 
     Raises:
         FileError: The path cannot be written, or exists and `force` is false.
+        InputError: Masks are to be written to a file whose name does not end in .safetensors.
     """
-    text = _text(_encode(plan))
+    masks = plan.granularity == "weight"
+    if masks and Path(path).suffix != ".safetensors":
+        raise InputError(
+            f"{path}: expected a name that ends in .safetensors for a plan of single weights"
+        )
     with atomic_write(path, force) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        if masks:
+            _save_masks(plan, path, temporary)
+        else:
+            temporary.write_text(_text(_encode(plan)), encoding="utf-8")
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -43,22 +57,89 @@ def load_plan(path: str | Path) -> Plan:
         FileError: The file is missing, not a plan, of another version, or inconsistent.
     """
     try:
+        if is_safetensors(Path(path)):
+            return _load_masks(path)
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise FileError(
-            f"{path}: cannot be read ({error.strerror}): expected a plan file"
-        ) from None
+        raise _unreadable(path, error.strerror or error) from None
+    except SafetensorError as error:
+        raise _unreadable(path, str(error).partition("\n")[0][:200]) from None
     except UnicodeDecodeError:
         raise FileError(
             f"{path}: is not text, expected a plan file: write the plan again"
         ) from None
+    except FileError as error:
+        raise FileError(f"{path}: {error}") from None
     try:
         return _decode(_parse(text))
     except FileError as error:
         raise FileError(f"{path}: {error}") from None
 
 
-def _encode(plan: Plan) -> dict[str, Any]:
+def _unreadable(path: str | Path, reason: object) -> FileError:
+    return FileError(f"{path}: cannot be read ({reason}): expected a plan file")
+
+
+def _save_masks(plan: Plan, path: str | Path, temporary: Path) -> None:
+    entries = [
+        {"name": name, "shape": list(mask.shape), "selected": plan.counts[name]}
+        for name, mask in plan.masks.items()
+    ]
+    header = {
+        **_head(plan), "masks": entries,
+        "wiring": [encode_layer(layer) for layer in plan.wiring.values()],
+    }  # fmt: skip
+    bits = {_MASK + name: _packed(mask) for name, mask in plan.masks.items()}
+    try:
+        save_file(bits, temporary, {_KEY: json.dumps(header, allow_nan=False)})
+    except SafetensorError as error:
+        raise FileError(f"{path}: cannot be written ({error}): free space?") from error
+
+
+def _packed(mask: Tensor) -> Tensor:
+    return torch.from_numpy(np.packbits(mask.contiguous().numpy().reshape(-1), bitorder="little"))
+
+
+def _load_masks(path: str | Path) -> Plan:
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get(_KEY, "")
+        bits = {name: file.get_tensor(name) for name in file.keys()}
+    values = _parse(text)
+    wiring = {layer.name: layer for layer in decode_layers(values.get("wiring"))}
+    masks = {}
+    for entry in _get(values, "masks", "a list", lambda value: isinstance(value, list)):
+        if not isinstance(entry, dict):
+            raise _damaged("an element of 'masks'", entry, "an object")
+        name = _get(entry, "name", "a string", lambda value: isinstance(value, str))
+        if name in masks:
+            raise _damaged("mask", name, "named once")
+        masks[name] = _unpacked(entry, bits.pop(_MASK + name, None))
+    if bits:
+        raise _damaged("tensor", next(iter(bits)), "listed in 'masks'")
+    count = sum(int(mask.count_nonzero()) for mask in masks.values())
+    return Plan(
+        units={}, scores={}, wiring=wiring, masks=masks,
+        **_decode_head(values, count, "weight", WEIGHT_CRITERIA),
+    )  # fmt: skip
+
+
+def _unpacked(entry: dict[str, Any], bits: Tensor | None) -> Tensor:
+    where = f"mask {entry['name'][:80]!r}"
+    shape = _get(entry, "shape", "a list of integers from 0 on", _is_shape)
+    size = math.prod(shape)
+    if bits is None or bits.dtype != torch.uint8 or bits.shape != (-(-size // 8),):
+        found = "missing" if bits is None else f"{bits.dtype} {tuple(bits.shape)}"
+        raise _damaged(where, found, f"torch.uint8 ({-(-size // 8)},) for {size} elements")
+    flat = np.unpackbits(bits.numpy(), bitorder="little")
+    mask = torch.from_numpy(flat[:size]).view(torch.bool).reshape(shape)
+    selected = int(mask.count_nonzero())
+    if flat[size:].any() or selected == 0:
+        raise _damaged(where, f"{selected} of {size} bits", "at least one, and none after the last")
+    _get(entry, "selected", f"{selected}, the number of its bits", lambda v: v == selected)
+    return mask
+
+
+def _head(plan: Plan) -> dict[str, Any]:
     return {
         "kind": _KIND,
         "schema_version": SCHEMA_VERSION,
@@ -74,6 +155,12 @@ def _encode(plan: Plan) -> dict[str, Any]:
         "count": plan.count,
         "eligible": plan.eligible,
         "notes": list(plan.notes),
+    }
+
+
+def _encode(plan: Plan) -> dict[str, Any]:
+    return {
+        **_head(plan),
         "layers": [
             {"name": name, "units": units.tolist(), "scores": plan.scores[name].tolist()}
             for name, units in plan.units.items()
@@ -133,22 +220,26 @@ def _decode(values: dict[str, Any]) -> Plan:
     for name in units:
         _check_members(wiring[name], wiring)
     count = sum(len(selected) for selected in units.values())
+    head = _decode_head(values, count, "unit", CRITERIA)
+    return Plan(units=units, scores=scores, wiring=wiring, **head)
+
+
+def _decode_head(
+    values: dict[str, Any], count: int, granularity: str, criteria: Collection[str]
+) -> dict[str, Any]:
     ratio, threshold = _decode_amounts(values)
-    return Plan(
-        units=units,
-        scores=scores,
-        wiring=wiring,
-        eligible=_get(values, "eligible", f"an integer from {count} on", _integer_from(count)),
-        criterion=_get(values, "criterion", f"one of {', '.join(CRITERIA)}", _among(CRITERIA)),
-        ratio=ratio,
-        threshold=threshold,
-        scope=_get(values, "scope", "'layer' or 'global'", _among(SCOPES)),
-        granularity=_get(values, "granularity", "'unit'", _among(GRANULARITIES)),
-        max_layer_fraction=_get(values, "max_layer_fraction", "in (0, 1]", _is_share),
-        seed=_get(values, "seed", "an integer", lambda value: type(value) is int),
-        fingerprint=_get(values, "fingerprint", "a string", lambda value: isinstance(value, str)),
-        notes=tuple(_get(values, "notes", "a list of strings", _is_texts)),
-    )
+    return {
+        "eligible": _get(values, "eligible", f"an integer from {count} on", _integer_from(count)),
+        "criterion": _get(values, "criterion", f"one of {', '.join(criteria)}", _among(criteria)),
+        "ratio": ratio,
+        "threshold": threshold,
+        "scope": _get(values, "scope", "'layer' or 'global'", _among(SCOPES)),
+        "granularity": _get(values, "granularity", repr(granularity), _among([granularity])),
+        "max_layer_fraction": _get(values, "max_layer_fraction", "in (0, 1]", _is_share),
+        "seed": _get(values, "seed", "an integer", lambda value: type(value) is int),
+        "fingerprint": _get(values, "fingerprint", "a string", lambda v: isinstance(v, str)),
+        "notes": tuple(_get(values, "notes", "a list of strings", _is_texts)),
+    }
 
 
 def _decode_amounts(values: dict[str, Any]) -> tuple[float | None, float | None]:
@@ -239,6 +330,10 @@ def _is_number(value: Any) -> bool:
 
 def _is_share(value: Any) -> bool:
     return _is_number(value) and 0 < value <= 1
+
+
+def _is_shape(value: object) -> bool:
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
 def _is_texts(value: object) -> bool:

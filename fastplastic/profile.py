@@ -18,6 +18,7 @@ from fastplastic._layer_profile import LayerProfile, Totals
 from fastplastic._mean_gradient import MeanGradient
 from fastplastic._observer import Observation, Observer
 from fastplastic._restore import undisturbed
+from fastplastic._weights import Weights, weights_of
 from fastplastic.checkpoint import fingerprint
 from fastplastic.criteria import CRITERIA, Layer
 from fastplastic.errors import InputError, no_such
@@ -47,6 +48,7 @@ class Profile:
         seed: Seed of torch's random numbers when profiling began (dropout draws from them).
         fingerprint: Fingerprint of the model.
         gradients: {parameter name: mean gradient over the batches}, if they were asked for.
+        weights: {parameter name: the parameter itself, not a copy}, if gradients were asked for.
         notes: What a reader of the numbers has to know.
     """
 
@@ -61,6 +63,7 @@ class Profile:
     seed: int
     fingerprint: str
     gradients: Mapping[str, Tensor] | None = None
+    weights: Weights | None = None
     notes: tuple[str, ...] = ()
     _by_name: dict[str, LayerProfile] = field(init=False, repr=False)
 
@@ -149,8 +152,11 @@ class Profile:
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
         """Write the profile as safetensors with JSON metadata.
 
+        Gradients and weights are in it where the profile has them.
+
         Raises:
             FileError: The path cannot be written, or exists and `force` is not set.
+            InputError: The weights have changed since they were profiled.
         """
         from fastplastic.profile_file import save_profile
 
@@ -189,7 +195,8 @@ def profile(
             models. Tensors are moved to the model's device.
         loss_fn: (output, targets) -> loss, one element. A model's own loss takes precedence over
             the default where a mapping is passed.
-        gradients: Keep the mean gradient of every parameter (as much memory as the parameters).
+        gradients: Keep the mean gradient of every parameter (as much memory as the parameters), and
+            refer to the parameters: a plan of single weights needs both.
         example_inputs: What to trace the model with: a tensor, a tuple of positional or a mapping
             of keyword arguments. By default up to two samples of the first batch.
         progress: Called with the number of batches done after each.
@@ -249,6 +256,7 @@ def assemble(
         seed=seed,
         fingerprint=fingerprint(model),
         gradients=gradients,
+        weights=None if gradients is None else weights_of(model),
         notes=(*notes_of(graph, layers, observation), *notes),
     )
 

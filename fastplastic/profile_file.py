@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastplastic import __version__
 from fastplastic._coverage import Coverage
+from fastplastic._weights import DTYPES, Weights
 from fastplastic.checkpoint import atomic_write
 from fastplastic.errors import FileError
 from fastplastic.profile import SCHEMA_VERSION, LayerProfile, Profile
@@ -24,7 +25,7 @@ from fastplastic.wiring_json import decode_layers, encode_layer
 
 _KEY = "fastplastic"
 _TABLE = "statistics"
-_GRADIENT = "gradient/"
+_GRADIENT, _WEIGHT = "gradient/", "weight/"
 _TEXTS = ("mode", "backend", "device", "dtype", "fingerprint")
 _NUMBERS = ("samples", "batches", "seed")
 
@@ -34,6 +35,7 @@ def save_profile(profile: Profile, path: str | os.PathLike[str], *, force: bool 
 
     Raises:
         FileError: The path cannot be written, or exists and `force` is not set.
+        InputError: The weights have changed since they were profiled.
     """
     fields = (*_TEXTS, *_NUMBERS)
     header = {
@@ -47,8 +49,11 @@ def save_profile(profile: Profile, path: str | os.PathLike[str], *, force: bool 
         "layers": [encode_layer(layer.wiring) for layer in profile.layers],
     }
     tensors = {_TABLE: torch.cat([layer.stats.table for layer in profile.layers], dim=1)}
-    for name, gradient in (profile.gradients or {}).items():
-        tensors[_GRADIENT + name] = gradient.cpu().contiguous()
+    if profile.weights is not None:
+        profile.weights.check()
+    for prefix, kept in ((_GRADIENT, profile.gradients), (_WEIGHT, profile.weights)):
+        for name, tensor in (kept or {}).items():
+            tensors[prefix + name] = tensor.cpu().contiguous()
     with atomic_write(path, force) as temporary:
         save_file(tensors, temporary, {_KEY: json.dumps(header, allow_nan=False)})
 
@@ -108,18 +113,37 @@ def _decode(header: dict[str, Any], tensors: dict[str, Tensor]) -> Profile:
         start += wiring.n_units
     fields = {name: _typed(header, name, str) for name in _TEXTS}
     numbers = {name: _typed(header, name, int) for name in _NUMBERS}
-    gradients = {name.removeprefix(_GRADIENT): value for name, value in tensors.items()}
+    gradients, weights = (_named(tensors, prefix) for prefix in (_GRADIENT, _WEIGHT))
+    for name in weights.keys() & gradients.keys():
+        if weights[name].shape != gradients[name].shape:
+            found = str(tuple(gradients[name].shape))
+            raise _damaged(f"the gradient of {name!r} is {found}", "expected the weight's shape")
+    has_gradients = _typed(header, "has_gradients", bool)
     notes = _typed(header, "notes", list)
     if not all(isinstance(note, str) for note in notes):
         raise _damaged("'notes'", "expected a list of texts")
     return Profile(
         layers=tuple(layers),
         coverage=_coverage(header),
-        gradients=gradients if _typed(header, "has_gradients", bool) else None,
+        gradients=gradients if has_gradients else None,
+        weights=Weights(weights) if has_gradients else None,
         notes=tuple(notes),
         **fields,
         **numbers,
     )
+
+
+def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors with this prefix; FileError for one that is no floating-point tensor."""
+    found = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+    for name, tensor in found.items():
+        if tensor.dtype not in DTYPES:
+            raise _damaged(f"{prefix}{name} is {tensor.dtype}", "expected a floating-point dtype")
+    return found
 
 
 def _coverage(header: dict[str, Any]) -> Coverage:

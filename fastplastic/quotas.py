@@ -1,4 +1,4 @@
-"""How many units each layer gives: thresholds, exact counts and the cap of a layer."""
+"""How many units (or weights) each layer gives: thresholds, exact counts and the cap of a layer."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -69,18 +69,57 @@ def counts_by_ratio(
     Raises:
         InputError: The caps leave too few units.
     """
-    eligible = sum(len(pool.units) for pool in pools)
+    sizes = {pool.name: len(pool.units) for pool in pools}
+    caps = {pool.name: pool.cap for pool in pools}
+    wanted = wanted_of(sizes, caps, ratio, max_layer_fraction, "units")
+    if scope == "global":
+        return _global_counts(pools, wanted)
+    # The tie of its first unit is fixed by the seed and the layer's name, so it orders layers too.
+    return shares(sizes, caps, {pool.name: float(pool.ties[0]) for pool in pools}, ratio)
+
+
+def wanted_of(
+    sizes: Mapping[str, int],
+    caps: Mapping[str, int],
+    ratio: float,
+    max_layer_fraction: float,
+    what: str,
+) -> int:
+    """Return floor(ratio * eligible); InputError when the caps leave too few.
+
+    Args:
+        sizes: Number of eligible units (or weights) of each layer.
+        caps: Most to take of each.
+        ratio: In (0, 1].
+        max_layer_fraction: What made the caps.
+        what: What is counted, for the error text.
+    """
+    eligible, room = sum(sizes.values()), sum(caps.values())
     wanted = math.floor(ratio * eligible)
-    room = sum(pool.cap for pool in pools)
     if wanted > room:
         raise InputError(
-            f"ratio {ratio:g} asks for {wanted} of {eligible} eligible units, but "
+            f"ratio {ratio:g} asks for {wanted} of {eligible} eligible {what}, but "
             f"max_layer_fraction {max_layer_fraction:g} allows {room}: "
             "lower the ratio or raise max_layer_fraction"
         )
-    if scope == "global":
-        return _global_counts(pools, wanted)
-    return _layer_counts(pools, ratio, wanted)
+    return wanted
+
+
+def shares(
+    sizes: Mapping[str, int], caps: Mapping[str, int], ties: Mapping[str, float], ratio: float
+) -> dict[str, int]:
+    """Return the count of each layer, together floor(ratio * eligible), by largest remainder.
+
+    A layer at its cap passes its turn on; equal remainders are ordered by `ties`.
+    """
+    # Exact products: rounded ones could add up to more than is wanted.
+    quotas = {name: Fraction(ratio) * size for name, size in sizes.items()}
+    counts = {name: min(math.floor(quota), caps[name]) for name, quota in quotas.items()}
+    for _ in range(math.floor(ratio * sum(sizes.values())) - sum(counts.values())):
+        open_layers = [name for name in counts if counts[name] < caps[name]]
+        best = max(open_layers, key=lambda name: (quotas[name] - counts[name], ties[name]))
+        counts[best] += 1
+    return counts
 
 
 def take(
@@ -108,18 +147,3 @@ def _global_counts(pools: Sequence[Pool], wanted: int) -> dict[str, int]:
     owner = torch.repeat_interleave(torch.tensor([pool.cap for pool in pools]))
     taken = owner[_order(keys, ties)[:wanted]].bincount(minlength=len(pools)).tolist()
     return {pool.name: count for pool, count in zip(pools, taken, strict=True)}
-
-
-def _layer_counts(pools: Sequence[Pool], ratio: float, wanted: int) -> dict[str, int]:
-    """Share out `wanted` by largest remainder; a layer at its cap passes its turn on."""
-    # Exact products: rounded ones could add up to more than `wanted`.
-    quotas = {pool.name: Fraction(ratio) * len(pool.units) for pool in pools}
-    caps = {pool.name: pool.cap for pool in pools}
-    counts = {name: min(math.floor(quota), caps[name]) for name, quota in quotas.items()}
-    # The tie of its first unit is fixed by the seed and the layer's name, so it orders layers too.
-    ties = {pool.name: float(pool.ties[0]) for pool in pools}
-    for _ in range(wanted - sum(counts.values())):
-        open_layers = [name for name in counts if counts[name] < caps[name]]
-        best = max(open_layers, key=lambda name: (quotas[name] - counts[name], ties[name]))
-        counts[best] += 1
-    return counts

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fastplastic._weights import DTYPES
 from fastplastic.errors import FileError, InputError
+from fastplastic.laws import Law
 from fastplastic.planner import Plan
 from fastplastic.wiring import Consumer, Norm, UnitLayer
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What a norm holds per channel, and the value that makes it the identity.
 _NORM_VALUES = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
 
@@ -52,13 +53,47 @@ class Region:
 
 
 @dataclass(frozen=True, eq=False)
+class Elements:
+    """Some elements of a tensor, one by one.
+
+    Attributes:
+        name: Name of the parameter.
+        mask: bool, in the shape of the parameter, on the CPU.
+    """
+
+    name: str
+    mask: Tensor
+
+    def size(self, tensor: Tensor) -> int:
+        """Return the number of elements."""
+        return int(self.mask.count_nonzero())
+
+
+Where = Region | Elements
+
+
+@dataclass(frozen=True, eq=False)
 class RowWrite:
     """Rows of a weight or bias that are drawn afresh."""
 
     region: Region
     layer: UnitLayer
     rows: Tensor
-    unit_dim: int
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """Elements that are drawn afresh.
+
+    Attributes:
+        where: Where they are.
+        law: From which law each is drawn.
+        norm: The norm that each column of a region is given then; None to leave it as drawn.
+    """
+
+    where: Where
+    law: Law
+    norm: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +135,7 @@ class Tensors:
                 f"{name!r} shares its values with {sharing[0]!r}, expected a tensor of its own: "
                 "exclude its layer from the plan"
             )
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPES:
             raise InputError(
                 f"{name!r} has dtype {tensor.dtype}, expected a floating-point dtype: "
                 "re-initialise before quantising"
@@ -118,6 +153,25 @@ def _check_built(parameters: dict[str, nn.Parameter]) -> None:
             raise InputError(
                 f"{name!r} is on the meta device, expected real values: load the weights first"
             )
+
+
+def selected_elements(tensors: Tensors, plan: Plan) -> list[Elements]:
+    """Return the elements that the masks of a plan select.
+
+    Raises:
+        FileError: A mask is no mask of the parameter.
+        InputError: A parameter is shared with another layer or not floating-point.
+    """
+    for name, mask in plan.masks.items():
+        shape = tuple(tensors[name].shape)
+        if mask.dtype != torch.bool or mask.shape != tensors[name].shape:
+            raise FileError(
+                f"the mask of {name!r} is {mask.dtype} {tuple(mask.shape)}, expected torch.bool "
+                f"{shape}: plan again with this model"
+            )
+        if name not in tensors.parameters:
+            raise FileError(f"{name!r} is a buffer, expected a parameter: correct the plan")
+    return [Elements(name, mask) for name, mask in plan.masks.items()]
 
 
 def selected_rows(plan: Plan) -> dict[str, Tensor]:
@@ -190,10 +244,10 @@ def row_writes(tensors: Tensors, layer: UnitLayer, rows: Tensor) -> Iterator[Row
     weight = tensors[layer.weight]
     _check_size(layer.weight, weight, layer.unit_dim, layer.n_units)
     index = (rows,) if layer.unit_dim == 0 else (slice(None), rows)
-    yield RowWrite(Region(layer.weight, index), layer, rows, layer.unit_dim)
+    yield RowWrite(Region(layer.weight, index), layer, rows)
     if layer.bias is not None:
         _check_shape(layer.bias, tensors[layer.bias], (layer.n_units,))
-        yield RowWrite(Region(layer.bias, (rows,)), layer, rows, 0)
+        yield RowWrite(Region(layer.bias, (rows,)), layer, rows)
 
 
 def norm_writes(
@@ -233,6 +287,22 @@ def column_region(tensors: Tensors, layer: UnitLayer, consumer: Consumer, rows: 
         )
     group, column = hit // per_group, hit % per_group
     return Region(consumer.weight, (group, slice(None), column), consumer.groups)
+
+
+def region_mask(region: Region, tensor: Tensor) -> Tensor:
+    """Return a mask in the shape of the tensor, expanded where that can be."""
+    sizes = list(region.view(tensor).shape)
+    for dim in range(len(sizes)):
+        listed = dim < len(region.index) and isinstance(region.index[dim], Tensor)
+        sizes[dim] = sizes[dim] if listed else 1
+    mask = torch.zeros(sizes, dtype=torch.bool)
+    mask[region.index] = True
+    mask = mask.to(tensor.device)
+    if region.groups == 1:
+        return mask.expand(tensor.shape)
+    groups, columns = mask.shape[0], mask.shape[2]
+    rows = mask.expand(groups, tensor.shape[0] // groups, columns, *mask.shape[3:])
+    return rows.reshape(tensor.shape[0], columns, *mask.shape[3:]).expand(tensor.shape)
 
 
 def merged_fills(fills: Iterable[FillWrite]) -> Iterator[FillWrite]:

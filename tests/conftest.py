@@ -1,6 +1,7 @@
 """Set-up for all tests: what has to be decided before triton is imported."""
 
 import os
+from collections import namedtuple
 
 import pytest
 import torch
@@ -26,3 +27,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+Outcome = namedtuple("Outcome", "code output error")
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """Run the program in an empty folder, with the model hub out of reach."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    from fastplastic.cli.main import main
+
+    def run(*arguments):
+        code = main([str(argument) for argument in arguments])
+        return Outcome(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def nothing_slow(monkeypatch):
+    """Make every test fail that gets as far as building a model."""
+
+    def load(*arguments, **keywords):
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr("fastplastic.cli.profile.load", load)
+    monkeypatch.setattr("fastplastic.cli.reinit.load", load)

@@ -61,9 +61,14 @@ def test_library_does_not_import_the_command_line(file):
     assert own(file, "fastplastic") & {"cli"} <= allowed
 
 
-@pytest.mark.parametrize("name", ["criteria", "planner", "stats"])
+PLANNER = ["planner", "quotas", "_request", "_unit_plan", "_weight_plan"]
+
+
+@pytest.mark.parametrize("name", ["criteria", "stats", *PLANNER])
 def test_statistics_criteria_and_planner_see_no_model(name):
-    forbidden = {"graph", "monitor", "reinit", "initializers", "models", "data", "kernels"}
+    forbidden = {"graph", "monitor", "reinit", "initializers", "models", "data"}
+    # Single weights are selected where they are.
+    forbidden |= set() if name == "_weight_plan" else {"kernels"}
     assert not library(name) & forbidden
     assert not {"timm", "torch.nn", "transformers"} & imports(LIBRARY / f"{name}.py", "fastplastic")
 
@@ -85,7 +90,7 @@ def in_place_copies(tree: ast.AST) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "name", ["criteria", "planner", "stats", "graph", "profile", "wiring", "data"]
+    "name", ["criteria", "stats", "graph", "profile", "wiring", "data", "_weights", *PLANNER]
 )
 def test_only_reinit_writes_to_weights(name):
     assert not in_place_copies(ast.parse((LIBRARY / f"{name}.py").read_text()))

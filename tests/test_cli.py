@@ -3,7 +3,6 @@ import json
 import os
 import subprocess
 import sys
-from collections import namedtuple
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -17,30 +16,14 @@ from fastplastic.cli import options, terminal
 from fastplastic.cli import profile as profile_command
 from fastplastic.cli.main import main
 from fastplastic.cli.options import DataOptions, PlanOptions, ProfileOptions, ReinitOptions
-from fastplastic.criteria import CRITERIA
+from fastplastic.criteria import CRITERIA, WEIGHT_CRITERIA
 from fastplastic.errors import FileError, InputError
 from fastplastic.initializers import INITIALIZERS
-from fastplastic.planner import Plan
+from fastplastic.planner import GRANULARITIES, Plan
 
 # A model that timm has for tests, on few and small images.
 MODEL = "test_resnet"
 SMALL = (MODEL, "--no-pretrained", "--img-size", "32", "-b", "4", "--batches", "2")
-
-Outcome = namedtuple("Outcome", "code output error")
-
-
-@pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
-    """Run the program in an empty folder, with the model hub out of reach."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-
-    def run(*arguments):
-        code = main([str(argument) for argument in arguments])
-        return Outcome(code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -49,17 +32,6 @@ def plan_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("plan") / "plan.json"
     assert main(["plan", *SMALL, "--ratio", "0.1", "-o", str(path), "--quiet"]) == 0
     return path
-
-
-@pytest.fixture
-def nothing_slow(monkeypatch):
-    """Make every test fail that gets as far as building a model."""
-
-    def load(*arguments, **keywords):
-        raise AssertionError("a model was built")
-
-    monkeypatch.setattr(profile_command, "load", load)
-    monkeypatch.setattr("fastplastic.cli.reinit.load", load)
 
 
 def refused(outcome, code, text):
@@ -118,7 +90,7 @@ def test_version(run):
             "plan m --ratio 0.1 --criterion worst",
             "'--criterion': 'worst' is not one of 'dead'",
         ),
-        ("plan m --ratio 0.1 --granularity weight", "'weight' is not"),
+        ("plan m --ratio 0.1 --granularity layer", "'layer' is not"),
         ("reinit m --ratio 0.1", "no -o/--output: name a .safetensors file, or add --dry-run"),
         ("reinit m --ratio 0.1 -o f.pth", "-o f.pth: expected a name that ends in .safetensors"),
         ("reinit m -o f.safetensors", "neither of --ratio and --threshold given"),
@@ -192,17 +164,23 @@ def test_every_failure_has_its_exit_code_and_one_line(run, monkeypatch, error, c
 
 def test_choices_are_those_of_the_library():
     hints = get_type_hints(ReinitOptions)
-    assert set(get_args(hints["criterion"])) == set(CRITERIA)
+    criteria = {name for part in get_args(hints["criterion"]) for name in get_args(part)}
+    assert criteria == {*CRITERIA, *WEIGHT_CRITERIA}
+    assert get_args(hints["granularity"]) == GRANULARITIES
     assert set(get_args(hints["init"])) == set(INITIALIZERS)
 
 
 def test_list_of_criteria(run):
     shown = run("list", "criteria")
     assert shown.code == 0
-    for rule in CRITERIA.values():
+    for rule in (*CRITERIA.values(), *WEIGHT_CRITERIA.values()):
         assert rule.name in shown.output
     entries = json.loads(run("list", "criteria", "--json").output)
-    assert [entry["name"] for entry in entries] == list(CRITERIA)
+    units, weights = (
+        [entry["name"] for entry in entries if entry["granularity"] == granularity]
+        for granularity in GRANULARITIES
+    )
+    assert units == list(CRITERIA) and weights == list(WEIGHT_CRITERIA)
     assert next(e for e in entries if e["name"] == "dormant")["threshold"] == 0.025
     refused(run("list", "layers"), 2, "criteria")
 

@@ -194,7 +194,7 @@ def test_empirical_without_live_rows_is_the_default_law():
     model = nn.Sequential(nn.Linear(4, 3))
     empirical = make_initializer("empirical", model)
     assert empirical(target(model, "0.weight", (0, 1, 2))) == uniform(-0.5, 0.5)
-    assert empirical.notes() == ("0.weight: no live row to imitate, default law",)
+    assert empirical.notes() == ("0.weight: nothing live to imitate, default law",)
 
 
 def test_empirical_refuses_rows_that_are_not_finite():
@@ -203,7 +203,7 @@ def test_empirical_refuses_rows_that_are_not_finite():
         model[0].weight[1, 1] = torch.nan
     empirical = make_initializer("empirical", model)
     with pytest.raises(
-        InputError, match=r"^'0\.weight' has live rows that are not finite, expected"
+        InputError, match=r"^'0\.weight' has live weights that are not finite, expected"
     ):
         empirical(target(model, "0.weight", (0,)))
     assert empirical(target(model, "0.weight", (1,))).scale > 0

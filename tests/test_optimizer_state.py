@@ -9,7 +9,7 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn, optim
 
 import fastplastic
-import fastplastic.reinit as reinit_module
+import fastplastic._apply as apply_module
 from fastplastic import FastPlasticError, plan, reinit_
 from fastplastic._optimizer_state import OptimizerState
 
@@ -180,7 +180,7 @@ def test_state_of_another_shape_is_left_and_named():
 def test_a_failure_at_any_write_leaves_the_state_as_it_was(monkeypatch, name):
     model, optimizer, made, _ = trained(OPTIMIZERS[name])
     weights, before = copy.deepcopy(model.state_dict()), states(model, optimizer)
-    fill, set_step = reinit_module._fill, reinit_module.set_step
+    fill, set_step = apply_module._fill, apply_module.set_step
     calls, at = 0, 0
 
     def failing(write):
@@ -193,8 +193,8 @@ def test_a_failure_at_any_write_leaves_the_state_as_it_was(monkeypatch, name):
 
         return call
 
-    monkeypatch.setattr(reinit_module, "_fill", failing(fill))
-    monkeypatch.setattr(reinit_module, "set_step", failing(set_step))
+    monkeypatch.setattr(apply_module, "_fill", failing(fill))
+    monkeypatch.setattr(apply_module, "set_step", failing(set_step))
     reinit_(copy.deepcopy(model), made)
     without = calls
     for at in range(1, 40):

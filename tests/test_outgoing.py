@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import fastplastic
-import fastplastic.reinit as reinit_module
+import fastplastic._apply as apply_module
 from fastplastic import FastPlasticError, plan, reinit_
 from fastplastic.checkpoint import fingerprint
 
@@ -112,13 +112,13 @@ def test_a_column_depends_on_its_seed_alone(case, outgoing):
 def test_a_failure_leaves_everything_as_it_was(case, monkeypatch, outgoing):
     model = case[0]
     before = copy.deepcopy(model.state_dict())
-    draw = reinit_module._draw_columns
+    draw = apply_module._draw_columns
 
     def failing(*arguments):
         draw(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(reinit_module, "_draw_columns", failing)
+    monkeypatch.setattr(apply_module, "_draw_columns", failing)
     with pytest.raises(KeyboardInterrupt):
         reinit_(model, case[1], outgoing=outgoing)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -127,7 +127,7 @@ def test_a_failure_leaves_everything_as_it_was(case, monkeypatch, outgoing):
 def test_columns_that_are_drawn_but_have_no_norm_yet_are_put_back(case, monkeypatch):
     model = case[0]
     before = copy.deepcopy(model.state_dict())
-    resample, calls = reinit_module.resample_, []
+    resample, calls = apply_module.resample_, []
 
     def failing(weights, names, *arguments, **options):
         resample(weights, names, *arguments, **options)
@@ -135,7 +135,7 @@ def test_columns_that_are_drawn_but_have_no_norm_yet_are_put_back(case, monkeypa
         if names == [case[3]]:
             raise MemoryError
 
-    monkeypatch.setattr(reinit_module, "resample_", failing)
+    monkeypatch.setattr(apply_module, "resample_", failing)
     with pytest.raises(MemoryError):
         reinit_(model, case[1], outgoing="small")
     assert len(calls) == 2

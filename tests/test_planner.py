@@ -292,10 +292,16 @@ def test_what_was_asked_for_stands_in_the_plan():
         ({"threshold": NAN}, "threshold nan is not usable, expected a finite number"),
         ({"threshold": math.inf}, "threshold inf is not usable"),
         ({"ratio": 0.1, "max_layer_fraction": 0}, "max_layer_fraction 0 is out of range"),
-        ({"ratio": 0.1, "granularity": "weight"}, "granularity 'weight' is not supported in this"),
+        (
+            {"ratio": 0.1, "granularity": "layer"},
+            "granularity 'layer' is unknown, expected 'unit' or 'weight'",
+        ),
         ({"ratio": 0.1, "scope": "model"}, "scope 'model' is unknown, expected 'layer' or 'glo"),
         ({"ratio": 0.1, "seed": 0.5}, "seed 0.5 is not usable, expected an integer"),
-        ({"ratio": 0.1, "criterion": "deed"}, "criterion 'deed' is unknown, expected one of dead,"),
+        (
+            {"ratio": 0.1, "criterion": "deed"},
+            "criterion 'deed' is unknown for granularity 'unit', expected one of dead,",
+        ),
         (
             {"ratio": 0.1, "include": ["layer.1"]},
             "include pattern 'layer.1' matches none of the 3 layers, expected a name or a pattern "

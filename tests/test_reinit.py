@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-import fastplastic.reinit as reinit_module
+import fastplastic._apply as apply_module
 from fastplastic.checkpoint import fingerprint
 from fastplastic.planner import Plan
 from fastplastic.reinit import reinit_
@@ -338,7 +338,7 @@ class Failing:
 
     def __init__(self, monkeypatch, error: type[BaseException]) -> None:
         self.error, self.calls, self.at, self.late = error, 0, 0, False
-        draw, fill = reinit_module._draw, reinit_module._fill
+        draw, fill = apply_module._draw, apply_module._fill
 
         def failing_draw(tensors, fresh, seed):
             # A draw that is cut off may leave anything in its regions.
@@ -349,8 +349,8 @@ class Failing:
         def failing_fill(place, value):
             self.step(lambda: fill(place, value), lambda: fill(place, torch.nan))
 
-        monkeypatch.setattr(reinit_module, "_draw", failing_draw)
-        monkeypatch.setattr(reinit_module, "_fill", failing_fill)
+        monkeypatch.setattr(apply_module, "_draw", failing_draw)
+        monkeypatch.setattr(apply_module, "_fill", failing_fill)
 
     def step(self, write, cut_off) -> None:
         self.calls += 1

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from fastplastic.cli import render
-from fastplastic.cli.render import LayerRow, PlanRow, PlanView, Report
+from fastplastic.cli.render import LayerRow, MaskRow, PlanRow, PlanView, Report
 
 HEALTHY = LayerRow("stem.conv1", "conv", "relu", 64, 64, 0, 0, 0, 0, 0.5, 0.123456, 1.5e-6)
 SICK = replace(HEALTHY, name="layer4.2.conv1", units=512, hidden=512, dead=12, dormant=20, weak=20)
@@ -171,6 +171,12 @@ def test_plan_preview():
         "layer4.2.conv1", "512", "500", "12", "2.3", "%", "0.001", "to", "0.02",
     ]  # fmt: skip
     assert "note  layer4.2.conv1: capped" in output
+
+
+def test_plan_preview_of_single_weights():
+    view = PlanView(facts=(("plan", "12"),), masks=(MaskRow("fc.weight", 4096, 12),))
+    output = text(render.plan(view))
+    assert line(output, "fc.weight").split() == ["fc.weight", "4,096", "12", "0.3", "%"]
 
 
 def test_empty_plan_has_no_table():

@@ -109,8 +109,8 @@ def test_unknown_choices_are_refused():
     refused(mlp(), InputError, "seed 0.5 is not usable, expected an integer", seed=0.5)
     refused(mlp(), InputError, "init 'ones' is unknown, expected one of default,", init="ones")
     made = mlp()
-    made = replace(made, plan=replace(made.plan, granularity="weight"))
-    refused(made, InputError, "granularity 'weight' is not supported in this version")
+    made = replace(made, plan=replace(made.plan, granularity="layer"))
+    refused(made, InputError, "granularity 'layer' is unknown, expected 'unit' or 'weight'")
 
 
 def test_a_plan_for_another_model_is_refused():
