@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,14 +104,14 @@ def _own_scores(layer: "LayerProfile", rule: Criterion, seed: int) -> Tensor:
 def _pool(
     layer: "LayerProfile", scores: Tensor, eligible: Tensor, rule: Criterion, request: Request
 ) -> Pool:
-    units = eligible.nonzero().flatten()
-    scores = scores[units]
+    units = np.flatnonzero(eligible.numpy())
+    own = scores.numpy()[units]
     return Pool.ordered(
         layer.name,
         units,
-        scores,
-        keys=scores if rule.candidate == "small" else -scores,
-        ties=unit_noise(request.seed, "ties", layer.name, layer.n_units)[units],
+        own,
+        keys=own if rule.candidate == "small" else -own,
+        ties=unit_noise(request.seed, "ties", layer.name, layer.n_units).numpy()[units],
         cap=math.floor(request.max_layer_fraction * len(units)),
     )
 

@@ -4,12 +4,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastplastic.errors import InputError
+
+# Not tensors: on arrays as small as these, waking torch's threads takes longer than the work.
+Array = NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,15 +31,15 @@ class Pool:
     """
 
     name: str
-    units: Tensor
-    scores: Tensor
-    keys: Tensor
-    ties: Tensor
+    units: Array
+    scores: Array
+    keys: Array
+    ties: Array
     cap: int
 
     @classmethod
     def ordered(
-        cls, name: str, units: Tensor, scores: Tensor, *, keys: Tensor, ties: Tensor, cap: int
+        cls, name: str, units: Array, scores: Array, *, keys: Array, ties: Array, cap: int
     ) -> "Pool":
         """Return the pool of these units, which may stand in any order."""
         order = _order(keys, ties)
@@ -131,19 +136,27 @@ def take(
     for pool in pools:
         count = counts[pool.name]
         if count:
-            units[pool.name], order = pool.units[:count].sort()
-            scores[pool.name] = pool.scores[:count][order]
+            order = np.argsort(pool.units[:count])
+            units[pool.name] = torch.from_numpy(pool.units[:count][order])
+            scores[pool.name] = torch.from_numpy(pool.scores[:count][order])
     return units, scores
 
 
-def _order(keys: Tensor, ties: Tensor) -> Tensor:
-    return torch.from_numpy(np.lexsort((ties.numpy(), keys.numpy())))
+def _order(keys: Array, ties: Array) -> Array:
+    order = np.argsort(keys)
+    if (np.diff(keys[order]) == 0).any():
+        order = np.lexsort((ties, keys))
+    return order
 
 
 def _global_counts(pools: Sequence[Pool], wanted: int) -> dict[str, int]:
     # The first `cap` of each layer are all that can be taken of it.
-    keys = torch.cat([pool.keys[: pool.cap] for pool in pools])
-    ties = torch.cat([pool.ties[: pool.cap] for pool in pools])
-    owner = torch.repeat_interleave(torch.tensor([pool.cap for pool in pools]))
-    taken = owner[_order(keys, ties)[:wanted]].bincount(minlength=len(pools)).tolist()
+    keys = np.concatenate([pool.keys[: pool.cap] for pool in pools])
+    ties = np.concatenate([pool.ties[: pool.cap] for pool in pools])
+    owner = np.repeat(np.arange(len(pools)), [pool.cap for pool in pools])
+    if 0 < wanted < len(keys):
+        # What is larger than the last one wanted need not be ordered.
+        near = np.flatnonzero(keys <= np.partition(keys, wanted - 1)[wanted - 1])
+        keys, ties, owner = keys[near], ties[near], owner[near]
+    taken = np.bincount(owner[_order(keys, ties)[:wanted]], minlength=len(pools)).tolist()
     return {pool.name: count for pool, count in zip(pools, taken, strict=True)}
