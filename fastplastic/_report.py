@@ -31,21 +31,28 @@ class ReinitReport:
     """What `reinit_` wrote.
 
     Attributes:
-        count: Number of units re-initialised.
-        layers: Layer name -> number of its units selected in the plan.
+        count: Number of units (or single weights) re-initialised.
+        layers: Layer name -> number of its units selected in the plan; of single weights, by
+            parameter name.
+        shares: The same as shares of all units of the layer, or of all weights of the parameter.
         init: Name of the initializer.
         outgoing: What was done to the outgoing columns.
         seed: Seed of the fresh values.
         written: Every tensor that was written to, in the order of the first write.
+        loss_before: Mean loss over the batches before anything was written; None without batches.
+        loss_after: The same afterwards.
         notes: What a reader should know, one sentence each.
     """
 
     count: int
     layers: dict[str, int]
+    shares: dict[str, float]
     init: str
     outgoing: str
     seed: int
     written: tuple[Written, ...]
+    loss_before: float | None = None
+    loss_after: float | None = None
     notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:

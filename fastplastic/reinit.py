@@ -1,42 +1,32 @@
-"""Apply a plan to a model: the only code that writes to weights, buffers and optimizer state."""
+"""Apply a plan to a model: the only code that writes to weights, buffers and optimizer state.
+
+With `_apply`, which writes, `_writes_of` and `writes`, which say what, and `_adjust`.
+"""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
-from fastplastic._apply import Memory, Undo, Writes, apply
-from fastplastic._columns import column_norms, reader_of
+from fastplastic._adjust import Adjustment
+from fastplastic._apply import Memory, Undo, apply
+from fastplastic._averages import notes_of_averages, refuse_average
 from fastplastic._optimizer_state import OptimizerState
 from fastplastic._report import ReinitReport, Written
+from fastplastic._writes_of import unit_change, weight_change
 from fastplastic.checkpoint import fingerprint
 from fastplastic.errors import FingerprintError, InputError
-from fastplastic.initializers import Initializer, Target, make_initializer
-from fastplastic.laws import normal
+from fastplastic.initializers import make_initializer
 from fastplastic.planner import GRANULARITIES, Plan
-from fastplastic.writes import (
-    Draw,
-    Elements,
-    FillWrite,
-    Region,
-    RowWrite,
-    Tensors,
-    Where,
-    column_region,
-    merged,
-    norm_writes,
-    row_writes,
-    selected_elements,
-    selected_rows,
-)
+from fastplastic.writes import Elements, Region, Tensors, Where, merged
 
 OUTGOING = ("zero", "small", "fresh", "keep")
-# Norm of a small outgoing column, as a share of the median of the others.
-_SMALL = 0.02
 
 __all__ = ["OUTGOING", "ReinitReport", "Written", "reinit_"]
 
@@ -47,96 +37,113 @@ def reinit_(
     *,
     init: str = "default",
     outgoing: str = "zero",
+    compensate: bool = False,
+    recalibrate: bool = False,
+    batches: Iterable[Any] | None = None,
+    loss_fn: Callable[[Any, Any], Tensor] = cross_entropy,
     optimizer: Optimizer | None = None,
     reset_steps: bool = False,
     seed: int = 0,
 ) -> ReinitReport:
-    """Re-initialise the units of a plan in place: all of them, or none if anything fails.
+    """Re-initialise what a plan names in place: all of it, or nothing if anything fails.
 
     For each unit: fresh incoming rows and biases (of coupled rows too), norm channels set to gamma
     1, beta 0, running mean 0 and running variance 1, and the outgoing columns as asked. A unit with
     outgoing weights of zero has no effect on the network until it is trained. After Sokar et al.
     (ReDo), arXiv 2302.12902, and Dohare et al., Nature 2024; "keep" after GraMa, arXiv 2505.24061.
+    Single weights are drawn afresh and nothing else is touched, after Hernandez-Garcia et al.
+    (SWR), arXiv 2508.00212.
 
     Args:
         model: The model that was profiled, or one with the same parameters.
         plan: What `fastplastic.plan` chose.
-        init: Law of the fresh rows: "default" (the library's own), "kaiming_uniform",
+        init: Law of the fresh weights: "default" (the library's own), "kaiming_uniform",
             "kaiming_normal", "xavier_uniform", "trunc_normal" or "empirical" (see `initializers`).
-        outgoing: What becomes of the outgoing columns. "zero": the unit has no effect, and the
-            first gradient to its incoming weights is 0. "small": a random direction with 0.02 of
-            the median norm of the other columns, in use against that. "fresh": drawn anew. "keep".
+        outgoing: What becomes of the outgoing columns of units. "zero": the unit has no effect, and
+            the first gradient to its incoming weights is 0. "small": a random direction with 0.02
+            of the median norm of the other columns, in use against that. "fresh": drawn anew.
+            "keep".
+        compensate: Add what the outgoing columns contributed on average over `batches` to the bias
+            of their layer (without one, take it from the running mean of its BatchNorm), so that a
+            unit that is stuck at a value takes no constant with it. For "zero" and "small".
+        recalibrate: Measure the running statistics of fresh norm channels over `batches`, instead
+            of mean 0 and variance 1.
+        batches: As for `fastplastic.profile`, to be read several times: the mean loss before and
+            after is reported.
+        loss_fn: (output, targets) -> loss, as for `fastplastic.profile`.
         optimizer: The optimizer that trains the model, if it has started: what it remembers of each
             weight that is written (momentum, mean squares) begins anew. Else old momentum moves
             fresh weights.
         reset_steps: Also let its counter of steps begin anew, for each tensor that is written, as
             Adam corrects its means by it.
-        seed: Any integer. Fresh values depend on it, the parameter's name and the row alone; the
-            global random state is neither read nor changed.
+        seed: Any integer. Fresh values depend on it, the parameter's name and the element alone;
+            the global random state is neither read nor changed.
 
     Raises:
         FingerprintError: The plan was made for a model with other parameters.
         FileError: The plan does not fit the model or itself (edited by hand).
         InputError: An argument is unknown, or a weight cannot be written: shared between layers,
             transformed before use, not floating-point, not loaded. The optimizer is none, or not
-            that of the model.
+            that of the model. The model is a moving average of another. There are no batches for
+            what needs them.
     """
     _check_choices(plan, outgoing, seed)
+    _check_adjustments(plan, outgoing, batches is not None, compensate, recalibrate)
+    refuse_average(model)
     initializer = make_initializer(init, model)
     tensors = Tensors(model)
     state = None if optimizer is None else OptimizerState(optimizer, model)
     _check_fingerprint(model, plan)
     if plan.granularity == "unit":
-        writes = _unit_writes(model, plan, tensors, initializer, outgoing)
+        change = unit_change(model, plan, tensors, initializer, outgoing)
     else:
-        writes = _weight_writes(plan, tensors, initializer)
-    written = _count(tensors, writes.places)
-    memory = _Memory.of(state, writes.places, written, reset_steps)
+        change = weight_change(plan, tensors, initializer)
+    places = change.writes.places
+    written = _count(tensors, places)
+    memory = _Memory.of(state, places, written, reset_steps)
+    adjust = Adjustment(model, tensors, change, batches, loss_fn)
+    adjust.measure(compensate)
     undo = Undo()
     try:
-        apply(tensors, writes, memory.writes, seed, undo)
+        apply(tensors, change.writes, memory.writes, seed, undo)
+        shifted = adjust.apply(undo, compensate, recalibrate)
     except BaseException:  # also KeyboardInterrupt and MemoryError
         undo()
         raise
     return ReinitReport(
         count=plan.count,
         layers=plan.counts,
+        shares=_shares(plan),
         init=init,
         outgoing=outgoing,
         seed=int(seed),
-        written=(*written, *memory.written),
-        notes=(*initializer.notes(), *memory.notes),
+        written=(*written, *shifted, *memory.written),
+        loss_before=adjust.loss_before,
+        loss_after=adjust.loss_after,
+        notes=(*initializer.notes(), *memory.notes, *adjust.notes, *notes_of_averages(written)),
     )
 
 
-def _unit_writes(
-    model: nn.Module, plan: Plan, tensors: Tensors, initializer: Initializer, outgoing: str
-) -> Writes:
-    rows = selected_rows(plan)
-    fresh = [write for name in rows for write in row_writes(tensors, plan.wiring[name], rows[name])]
-    fills = list(_norms(tensors, plan, rows))
-    columns = list(merged(_columns(tensors, plan, rows))) if outgoing != "keep" else []
-    if outgoing == "zero":
-        # After the norms: a column of zeros stays so even in a row drawn afresh.
-        fills += [FillWrite(region, 0.0) for region in columns]
-        columns = []
-    return Writes(
-        fresh=[Draw(write.region, initializer(_target(tensors, write))) for write in fresh],
-        fills=fills,
-        columns=[_column_draw(tensors, model, place, outgoing, initializer) for place in columns],
-    )
+def _shares(plan: Plan) -> dict[str, float]:
+    """Return the share of the units of each layer, or of the weights of each tensor."""
+    sizes = {name: plan.wiring[name].n_units for name in plan.units}
+    sizes |= {name: mask.numel() for name, mask in plan.masks.items()}
+    return {name: count / sizes[name] for name, count in plan.counts.items()}
 
 
-def _weight_writes(plan: Plan, tensors: Tensors, initializer: Initializer) -> Writes:
-    layers = {layer.weight: layer for layer in plan.wiring.values()}
-    chosen = selected_elements(tensors, plan)
-    targets = (
-        Target(part.name, tensors[part.name], layers.get(part.name), mask=part.mask)
-        for part in chosen
-    )
-    return Writes(
-        [Draw(part, initializer(target)) for part, target in zip(chosen, targets, strict=True)]
-    )
+def _check_adjustments(
+    plan: Plan, outgoing: str, batches: bool, compensate: bool, recalibrate: bool
+) -> None:
+    for name, asked in (("compensate", compensate), ("recalibrate", recalibrate)):
+        if asked and not batches:
+            raise InputError(f"{name} needs batches, found none: pass batches=..., as to profile")
+        if asked and plan.granularity == "weight":
+            raise InputError(f"{name} is for units, found a plan of single weights: leave it out")
+    if compensate and outgoing not in ("zero", "small"):
+        raise InputError(
+            f"compensate with outgoing {outgoing!r}: expected 'zero' or 'small', which take the "
+            "unit out of use: leave one of them out"
+        )
 
 
 def _check_choices(plan: Plan, outgoing: str, seed: int) -> None:
@@ -162,54 +169,6 @@ def _check_fingerprint(model: nn.Module, plan: Plan) -> None:
             f"{found[:12]}, expected the same parameter names, shapes and dtypes: "
             "profile and plan this model"
         )
-
-
-def _norms(tensors: Tensors, plan: Plan, rows: dict[str, Tensor]) -> Iterator[FillWrite]:
-    for name in rows:
-        for norm in plan.wiring[name].norms:
-            yield from norm_writes(tensors, plan.wiring[name], norm, rows[name])
-
-
-def _columns(tensors: Tensors, plan: Plan, rows: dict[str, Tensor]) -> Iterator[Region]:
-    """Yield the outgoing columns of the units."""
-    inner = _inner_layers(plan)
-    for name in rows:
-        for consumer in plan.wiring[name].consumers:
-            if consumer.name not in inner[name]:
-                yield column_region(tensors, plan.wiring[name], consumer, rows[name])
-
-
-def _column_draw(
-    tensors: Tensors, model: nn.Module, region: Region, outgoing: str, initializer: Initializer
-) -> Draw:
-    if outgoing == "fresh":
-        return Draw(region, initializer(reader_of(model, region, tensors[region.name])))
-    norms = column_norms(region, tensors[region.name])
-    median = float(norms.median()) if len(norms) else 0.0
-    if not math.isfinite(median):
-        raise InputError(
-            f"{region.name!r} has columns that are not finite, expected numbers: choose another "
-            "outgoing"
-        )
-    return Draw(region, normal(0.0, 1.0), _SMALL * median)
-
-
-def _inner_layers(plan: Plan) -> dict[str, set[str]]:
-    """Return layer -> layers whose rows make units together with its own.
-
-    A depthwise filter reads the unit that it belongs to: that column is the unit's own fresh row.
-    """
-    inner: dict[str, set[str]] = {}
-    for name in plan.units:
-        group = {name, *(member.name for member in plan.wiring[name].coupled)}
-        for member in group:
-            inner.setdefault(member, set()).update(group)
-    return inner
-
-
-def _target(tensors: Tensors, write: RowWrite) -> Target:
-    name = write.region.name
-    return Target(name, tensors[name], write.layer, rows=write.rows)
 
 
 def _count(tensors: Tensors, places: Sequence[Where]) -> tuple[Written, ...]:
