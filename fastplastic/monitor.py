@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from fastplastic._built import check_built
 from fastplastic._observer import Observer
 from fastplastic.errors import InputError
 from fastplastic.graph import build_graph
@@ -50,7 +51,8 @@ class Monitor:
             GradScaler skips) are dropped and counted in the notes.
 
     Raises:
-        InputError: `every` is not a positive integer, or `grad_scale` not a positive number.
+        InputError: `every` is not a positive integer, or `grad_scale` not a positive number, or a
+            parameter or buffer has no values yet (lazy, or on the meta device).
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Monitor:
             raise InputError(
                 f"every is {every!r}, expected a positive integer: use 1 for each step"
             )
+        check_built(model)
         self._model = model
         scale = _scale_function(grad_scale)
         self._graph = build_graph(model, example_inputs)

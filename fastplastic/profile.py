@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from fastplastic import __version__
 from fastplastic._batches import Batch, loss_of, read_batches
+from fastplastic._built import check_built
 from fastplastic._coverage import Coverage, coverage_of, notes_of
 from fastplastic._layer_profile import LayerProfile, Totals
 from fastplastic._mean_gradient import MeanGradient
@@ -202,9 +203,11 @@ def profile(
         progress: Called with the number of batches done after each.
 
     Raises:
-        InputError: There are no batches, a batch has another form, there is nothing to compute a
-            loss from, or no layer could be measured.
+        InputError: A parameter or buffer has no values yet (lazy, or on the meta device), there are
+            no batches, a batch has another form, there is nothing to compute a loss from, or no
+            layer could be measured.
     """
+    check_built(model)
     device = _device(model)
     seed = torch.initial_seed()
     mean = MeanGradient(model)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
+from fastplastic._built import check_built
 from fastplastic._weights import DTYPES
 from fastplastic.errors import FileError, InputError
 from fastplastic.laws import Law
@@ -108,8 +108,8 @@ class Tensors:
     """The parameters and buffers of a model by name."""
 
     def __init__(self, model: nn.Module) -> None:
+        check_built(model)
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        _check_built(parameters)
         self.parameters = parameters.keys()
         self._all = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
         self._names_at: dict[int, list[str]] = {}
@@ -141,18 +141,6 @@ class Tensors:
                 "re-initialise before quantising"
             )
         return tensor
-
-
-def _check_built(parameters: dict[str, nn.Parameter]) -> None:
-    for name, parameter in parameters.items():
-        if is_lazy(parameter):
-            raise InputError(
-                f"{name!r} is not built yet, expected a built model: run one forward pass first"
-            )
-        if parameter.is_meta:
-            raise InputError(
-                f"{name!r} is on the meta device, expected real values: load the weights first"
-            )
 
 
 def selected_elements(tensors: Tensors, plan: Plan) -> list[Elements]:
