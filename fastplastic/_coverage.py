@@ -70,9 +70,17 @@ def notes_of(
         if bad:
             count = int(sum(float(x.stats[row].sum()) for x in layers))
             notes.append(f"{count} {what} are NaN or infinite and left out, in {_names(bad)}")
-    cut = [x.name for x in layers if x.no_gradient]
-    if cut:
-        notes.append(f"no gradient reached {_names(cut)}: gradient scores are unknown there")
+    cut = [x for x in layers if x.no_gradient]
+    # Computed weights, as of weight_norm, are no parameters: they are not read at all.
+    computed = [x.name for x in cut if not x.stats["n_in"].any()]
+    if computed:
+        notes.append(
+            f"the weights of {_names(computed)} are computed from others: gradient scores are "
+            "unknown there"
+        )
+    unreached = [x.name for x in cut if x.name not in computed]
+    if unreached:
+        notes.append(f"no gradient reached {_names(unreached)}: gradient scores are unknown there")
     return tuple(notes)
 
 
