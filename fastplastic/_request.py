@@ -1,6 +1,6 @@
 """What a plan is asked for, checked, and which layers the patterns name."""
 
-import math
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -15,6 +15,7 @@ from fastplastic.wiring import UnitLayer
 GRANULARITIES = ("unit", "weight")
 SCOPES = ("layer", "global")
 _NAMES_IN_A_NOTE = 5
+_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Request:
             _check_share("ratio", self.ratio)
         if self.threshold is not None and not _is_finite(self.threshold):
             raise InputError(
-                f"threshold {self.threshold!r} is not usable, expected a finite number"
+                f"threshold {self.threshold!r} is not usable, expected a finite number: "
+                "`fastplastic list criteria` shows those of the sources"
             )
         _check_share("max_layer_fraction", self.max_layer_fraction)
 
@@ -121,10 +123,14 @@ def _check_name(what: str, value: str, expected: Sequence[str]) -> None:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, Real) and math.isfinite(value)
+    # The comparison also refuses NaN, and integers beyond the floats.
+    return isinstance(value, Real) and bool(abs(value) <= _LARGEST)
 
 
 def _check_share(name: str, value: float) -> None:
     # The comparison also refuses NaN.
     if not (isinstance(value, Real) and 0 < value <= 1):
-        raise InputError(f"{name} {value!r} is out of range, expected more than 0 and at most 1")
+        raise InputError(
+            f"{name} {value!r} is out of range, expected more than 0 and at most 1: "
+            "for 5 % give 0.05"
+        )
