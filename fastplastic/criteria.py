@@ -66,6 +66,8 @@ class Criterion:
         """Why a unit may have no score."""
         if self.only:
             return f"only {self.only} have one"
+        if self.name == "activation_gradient":
+            return "no gradient to their activation was seen"
         return "no gradient reaches them" if self.needs == "gradients" else "nothing was measured"
 
     def score(self, stats: LayerStats, layer: Layer | None = None) -> Tensor:

@@ -19,6 +19,7 @@ from fastplastic._apply import Memory, Undo, apply
 from fastplastic._averages import notes_of_averages, refuse_average
 from fastplastic._optimizer_state import OptimizerState
 from fastplastic._report import ReinitReport, Written
+from fastplastic._request import some_of
 from fastplastic._writes_of import unit_change, weight_change
 from fastplastic.checkpoint import fingerprint
 from fastplastic.errors import FingerprintError, InputError
@@ -120,7 +121,24 @@ def reinit_(
         written=(*written, *shifted, *memory.written),
         loss_before=adjust.loss_before,
         loss_after=adjust.loss_after,
-        notes=(*initializer.notes(), *memory.notes, *adjust.notes, *notes_of_averages(written)),
+        notes=(
+            *initializer.notes(),
+            *memory.notes,
+            *adjust.notes,
+            *notes_of_averages(written),
+            *_frozen(tensors, written),
+        ),
+    )
+
+
+def _frozen(tensors: Tensors, written: Iterable[Written]) -> tuple[str, ...]:
+    kept = [entry.name for entry in written if entry.kind == "parameter"]
+    names = [name for name in kept if not tensors[name].requires_grad]
+    if not names:
+        return ()
+    return (
+        f"{len(names)} parameters that were written have requires_grad=False, so they do not "
+        f"learn: {some_of(names)}",
     )
 
 
