@@ -105,7 +105,7 @@ def test_what_is_added_is_counted_and_fresh_rows_lose_nothing():
         nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)
     )
     stuck(model, "1", 2, 3.0)
-    stuck(model, "3", 1, 2.0)
+    stuck(model, "3", 3, 2.0)
     profile = fastplastic.profile(model, IMAGES)
     made = plan(profile, criterion="dead", threshold=0.0)
     units = {"1": torch.tensor([2]), "3": torch.tensor([1])}
@@ -121,7 +121,8 @@ def test_what_is_added_is_counted_and_fresh_rows_lose_nothing():
     # The fresh row has the bias that it would have had.
     assert model[3].bias[1] == other[3].bias[1]
     counted = {(w.name, w.elements) for w in report.written if w.name.endswith("bias")}
-    assert {("3.bias", 5), ("5.bias", 4)} <= counted
+    # Row 3 reads nothing, row 1 is fresh.
+    assert {("3.bias", 4), ("5.bias", 4)} <= counted
 
 
 def test_layers_without_a_place_for_the_constant_are_named():
@@ -141,29 +142,31 @@ def normed() -> nn.Module:
     return model.eval()
 
 
-def test_recalibration_measures_the_fresh_channels_and_no_others():
+@pytest.mark.parametrize(("layer", "norm"), [("0", 1), ("4", 5)])
+@pytest.mark.parametrize("training", [False, True])
+def test_recalibration_measures_the_fresh_channels_and_no_others(layer, norm, training):
     model = normed()
+    made = planned(model, layer, criterion="random")
     before = snapshot(model)
-    made = planned(model, "0", criterion="random")
+    model.train(training)
     report = reinit_(model, made, recalibrate=True, batches=IMAGES)
-    fresh = made.units["0"]
-    maps = [model[0](x).detach() for x, _ in IMAGES]
+    assert all(module.training == training for module in model.modules())
+    model.eval()
+    fresh, bn = made.units[layer], model[norm]
+    maps = [model[:norm](x).detach() for x, _ in IMAGES]
     means = torch.stack([z.mean((0, 2, 3)) for z in maps]).mean(0)
     variances = torch.stack([z.transpose(0, 1).flatten(1).var(1) for z in maps]).mean(0)
-    torch.testing.assert_close(model[1].running_mean[fresh], means[fresh])
-    torch.testing.assert_close(model[1].running_var[fresh], variances[fresh])
-    others = [unit for unit in range(8) if unit not in fresh.tolist()]
-    for name, value in snapshot(model).items():
-        if name.startswith("1."):
-            assert torch.equal(value[others] if value.dim() else value,
-                               before[name][others] if value.dim() else before[name])  # fmt: skip
-        elif name.startswith("5."):
-            assert torch.equal(value, before[name])
-    assert model[1].momentum == 0.1 and not any(m.training for m in model.modules())
-    assert model[1].num_batches_tracked == len(IMAGES) and report.loss_after is not None
+    torch.testing.assert_close(bn.running_mean[fresh], means[fresh])
+    torch.testing.assert_close(bn.running_var[fresh], variances[fresh])
+    others = torch.ones(bn.num_features, dtype=torch.bool)
+    others[fresh] = False
+    for kind in ("running_mean", "running_var"):
+        assert torch.equal(getattr(bn, kind)[others], before[f"{norm}.{kind}"][others])
+        other = f"{6 - norm}.{kind}"
+        assert torch.equal(model.state_dict()[other], before[other])
+    assert bn.momentum == 0.1 and bn.num_batches_tracked == len(IMAGES)
     # Counted once, as what was reset.
-    names = [written.name for written in report.written]
-    assert names.count("1.running_var") == 1
+    assert [written.name for written in report.written].count(f"{norm}.running_var") == 1
 
 
 def test_the_loss_before_and_after_is_that_of_the_batches():
