@@ -258,6 +258,22 @@ class ReinitOptions(SelectOptions):
         Literal["zero", "small", "fresh", "keep"],
         _option("--outgoing", panel=_SELECT, help="What becomes of the outgoing weights."),
     ] = "zero"
+    compensate: Annotated[
+        bool,
+        _option(
+            "--compensate",
+            panel=_SELECT,
+            help="Add what the outgoing weights contributed on average to the biases.",
+        ),
+    ] = False
+    recalibrate: Annotated[
+        bool,
+        _option(
+            "--recalibrate",
+            panel=_SELECT,
+            help="Measure the running statistics of fresh BatchNorm channels on the data.",
+        ),
+    ] = False
     output: Annotated[
         Path | None,
         _option("-o", "--output", panel=_OUTPUT, metavar="FILE", help="Write safetensors weights."),
@@ -278,6 +294,13 @@ class ReinitOptions(SelectOptions):
             raise InputError(
                 f"--outgoing {self.outgoing}: single weights have no outgoing ones: drop it"
             )
+        for flag in ("compensate", "recalibrate"):
+            if self.granularity == "weight" and getattr(self, flag):
+                raise InputError(f"--{flag}: only for units, not for single weights: drop it")
+        if self.compensate and self.outgoing not in ("zero", "small"):
+            raise InputError(
+                f"--compensate with --outgoing {self.outgoing}: expected zero or small: drop one"
+            )
         if self.output and self.output.suffix != ".safetensors":
             raise InputError(f"-o {self.output}: expected a name that ends in .safetensors")
         if self.output and not self.dry_run:
@@ -287,13 +310,20 @@ class ReinitOptions(SelectOptions):
         """Refuse a selection that no model can fulfil, or two of them: InputError."""
         if self.plan is None:
             return super().check_selection()
-        own = {item.name for item in fields(SelectOptions)} - {f.name for f in fields(ModelOptions)}
-        other = sorted(own & given(self).keys() - {"device", "quiet", "channels_last"})
+        own = {item.name for item in fields(SelectOptions)} - {f.name for f in fields(DataOptions)}
+        other = sorted(own & given(self).keys())
         if other:
             flag = "--" + other[0].replace("_", "-")
             raise InputError(f"{flag} beside --plan: the plan already says which units: drop one")
         if not self.plan.is_file():
             raise FileError(f"--plan {self.plan}: no such file: make one with fastplastic plan")
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether data are read even if the plan is there already."""
+        own = {item.name for item in fields(DataOptions)} - {f.name for f in fields(ModelOptions)}
+        named = own & given(self).keys() - {"device", "quiet", "channels_last"}
+        return self.plan is None or self.compensate or self.recalibrate or bool(named)
 
 
 def require_writable(path: Path, *, force: bool) -> None:

@@ -26,11 +26,11 @@ _SUGGESTION = ("--ratio", "0.05", "-o", "plan.json")
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """A model, its profile, and the words for where the numbers come from."""
+    """A model, its profile, the data, and the words for where the numbers come from."""
 
     loaded: "LoadedModel"
     profile: "Profile"
-    data: str
+    source: "DataSource"
     facts: tuple[tuple[str, str], ...]
 
 
@@ -76,7 +76,8 @@ def load(options: DataOptions, *, pretrained: bool | None) -> "LoadedModel":
     return loaded
 
 
-def _precision(options: DataOptions) -> AbstractContextManager[object]:
+def precision(options: DataOptions) -> AbstractContextManager[object]:
+    """Return the context in which the model runs."""
     import torch
 
     if not options.amp:
@@ -84,20 +85,13 @@ def _precision(options: DataOptions) -> AbstractContextManager[object]:
     return torch.autocast(device_of(options.device).type, getattr(torch, options.amp_dtype))
 
 
-def measure(options: DataOptions, *, pretrained: bool | None, gradients: bool = False) -> Measured:
-    """Load model and data as the options say, and profile the one on the other."""
-    import torch
-
-    import fastplastic
-    from fastplastic.checkpoint import fingerprint
+def source_of(options: DataOptions, loaded: "LoadedModel") -> "DataSource":
+    """Return the data that the options name, in the form that the model takes."""
     from fastplastic.data import batches
-    from fastplastic.models import loss_head
 
-    loaded = load(options, pretrained=pretrained)
-    model = loaded.model
-    source = batches(
+    return batches(
         options.data,
-        model=model,
+        model=loaded.model,
         batch_size=options.batch_size,
         max_batches=options.batches,
         img_size=options.img_size,
@@ -106,17 +100,30 @@ def measure(options: DataOptions, *, pretrained: bool | None, gradients: bool = 
         workers=options.workers,
         seed=options.seed,
     )
+
+
+def measure(options: DataOptions, *, pretrained: bool | None, gradients: bool = False) -> Measured:
+    """Load model and data as the options say, and profile the one on the other."""
+    import torch
+
+    import fastplastic
+    from fastplastic.checkpoint import fingerprint
+    from fastplastic.models import loss_head
+
+    loaded = load(options, pretrained=pretrained)
+    model = loaded.model
+    source = source_of(options, loaded)
     other_head = source.num_classes != model.num_classes
     head = loss_head(model, source.num_classes, options.seed) if other_head else nullcontext(())
     # Random units of the model itself, such as dropout, draw from torch's own generator.
     torch.manual_seed(options.seed)
-    with head as lent, _precision(options), progress(len(source), quiet=options.quiet) as done:
+    with head as lent, precision(options), progress(len(source), quiet=options.quiet) as done:
         profile = fastplastic.profile(model, source, gradients=gradients, progress=done)
     # The plan is for the model as it was loaded, whatever head the loss was taken from.
     weights = profile.weights and profile.weights.without(tuple(f"{name}." for name in lent))
     profile = replace(profile, fingerprint=fingerprint(model), weights=weights)
     facts = _facts(options, loaded, source, profile)
-    return Measured(loaded, profile, source.name, facts)
+    return Measured(loaded, profile, source, facts)
 
 
 def _facts(
@@ -167,7 +174,7 @@ def run(options: ProfileOptions) -> None:
     options.check()
     measured = measure(options, pretrained=options.pretrained)
     schema = measured.profile.to_dict(
-        model=options.model, weights=measured.loaded.weights, data=measured.data
+        model=options.model, weights=measured.loaded.weights, data=measured.source.name
     )
     if options.json:
         _write_json(options.json, schema, force=options.force)

@@ -2,35 +2,85 @@
 
 import shlex
 import sys
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from fastplastic.cli.options import DataOptions, ReinitOptions, arguments
 from fastplastic.cli.plan import choose, measure_for, plan_fact, plan_view
-from fastplastic.cli.profile import load
-from fastplastic.cli.terminal import console, follow
+from fastplastic.cli.profile import load, precision, source_of
+from fastplastic.cli.terminal import Counted, console, follow, progress
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fastplastic import Plan, ReinitReport
+    from fastplastic.data import DataSource
     from fastplastic.models import LoadedModel
 
 
-def _model_and_plan(
-    options: ReinitOptions,
-) -> tuple["LoadedModel", "Plan", tuple[tuple[str, str], ...]]:
-    """Return the model, the plan from the file or a new one, and the facts for the header."""
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """A model, a plan for it, what runs through it if anything does, and facts for the header."""
+
+    loaded: "LoadedModel"
+    plan: "Plan"
+    source: "DataSource | None"
+    facts: tuple[tuple[str, str], ...]
+
+
+def _job(options: ReinitOptions) -> _Job:
+    """Load the model, read the plan or make one."""
     from fastplastic import Plan
 
     # Random weights are not worth re-initialising: they have to be asked for.
     pretrained = options.pretrained
     if pretrained is None and not options.checkpoint:
         pretrained = True
-    if options.plan:
-        plan = Plan.load(options.plan)
-        loaded = load(options, pretrained=pretrained)
-        return loaded, plan, (("model", options.model), ("weights", loaded.weights))
-    measured = measure_for(options, pretrained=pretrained)
-    return measured.loaded, choose(options, measured), measured.facts
+    if not options.plan:
+        measured = measure_for(options, pretrained=pretrained)
+        plan = choose(options, measured)
+        return _Job(measured.loaded, plan, measured.source, measured.facts)
+    plan = Plan.load(options.plan)
+    loaded = load(options, pretrained=pretrained)
+    source = source_of(options, loaded) if options.needs_data else None
+    facts = [("model", options.model), ("weights", loaded.weights)]
+    if source is not None:
+        facts.append(("data", f"{source.name} ({source.num_classes} classes)"))
+    return _Job(loaded, plan, source, tuple(facts))
+
+
+def _apply(options: ReinitOptions, job: _Job) -> "ReinitReport":
+    """Re-initialise the model, and measure the loss if its head is for these classes."""
+    from torch.nn.functional import cross_entropy
+
+    from fastplastic import reinit_
+
+    known = job.source is not None and _has_its_head(job)
+    batches: Iterable[Any] | None = job.source
+    if not (known or options.compensate or options.recalibrate):
+        batches = None
+    # Before, after, and with fresh norms in between.
+    passes = 2 + options.recalibrate
+    total = 0 if job.source is None else passes * len(job.source)
+    with precision(options), progress(total, quiet=options.quiet, text="measuring") as done:
+        return reinit_(
+            job.loaded.model, job.plan, init=options.init, outgoing=options.outgoing,
+            compensate=options.compensate, recalibrate=options.recalibrate,
+            batches=None if batches is None else Counted(batches, done),
+            loss_fn=cross_entropy if known else _no_loss, seed=options.seed,
+        )  # fmt: skip
+
+
+def _has_its_head(job: _Job) -> bool:
+    return job.source is not None and job.source.num_classes == job.loaded.model.num_classes
+
+
+def _no_loss(output: object, targets: object) -> "Tensor":
+    """Stand in for the loss where the classes are others than those of the head."""
+    import torch
+
+    return torch.zeros(())
 
 
 def run(options: ReinitOptions) -> None:
@@ -42,37 +92,46 @@ def run(options: ReinitOptions) -> None:
     For example: fastplastic reinit resnet50 --plan plan.json -o resnet50-fresh.safetensors
     """
     options.check()
-    from fastplastic import reinit_
     from fastplastic.checkpoint import save_state_dict
 
-    loaded, plan, facts = _model_and_plan(options)
-    report = reinit_(
-        loaded.model, plan, init=options.init, outgoing=options.outgoing, seed=options.seed
-    )
+    job = _job(options)
+    report = _apply(options, job)
     if options.output and not options.dry_run:
-        save_state_dict(options.output, loaded.model, options.force)
+        save_state_dict(options.output, job.loaded.model, options.force)
     if options.quiet:
         return
     from fastplastic.cli import render
 
-    shown = (*facts, plan_fact(plan), *_written(options, plan, report))
-    view = plan_view(plan, shown, report.notes)
+    shown = (*job.facts, plan_fact(job.plan), *_written(options, job, report))
+    view = plan_view(job.plan, shown, report.notes)
     out = console(sys.stdout)
     out.print(render.plan(view))
     follow(out, "" if options.dry_run else _following(options))
 
 
 def _written(
-    options: ReinitOptions, plan: "Plan", report: "ReinitReport"
+    options: ReinitOptions, job: _Job, report: "ReinitReport"
 ) -> tuple[tuple[str, str], ...]:
     elements = sum(written.elements for written in report.written)
     change = f"{elements:,} numbers in {len(report.written)} tensors"
     where = "nothing was written" if options.dry_run else str(options.output)
-    outgoing = f", outgoing {report.outgoing}" if plan.granularity == "unit" else ""
+    outgoing = f", outgoing {report.outgoing}" if job.plan.granularity == "unit" else ""
+    outgoing += ", compensated" * options.compensate + ", recalibrated" * options.recalibrate
     return (
         ("reset", f"{change}: init {report.init}{outgoing}, seed {report.seed}"),
+        *_loss(job, report),
         ("file", where),
     )
+
+
+def _loss(job: _Job, report: "ReinitReport") -> tuple[tuple[str, str], ...]:
+    if job.source is None:
+        return ()
+    classes = job.source.num_classes
+    if not _has_its_head(job):
+        head = job.loaded.model.num_classes
+        return (("loss", f"not measured: the model has {head} classes, the data {classes}"),)
+    return (("loss", f"{report.loss_before:.4g} before, {report.loss_after:.4g} after"),)
 
 
 def _following(options: ReinitOptions) -> str:

@@ -2,9 +2,9 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,9 +44,11 @@ def follow(out: "Console", command: str) -> None:
 
 
 @contextmanager
-def progress(total: int, *, quiet: bool) -> Iterator[Callable[[int], None] | None]:
+def progress(
+    total: int, *, quiet: bool, text: str = "profiling"
+) -> Iterator[Callable[[int], None] | None]:
     """Give what to call with the number of batches done: None unless stderr is a terminal."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or not total or not sys.stderr.isatty():
         yield None
         return
     from rich.progress import (
@@ -57,7 +59,27 @@ def progress(total: int, *, quiet: bool) -> Iterator[Callable[[int], None] | Non
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn("profiling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console(sys.stderr), transient=True) as bar:
-        task = bar.add_task("profiling", total=total)
+        task = bar.add_task(text, total=total)
         yield lambda done: bar.update(task, completed=done)
+
+
+class Counted:
+    """Batches that say how many have been read, over all the times that they are read.
+
+    Args:
+        batches: What can be read again and again.
+        done: Called with the number; None for nobody to tell.
+    """
+
+    def __init__(self, batches: Iterable[Any], done: Callable[[int], None] | None) -> None:
+        self._batches, self._done = batches, done
+        self._number = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._batches:
+            yield batch
+            self._number += 1
+            if self._done is not None:
+                self._done(self._number)

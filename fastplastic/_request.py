@@ -1,6 +1,6 @@
 """What a plan is asked for, checked, and which layers the patterns name."""
 
-import sys
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -15,7 +15,6 @@ from fastplastic.wiring import UnitLayer
 GRANULARITIES = ("unit", "weight")
 SCOPES = ("layer", "global")
 _NAMES_IN_A_NOTE = 5
-_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -123,8 +122,10 @@ def _check_name(what: str, value: str, expected: Sequence[str]) -> None:
 
 
 def _is_finite(value: object) -> bool:
-    # The comparison also refuses NaN, and integers beyond the floats.
-    return isinstance(value, Real) and bool(abs(value) <= _LARGEST)
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # an integer beyond the floats
+        return False
 
 
 def _check_share(name: str, value: float) -> None:

@@ -95,7 +95,7 @@ def test_version(run):
         ("reinit m --ratio 0.1 -o f.pth", "-o f.pth: expected a name that ends in .safetensors"),
         ("reinit m -o f.safetensors", "neither of --ratio and --threshold given"),
         ("reinit m --plan p --ratio 1 --dry-run", "--ratio beside --plan"),
-        ("reinit m --plan p --data d --dry-run", "--data beside --plan"),
+        ("reinit m --plan p --scope layer --dry-run", "--scope beside --plan"),
     ],
 )
 def test_bad_usage_is_refused_in_one_line_before_anything_slow(run, nothing_slow, arguments, text):
