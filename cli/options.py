@@ -4,7 +4,6 @@ Nothing here imports torch: what can be refused is refused before anything slow 
 """
 
 import inspect
-import os
 from ast import literal_eval
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
@@ -15,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_type_hints
 
 import typer
 
+from fastplastic.cli.terminal import require_writable
 from fastplastic.errors import FileError, InputError
 
 STDOUT = Path("-")
@@ -324,18 +324,6 @@ class ReinitOptions(SelectOptions):
         own = {item.name for item in fields(DataOptions)} - {f.name for f in fields(ModelOptions)}
         named = own & given(self).keys() - {"device", "quiet", "channels_last"}
         return self.plan is None or self.compensate or self.recalibrate or bool(named)
-
-
-def require_writable(path: Path, *, force: bool) -> None:
-    """Raise FileError unless a file can be written at `path`."""
-    if path.is_dir():
-        raise FileError(f"cannot write {path}: it is a folder: name a file in it")
-    if path.exists() and not force:
-        raise FileError(f"{path} exists: give another name, or --force to overwrite it")
-    if not path.parent.is_dir():
-        raise FileError(f"cannot write {path}: there is no folder {path.parent}: make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise FileError(f"cannot write {path}: no permission in {path.parent}: give another folder")
 
 
 def _literal(text: str) -> object:

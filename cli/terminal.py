@@ -4,7 +4,10 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
+
+from fastplastic.errors import FileError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,3 +86,15 @@ class Counted:
             self._number += 1
             if self._done is not None:
                 self._done(self._number)
+
+
+def require_writable(path: Path, *, force: bool) -> None:
+    """Raise FileError unless a file can be written at `path`."""
+    if path.is_dir():
+        raise FileError(f"cannot write {path}: it is a folder: name a file in it")
+    if path.exists() and not force:
+        raise FileError(f"{path} exists: give another name, or --force to overwrite it")
+    if not path.parent.is_dir():
+        raise FileError(f"cannot write {path}: there is no folder {path.parent}: make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise FileError(f"cannot write {path}: no permission in {path.parent}: give another folder")
