@@ -111,10 +111,11 @@ def reinit_(
     except BaseException:  # also KeyboardInterrupt and MemoryError
         undo()
         raise
+    counts = plan.counts
     return ReinitReport(
-        count=plan.count,
-        layers=plan.counts,
-        shares=_shares(plan),
+        count=sum(counts.values()),
+        layers=counts,
+        shares=_shares(plan, counts),
         init=init,
         outgoing=outgoing,
         seed=int(seed),
@@ -142,11 +143,11 @@ def _frozen(tensors: Tensors, written: Iterable[Written]) -> tuple[str, ...]:
     )
 
 
-def _shares(plan: Plan) -> dict[str, float]:
+def _shares(plan: Plan, counts: dict[str, int]) -> dict[str, float]:
     """Return the share of the units of each layer, or of the weights of each tensor."""
     sizes = {name: plan.wiring[name].n_units for name in plan.units}
     sizes |= {name: mask.numel() for name, mask in plan.masks.items()}
-    return {name: count / sizes[name] for name, count in plan.counts.items()}
+    return {name: count / sizes[name] for name, count in counts.items()}
 
 
 def _check_adjustments(

@@ -1,5 +1,6 @@
 """Plans of single weights: which are eligible, and which are taken."""
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -315,3 +316,22 @@ def test_criteria_of_the_other_granularity_are_refused():
     with pytest.raises(InputError, match="'swr' is unknown for granularity 'unit', expected"):
         plan(source, ratio=0.1, criterion="swr", granularity="unit")
     assert repr(plan(source, ratio=0.5)) == "Plan(swr, ratio 0.5: 2 of 4 weights in 1 tensors)"
+
+
+def test_plans_and_fresh_weights_do_not_depend_on_threads():
+    model, batches = net()
+    source = fastplastic.profile(model, batches, gradients=True)
+    made, state = [], []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            made.append(chosen(plan(source, ratio=0.2, criterion="random")))
+            other = copy.deepcopy(model)
+            fastplastic.reinit_(other, plan(source, ratio=0.2))
+            state.append(other.state_dict())
+    finally:
+        torch.set_num_threads(before)
+    assert made[0] == made[1] == made[2]
+    for name, value in state[0].items():
+        assert all(torch.equal(value, own[name]) for own in state)
