@@ -137,10 +137,12 @@ def test_an_empty_profile(model, found):
     "criterion", ["gradient", "activation_gradient", "first_order", "plasticity"]
 )
 def test_a_profile_without_gradients(model, without_gradients, criterion):
+    to_h = criterion == "activation_gradient"
+    why = "no gradient to their activation was seen" if to_h else "no gradient reaches them"
     refused(
         model, lambda: plan(without_gradients, criterion=criterion, ratio=0.1),
         f"none of the 18 hidden units of the chosen layers has a {criterion} score",
-        "(no gradient reaches them), expected at least one", ": take another criterion",
+        f"({why}), expected at least one", ": take another criterion",
     )  # fmt: skip
     assert plan(without_gradients, criterion="dormant", ratio=0.5).count == 9
 
