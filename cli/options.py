@@ -130,6 +130,9 @@ class DataOptions(ModelOptions):
 class ProfileOptions(DataOptions):
     """The options of `fastplastic profile`."""
 
+    ranks: Annotated[
+        bool, _option("--ranks", panel=_OUTPUT, help="Also show how many directions a layer uses.")
+    ] = False
     json: Annotated[
         Path | None,
         _option("--json", panel=_OUTPUT, metavar="FILE|-", help="Write the profile as JSON."),

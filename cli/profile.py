@@ -102,7 +102,13 @@ def source_of(options: DataOptions, loaded: "LoadedModel") -> "DataSource":
     )
 
 
-def measure(options: DataOptions, *, pretrained: bool | None, gradients: bool = False) -> Measured:
+def measure(
+    options: DataOptions,
+    *,
+    pretrained: bool | None,
+    gradients: bool = False,
+    ranks: bool = False,
+) -> Measured:
     """Load model and data as the options say, and profile the one on the other."""
     import torch
 
@@ -118,7 +124,9 @@ def measure(options: DataOptions, *, pretrained: bool | None, gradients: bool = 
     # Random units of the model itself, such as dropout, draw from torch's own generator.
     torch.manual_seed(options.seed)
     with head as lent, precision(options), progress(len(source), quiet=options.quiet) as done:
-        profile = fastplastic.profile(model, source, gradients=gradients, progress=done)
+        profile = fastplastic.profile(
+            model, source, gradients=gradients, ranks=ranks, progress=done
+        )
     # The plan is for the model as it was loaded, whatever head the loss was taken from.
     weights = profile.weights and profile.weights.without(tuple(f"{name}." for name in lent))
     profile = replace(profile, fingerprint=fingerprint(model), weights=weights)
@@ -172,7 +180,7 @@ def run(options: ProfileOptions) -> None:
     are dead, frozen or dormant, and how far their activation functions are saturated.
     """
     options.check()
-    measured = measure(options, pretrained=options.pretrained)
+    measured = measure(options, pretrained=options.pretrained, ranks=options.ranks)
     schema = measured.profile.to_dict(
         model=options.model, weights=measured.loaded.weights, data=measured.source.name
     )

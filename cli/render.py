@@ -1,7 +1,7 @@
 """From values to what a person reads: pure functions that return rich renderables."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import starmap
 
@@ -24,6 +24,11 @@ _LEGEND = (
     "(about half is normal for ReLU); saturated: at {saturated:.0%} of them or more. "
     "weak: dead, frozen or dormant. h: activation, g: its gradient."
 )
+_RANK_LEGEND = (
+    "s: singular values of h [positions, units] on up to {rows:,} positions drawn at random. "
+    "eff.rank: exp(-sum p ln p) with p = s / sum s. srank: how many of the largest s make 99% of "
+    "sum s. stable: sum s^2 / max s^2. All are at most the smaller of positions and units."
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class LayerRow:
             that belong to them.
         fixed: No unit of the layer can be re-initialised, not even together with another layer's.
         nonfinite: Units that met NaN or infinity.
+        ranks: The numbers of `diagnostics.Ranks`, where they were measured.
     """
 
     name: str
@@ -53,6 +59,7 @@ class LayerRow:
     weak: int = 0
     fixed: bool = False
     nonfinite: int = 0
+    ranks: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,7 @@ class Report:
         skipped: (layer name, reason) of those without numbers.
         fixed: (reason, units, layers) of units that cannot be re-initialised by themselves.
         notes: Remarks of the profile.
+        rank_rows: The largest number of positions that ranks are from; 0 where there are none.
     """
 
     facts: tuple[tuple[str, str], ...]
@@ -78,6 +86,7 @@ class Report:
     skipped: tuple[tuple[str, str], ...]
     fixed: tuple[tuple[str, int, int], ...]
     notes: tuple[str, ...] = ()
+    rank_rows: int = 0
 
 
 def count(number: int) -> str:
@@ -134,6 +143,12 @@ _COLUMNS = (
     _Column("mean|h|", lambda row: magnitude(row.mean_abs_activation), drop=3),
     _Column("mean|g|", lambda row: magnitude(row.mean_abs_gradient), drop=2),
 )
+# Asked for by name, so that all other columns that can go make room first.
+_RANK_COLUMNS = (
+    _Column("eff.rank", lambda row: _rank(row, "effective_rank", ",.1f"), drop=9),
+    _Column("srank", lambda row: _rank(row, "srank", ",d"), drop=8),
+    _Column("stable", lambda row: _rank(row, "stable_rank", ",.1f"), drop=7),
+)
 
 
 def _few(number: int) -> str:
@@ -141,9 +156,13 @@ def _few(number: int) -> str:
     return count(number) if number else "."
 
 
+def _rank(row: LayerRow, name: str, form: str) -> str:
+    return "-" if row.ranks is None else format(row.ranks[name], form)
+
+
 def _columns_that_fit(rows: Sequence[LayerRow], width: int) -> list[_Column]:
     """Leave out the least important columns until the table fits, long layer names folded."""
-    kept = list(_COLUMNS)
+    kept = [*_COLUMNS, *(_RANK_COLUMNS if any(row.ranks for row in rows) else ())]
 
     def needed(column: _Column) -> int:
         widest = max([len(column.title), *(len(column.cell(row)) for row in rows)])
@@ -256,8 +275,10 @@ def profile(report: Report, width: int) -> RenderableType:
             f"{number_of(left_out, 'layer')} not shown, all of them in --json FILE: none is worse"
         )
         table.append(Text(text, style="italic"))
-    legend = Text(_LEGEND.format(tau=report.tau, saturated=report.saturated), style="dim")
-    return _stacked(facts(report.facts), Group(*table), summary(report), legend)
+    legend = [_LEGEND.format(tau=report.tau, saturated=report.saturated)]
+    legend += [_RANK_LEGEND.format(rows=report.rank_rows)] if report.rank_rows else []
+    words = Text("\n".join(legend), style="dim")
+    return _stacked(facts(report.facts), Group(*table), summary(report), words)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ def report_of(profile: Profile, facts: tuple[tuple[str, str], ...]) -> Report:
         skipped=profile.coverage.skipped,
         fixed=_fixed(profile.layers),
         notes=profile.notes,
+        rank_rows=max((layer.ranks.rows for layer in profile.layers if layer.ranks), default=0),
     )
 
 

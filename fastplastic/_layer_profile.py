@@ -1,13 +1,16 @@
 """What a profile says of one layer, and counts over all of them."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from fastplastic.criteria import CRITERIA
 from fastplastic.stats import LayerStats
 from fastplastic.wiring import Consumer, UnitLayer
+
+if TYPE_CHECKING:
+    from fastplastic.diagnostics import Ranks
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -17,10 +20,12 @@ class LayerProfile:
     Attributes:
         wiring: What makes the units and what reads them.
         stats: The sums behind all numbers here.
+        ranks: Ranks of a sample of the activations; None if not asked for, or nothing finite seen.
     """
 
     wiring: UnitLayer
     stats: LayerStats
+    ranks: "Ranks | None" = None
 
     def __repr__(self) -> str:
         row = self.to_dict()
@@ -112,6 +117,7 @@ class LayerProfile:
             "saturated_fraction": _share(self.stats, "n_flat", "n"),
             "mean_abs_activation": _share(self.stats, "sum_abs_h", "n"),
             "mean_abs_gradient": _share(self.stats, "sum_abs_g", "n_g"),
+            **({} if self.ranks is None else {"ranks": asdict(self.ranks)}),
         }
 
 

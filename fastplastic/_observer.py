@@ -21,7 +21,7 @@ from fastplastic._readers import Reader, Readers
 from fastplastic._sums import Sums, fold_weights
 from fastplastic.kernels._dispatch import activation_stats, gradient_stats, untraced
 from fastplastic.stats import STATISTICS, empty_table, merge_into
-from fastplastic.wiring import UnitGraph
+from fastplastic.wiring import UnitGraph, UnitLayer
 
 _ROW = {name: row for row, name in enumerate(STATISTICS)}
 _NONFINITE_GRADIENTS = [
@@ -78,6 +78,7 @@ class Observer:
         parameters: Whether to read weights and the gradients of every single backward pass too.
         every: Measure the first of every so many steps.
         scale: Returns the factor on the loss; None when there is none.
+        sample: Called with what activations are read of: the layers, z without padding, its axis.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Observer:
         parameters: bool = False,
         every: int = 1,
         scale: Callable[[], float] | None = None,
+        sample: Callable[[Sequence[UnitLayer], Tensor, int], None] | None = None,
     ) -> None:
         self.model = model
         self.starts: dict[str, int] = {}
@@ -101,6 +103,7 @@ class Observer:
         self._parameters = parameters
         self._every = every
         self._scale = scale
+        self._sample = sample
         # Gradient hooks run on threads of the autograd engine.
         self._lock = RLock()
         self._handles: list[RemovableHandle] = []
@@ -281,6 +284,8 @@ class Observer:
                 activation_stats(
                     part, axis, run.activation, out=sums.of_activations(run.slot, size)
                 )
+            if self._sample is not None:
+                self._sample(reader.measured, x, axis)
 
     @untraced
     def _see_gradient(self, reader: Reader, tokens: "_Tokens | None", gradient: Tensor) -> None:

@@ -4,7 +4,7 @@ A kernel adds its sums to a range of slots of its own; only afterwards are slots
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class Reader:
         layers: Names of the layers that are read here.
         activations: The runs of channels whose activations are read.
         gradients: First slot of the gradients, which are read of all channels; None for no.
+        measured: The layers whose activations are read here.
     """
 
     axis: int
@@ -39,6 +40,7 @@ class Reader:
     layers: list[str]
     activations: list[Run]
     gradients: int | None = None
+    measured: list[UnitLayer] = field(default_factory=list)
 
 
 class SlotMap:
@@ -93,6 +95,7 @@ class Readers:
 
     def _read_activations(self, layer: UnitLayer, site: Site, start: int) -> None:
         reader = self._reader_at(site, layer.name)
+        reader.measured.append(layer)
         for begin, end, activation in _runs(layer, site.unit_of_channel):
             same = (begin, end, activation)
             known = [r for r in reader.activations if (r.start, r.stop, r.activation) == same]

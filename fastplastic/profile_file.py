@@ -5,6 +5,7 @@ Nothing in a file is trusted: a profile becomes a plan, and that decides where w
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from fastplastic import __version__
 from fastplastic._coverage import Coverage
 from fastplastic._weights import DTYPES, Weights
 from fastplastic.checkpoint import atomic_write
+from fastplastic.diagnostics import Ranks
 from fastplastic.errors import FileError
 from fastplastic.profile import SCHEMA_VERSION, LayerProfile, Profile
 from fastplastic.stats import STATISTICS, LayerStats
+from fastplastic.wiring import UnitLayer
 from fastplastic.wiring_json import decode_layers, encode_layer
 
 _KEY = "fastplastic"
@@ -38,6 +41,7 @@ def save_profile(profile: Profile, path: str | os.PathLike[str], *, force: bool 
         InputError: The weights have changed since they were profiled.
     """
     fields = (*_TEXTS, *_NUMBERS)
+    ranks = {layer.name: asdict(layer.ranks) for layer in profile.layers if layer.ranks is not None}
     header = {
         "schema_version": SCHEMA_VERSION,
         "fastplastic_version": __version__,
@@ -47,6 +51,7 @@ def save_profile(profile: Profile, path: str | os.PathLike[str], *, force: bool 
         "notes": list(profile.notes),
         "has_gradients": profile.gradients is not None,
         "layers": [encode_layer(layer.wiring) for layer in profile.layers],
+        **({"ranks": ranks} if ranks else {}),
     }
     tensors = {_TABLE: torch.cat([layer.stats.table for layer in profile.layers], dim=1)}
     if profile.weights is not None:
@@ -105,11 +110,12 @@ def _decode(header: dict[str, Any], tensors: dict[str, Tensor]) -> Profile:
     if not wirings or table.dtype != torch.float64 or table.shape != shape:
         found = f"{table.dtype} {tuple(table.shape)}"
         raise _damaged(f"the table is {found}", f"expected torch.float64 {shape}")
+    ranks = _ranks(header, wirings)
     layers = []
     start = 0
     for wiring in wirings:
         stats = LayerStats(table[:, start : start + wiring.n_units])
-        layers.append(LayerProfile(wiring, stats))
+        layers.append(LayerProfile(wiring, stats, ranks.get(wiring.name)))
         start += wiring.n_units
     fields = {name: _typed(header, name, str) for name in _TEXTS}
     numbers = {name: _typed(header, name, int) for name in _NUMBERS}
@@ -157,6 +163,27 @@ def _coverage(header: dict[str, Any]) -> Coverage:
         _typed(value, "measured", int),
         tuple((name, reason) for name, reason in skipped),
     )
+
+
+def _ranks(header: dict[str, Any], wirings: Sequence[UnitLayer]) -> dict[str, Ranks]:
+    """Return {layer name: ranks}; empty where they were not measured."""
+    values = _typed({"ranks": {}} | header, "ranks", dict)
+    units = {wiring.name: wiring.n_units for wiring in wirings}
+    unknown = [name for name in values if name not in units]
+    if unknown:
+        raise _damaged(f"'ranks' of {unknown[0]!r:.40}", "expected one of the layers")
+    return {name: _layer_ranks(_typed(values, name, dict), name, units[name]) for name in values}
+
+
+def _layer_ranks(value: dict[str, Any], name: str, units: int) -> Ranks:
+    kinds = {"effective_rank": float, "srank": int, "stable_rank": float, "rows": int, "units": int}
+    ranks = Ranks(**{key: _typed(value, key, kind) for key, kind in kinds.items()})
+    # A little more than there can be: exp and sums are rounded.
+    most = min(ranks.rows, ranks.units) * 1.001
+    numbers = (ranks.effective_rank, ranks.srank, ranks.stable_rank)
+    if not (0 < most and ranks.units <= units and all(0 <= number <= most for number in numbers)):
+        raise _damaged(f"'ranks' of {name!r}", f"are {ranks!s:.150}, expected 0 to rows or units")
+    return ranks
 
 
 def _typed(values: dict[str, Any], key: str, kind: type) -> Any:

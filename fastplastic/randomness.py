@@ -20,7 +20,11 @@ def unit_noise(seed: int, purpose: str, name: str, n_units: int) -> Tensor:
         name: Dotted name of a layer.
         n_units: How many numbers to return.
     """
+    return torch.from_numpy(stream(seed, purpose, name).random(n_units))
+
+
+def stream(seed: int, purpose: str, name: str) -> np.random.Generator:
+    """Return the generator that belongs to a seed, a purpose and a name, at its beginning."""
     text = f"{seed}\0{purpose}\0{name}".encode()
     key = int.from_bytes(blake2b(text, digest_size=16).digest(), "little")
-    generator = np.random.Generator(np.random.Philox(key=key))
-    return torch.from_numpy(generator.random(n_units))
+    return np.random.Generator(np.random.Philox(key=key))

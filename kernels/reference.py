@@ -99,6 +99,11 @@ def activation_stats(
     return stats
 
 
+def activate(z: Tensor, activation: str) -> Tensor:
+    """Return h = f(z) by torch's own function, in the dtype of z; ValueError if f is unknown."""
+    return _activated(z, *parse_activation(activation))
+
+
 def gradient_stats(g: Tensor, unit_axis: int = 1, *, out: Tensor | None = None) -> Tensor:
     """Sum up the gradients to the activations of each unit.
 
@@ -157,7 +162,7 @@ def _one_dimension(weight: Tensor, gradient: Tensor | None, dim: int) -> Tensor:
 
 def _activation_piece(z: Tensor, name: str, slope: float | None) -> Tensor:
     """Return [9, C] of one piece [A, C, B]."""
-    h = _FUNCTIONS[name](z) if slope is None else functional.leaky_relu(z, slope)
+    h = _activated(z, name, slope)
     wide, finite = _finite_float64(h, z)
     low, high = (
         (wide, wide) if finite is None else (wide.where(finite, v) for v in (math.inf, -math.inf))
@@ -175,6 +180,10 @@ def _activation_piece(z: Tensor, name: str, slope: float | None) -> Tensor:
             _count_not(z, finite),
         ]
     )
+
+
+def _activated(z: Tensor, name: str, slope: float | None) -> Tensor:
+    return _FUNCTIONS[name](z) if slope is None else functional.leaky_relu(z, slope)
 
 
 def _parameter_gradient_piece(w: Tensor, gradient: Tensor) -> Tensor:

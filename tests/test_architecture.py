@@ -64,7 +64,7 @@ def test_library_does_not_import_the_command_line(file):
 PLANNER = ["planner", "quotas", "_request", "_unit_plan", "_weight_plan"]
 
 
-@pytest.mark.parametrize("name", ["criteria", "stats", *PLANNER])
+@pytest.mark.parametrize("name", ["criteria", "diagnostics", "stats", *PLANNER])
 def test_statistics_criteria_and_planner_see_no_model(name):
     forbidden = {"graph", "monitor", "reinit", "initializers", "models", "data"}
     # Single weights are selected where they are.

@@ -139,6 +139,7 @@ def fail_in_backward(output, targets):
     [
         ({}, None),
         ({"gradients": True}, None),
+        ({"ranks": True}, None),
         ({"loss_fn": stop}, Stop),
         ({"loss_fn": interrupt}, KeyboardInterrupt),
         ({"loss_fn": fail_in_backward}, Stop),
