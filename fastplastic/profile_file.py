@@ -54,13 +54,20 @@ def save_profile(profile: Profile, path: str | os.PathLike[str], *, force: bool 
         **({"ranks": ranks} if ranks else {}),
     }
     tensors = {_TABLE: torch.cat([layer.stats.table for layer in profile.layers], dim=1)}
-    if profile.weights is not None:
-        profile.weights.check()
-    for prefix, kept in ((_GRADIENT, profile.gradients), (_WEIGHT, profile.weights)):
-        for name, tensor in (kept or {}).items():
-            tensors[prefix + name] = tensor.cpu().contiguous()
+    if profile.gradients is not None:
+        tensors |= {_GRADIENT + name: _alone(value) for name, value in profile.gradients.items()}
+        if profile.weights is not None:
+            profile.weights.check()
+            tensors |= {_WEIGHT + name: _alone(value) for name, value in profile.weights.items()}
     with atomic_write(path, force) as temporary:
         save_file(tensors, temporary, {_KEY: json.dumps(header, allow_nan=False)})
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Return the tensor with memory of its own, as safetensors wants it."""
+    tensor = tensor.cpu().contiguous()
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.clone()
 
 
 def load_profile(path: str | os.PathLike[str]) -> Profile:

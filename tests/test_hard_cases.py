@@ -134,7 +134,9 @@ def test_gradient_criteria_leave_out_a_layer_without_gradient_and_say_so(build, 
     assert found.notes == (text,)
     made = plan(found, criterion=criterion, ratio=0.5)
     assert set(made.units) == {"b"} and made.eligible == 8
-    text = f"8 hidden units have no {criterion} score and are left out (no gradient reaches them)"
+    to_h = criterion == "activation_gradient"
+    why = "no gradient to their activation was seen" if to_h else "no gradient reaches them"
+    text = f"8 hidden units have no {criterion} score and are left out ({why})"
     assert made.notes == (f"{text}: cut",)
     with pytest.raises(FastPlasticError, match=f"none of the 8 hidden .* has a {criterion} score"):
         plan(found, criterion=criterion, ratio=0.5, include="cut")
