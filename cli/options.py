@@ -222,7 +222,7 @@ class PlanOptions(SelectOptions):
 
     output: Annotated[
         Path | None,
-        _option("-o", "--output", panel=_OUTPUT, metavar="FILE", help="Write the plan as JSON."),
+        _option("-o", "--output", panel=_OUTPUT, metavar="FILE", help="Write the plan to FILE."),
     ] = None
     force: Annotated[
         bool, _option("--force", panel=_OUTPUT, help="Overwrite a file that exists.")
@@ -232,10 +232,11 @@ class PlanOptions(SelectOptions):
         """Refuse what needs no model to be refused: InputError or FileError."""
         super().check()
         if self.output:
-            if self.granularity == "weight" and self.output.suffix != ".safetensors":
+            masks = self.granularity == "weight"
+            if masks != (self.output.suffix == ".safetensors"):
                 raise InputError(
-                    f"-o {self.output}: expected a name that ends in .safetensors for single "
-                    "weights, for example plan.safetensors"
+                    f"-o {self.output}: expected plan.json for units, plan.safetensors for single "
+                    "weights, or other names that end so"
                 )
             require_writable(self.output, force=self.force)
 
@@ -304,6 +305,8 @@ class ReinitOptions(SelectOptions):
             raise InputError(
                 f"--compensate with --outgoing {self.outgoing}: expected zero or small: drop one"
             )
+        if self.output and self.checkpoint and self.output.resolve() == self.checkpoint.resolve():
+            raise InputError(f"-o {self.output} is the checkpoint itself: name another file")
         if self.output and self.output.suffix != ".safetensors":
             raise InputError(f"-o {self.output}: expected a name that ends in .safetensors")
         if self.output and not self.dry_run:

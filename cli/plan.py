@@ -4,7 +4,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
-from fastplastic.cli.options import ModelOptions, PlanOptions, SelectOptions, arguments
+from fastplastic.cli.options import DataOptions, PlanOptions, SelectOptions, arguments
 from fastplastic.cli.profile import Measured, measure
 from fastplastic.cli.terminal import console, follow
 
@@ -74,7 +74,7 @@ def _following(options: PlanOptions, measured: Measured, plan: "Plan") -> str:
     program = ["fastplastic"]
     fresh = ["-o", f"{options.model.rpartition('/')[2]}-fresh.safetensors"]
     if options.output:
-        applied = ["reinit", *arguments(options, ModelOptions), "--plan", str(options.output)]
+        applied = ["reinit", *arguments(options, DataOptions), "--plan", str(options.output)]
         return shlex.join([*program, *applied, *fresh])
     name = "plan.json" if plan.granularity == "unit" else "plan.safetensors"
     return shlex.join([*program, "plan", *arguments(options, PlanOptions), "-o", name])

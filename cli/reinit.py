@@ -130,7 +130,13 @@ def _loss(job: _Job, report: "ReinitReport") -> tuple[tuple[str, str], ...]:
     classes = job.source.num_classes
     if not _has_its_head(job):
         head = job.loaded.model.num_classes
-        return (("loss", f"not measured: the model has {head} classes, the data {classes}"),)
+        return (
+            (
+                "loss",
+                f"not measured: the model has {head} classes, the data {classes}; it needs a head "
+                "that was fitted to them",
+            ),
+        )
     return (("loss", f"{report.loss_before:.4g} before, {report.loss_after:.4g} after"),)
 
 

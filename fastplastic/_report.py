@@ -35,8 +35,9 @@ class ReinitReport:
         layers: Layer name -> number of its units selected in the plan; of single weights, by
             parameter name.
         shares: The same as shares of all units of the layer, or of all weights of the parameter.
+        granularity: "unit" or "weight".
         init: Name of the initializer.
-        outgoing: What was done to the outgoing columns.
+        outgoing: What was done to the outgoing columns; "keep" for single weights.
         seed: Seed of the fresh values.
         written: Every tensor that was written to, in the order of the first write.
         loss_before: Mean loss over the batches before anything was written; None without batches.
@@ -47,6 +48,7 @@ class ReinitReport:
     count: int
     layers: dict[str, int]
     shares: dict[str, float]
+    granularity: str
     init: str
     outgoing: str
     seed: int
@@ -57,9 +59,14 @@ class ReinitReport:
 
     def __repr__(self) -> str:
         elements = sum(written.elements for written in self.written)
+        units = self.granularity == "unit"
+        where = "layers" if units else "tensors"
+        outgoing = f", outgoing {self.outgoing}" if units else ""
+        known = self.loss_before is not None
+        loss = f"; loss {self.loss_before:.4g} to {self.loss_after:.4g}" if known else ""
         return (
-            f"ReinitReport({self.count} units in {len(self.layers)} layers: init {self.init}, "
-            f"outgoing {self.outgoing}, {elements} elements of {len(self.written)} tensors)"
+            f"ReinitReport({self.count} {self.granularity}s in {len(self.layers)} {where}: "
+            f"init {self.init}{outgoing}, {elements} elements of {len(self.written)} tensors{loss})"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from fastplastic.wiring import UnitLayer
 if TYPE_CHECKING:
     from fastplastic.profile import Profile
 
-_HEAD = "as it makes the output (name it in include to take it too)"
+_HEAD = "as it makes the output (include '*' and its name to take it too)"
 _TRANSFORMED = "as it is transformed before use"
 _NOT_KEPT = "as the profile does not hold it (computed, shared, or lent for the loss)"
 _NO_GRADIENT = "as no gradient reaches it"
@@ -115,11 +115,11 @@ def _candidates(
 
 def _reason(layer: UnitLayer, weights: Weights, *, named: bool) -> str:
     """Return why the weights of a layer cannot be chosen; "" when they can."""
-    if layer.head and not named:
-        return _HEAD
     if layer.transformed:
         return _TRANSFORMED
-    return "" if layer.weight in weights else _NOT_KEPT
+    if layer.weight not in weights:
+        return _NOT_KEPT
+    return _HEAD if layer.head and not named else ""
 
 
 def _with_gradient(

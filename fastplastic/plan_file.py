@@ -36,12 +36,14 @@ def save_plan(plan: Plan, path: str | Path, *, force: bool = False) -> None:
 
     Raises:
         FileError: The path cannot be written, or exists and `force` is false.
-        InputError: Masks are to be written to a file whose name does not end in .safetensors.
+        InputError: Masks are to be written to a file whose name does not end in .safetensors, or
+            units to one whose name does.
     """
     masks = plan.granularity == "weight"
-    if masks and Path(path).suffix != ".safetensors":
+    if masks != (Path(path).suffix == ".safetensors"):
+        expected = "that ends in" if masks else "that does not end in"
         raise InputError(
-            f"{path}: expected a name that ends in .safetensors for a plan of single weights"
+            f"{path}: expected a name {expected} .safetensors for a plan of {plan.granularity}s"
         )
     with atomic_write(path, force) as temporary:
         if masks:
@@ -102,8 +104,10 @@ def _packed(mask: Tensor) -> Tensor:
 
 def _load_masks(path: str | Path) -> Plan:
     with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get(_KEY, "")
+        text = (file.metadata() or {}).get(_KEY)
         bits = {name: file.get_tensor(name) for name in file.keys()}
+    if text is None:
+        raise FileError("holds tensors but no plan, expected what Plan.save wrote: check the name")
     values = _parse(text)
     wiring = {layer.name: layer for layer in decode_layers(values.get("wiring"))}
     masks = {}

@@ -89,7 +89,8 @@ class Plan:
 
         Raises:
             FileError: The path cannot be written, or exists and `force` is false.
-            InputError: Masks are to be written to a file whose name does not end in .safetensors.
+            InputError: Masks are to be written to a file whose name does not end in .safetensors,
+                or units to one whose name does.
         """
         from fastplastic.plan_file import save_plan
 

@@ -64,3 +64,18 @@ def test_another_head_gives_no_loss_but_statistics(run):
 def test_what_does_not_go_together_is_refused_at_once(run, nothing_slow, arguments, text):
     outcome = run("reinit", MODEL, "--ratio", "0.1", "--dry-run", *arguments)
     assert outcome.code == 2 and text in outcome.error and not outcome.output
+
+
+def test_the_checkpoint_itself_is_not_overwritten(run, nothing_slow, tmp_path):
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes(b"weights")
+    more = ("--checkpoint", "weights.safetensors", "-o", file, "--force")
+    outcome = run("reinit", MODEL, "--ratio", "0.1", *more)
+    assert outcome.code == 2 and "is the checkpoint itself: name another file" in outcome.error
+    assert file.read_bytes() == b"weights"
+
+
+def test_what_follows_a_plan_has_the_same_data(run):
+    outcome = run("plan", *SMALL, "--data", "noise", "--ratio", "0.1", "-o", "plan.json")
+    line = outcome.output.partition("next: ")[2]
+    assert all(part in line for part in ("--data noise", "--batches 2", "--plan plan.json"))

@@ -25,7 +25,8 @@ def test_plan_and_reinit_of_single_weights(run):
     plan = Plan.load("plan.safetensors")
     assert plan.criterion == "swr" and plan.count == int(0.1 * plan.eligible) > 0
     assert f"{plan.count:,} of {plan.eligible:,} eligible weights: swr" in outcome.output
-    assert "not chosen from, as it makes the output" in outcome.output
+    assert "or lent for the loss): fc.weight" in " ".join(outcome.output.split())
+    assert f"reinit {' '.join(SMALL[:1])} " in outcome.output
     assert "--plan plan.safetensors -o" in " ".join(outcome.output.split())
     outcome = run("reinit", *SMALL[:4], "--plan", "plan.safetensors", "-o", "new.safetensors")
     assert (outcome.code, outcome.error) == (0, "")
@@ -67,7 +68,9 @@ def test_a_head_that_was_lent_for_the_loss_is_not_planned(run):
 
 def test_what_does_not_go_with_weights_is_refused_at_once(run, nothing_slow):
     plan = ("plan", MODEL, *WEIGHTS, "--ratio", "0.1", "-o", "plan.json")
-    refused(run(*plan), "-o plan.json: expected a name that ends in .safetensors")
+    refused(run(*plan), "-o plan.json: expected plan.json for units, plan.safetensors for")
+    units = ("plan", MODEL, "--ratio", "0.1", "-o", "plan.safetensors")
+    refused(run(*units), "-o plan.safetensors: expected plan.json for units")
     reinit = ("reinit", MODEL, *WEIGHTS, "--ratio", "0.1", "-o", "x.safetensors")
     refused(run(*reinit, "--outgoing", "keep"), "single weights have no outgoing ones: drop it")
 

@@ -61,6 +61,11 @@ def test_a_plan_of_no_weights_survives_a_file(tmp_path):
 def test_masks_need_a_name_that_says_so(tmp_path):
     with pytest.raises(InputError, match=r"expected a name that ends in \.safetensors for a plan"):
         mask_plan().save(tmp_path / "plan.json")
+    units = mask_plan(granularity="unit", masks={})
+    with pytest.raises(
+        InputError, match=r"name that does not end in \.safetensors for a plan of u"
+    ):
+        units.save(tmp_path / "plan.safetensors")
     assert not list(tmp_path.iterdir())
 
 
@@ -124,7 +129,9 @@ def test_a_truncated_file_of_masks_is_refused(tmp_path, keep):
 def test_other_safetensors_are_no_plan(tmp_path):
     path = tmp_path / "weights.safetensors"
     save_file({"a": torch.ones(3)}, path)
-    with pytest.raises(FileError, match="is not a plan in JSON"):
+    with pytest.raises(
+        FileError, match=r"holds tensors but no plan, expected what Plan\.save wrote"
+    ):
         Plan.load(path)
     with pytest.raises(FileError, match=r"cannot be read \(.*expected a plan file"):
         Plan.load(tmp_path / "none.safetensors")

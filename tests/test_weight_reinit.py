@@ -64,6 +64,11 @@ def test_what_the_mask_names_is_drawn_afresh_and_nothing_else():
     assert report.count == made.count == sum(report.layers.values())
     assert [(entry.name, entry.elements) for entry in report.written] == list(made.counts.items())
     assert json.loads(json.dumps(report.to_dict()))["layers"] == made.counts
+    assert repr(report) == (
+        f"ReinitReport({made.count} weights in 2 tensors: init default, "
+        f"{made.count} elements of 2 tensors)"
+    )
+    assert report.outgoing == "keep"
 
 
 def test_fresh_values_depend_on_seed_name_and_element_alone():
