@@ -81,7 +81,8 @@ class Contributions:
             for weight in self._columns:
                 module = self._model.get_submodule(weight.rpartition(".")[0])
                 if weight.endswith(".weight") and _channel_axis(module) is not None:
-                    handles.append(module.register_forward_hook(self._reader(weight)))
+                    reader = self._reader(weight)
+                    handles.append(module.register_forward_hook(reader, with_kwargs=True))
             for name, module in self._model.named_modules():
                 if isinstance(module, _BatchNorm) and module.running_mean is not None:
                     handles.append(module.register_forward_pre_hook(self._norm(name)))
@@ -121,25 +122,29 @@ class Contributions:
         return mean
 
     def _reader(self, weight: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> None:
             if self._busy:
                 return
             self._busy = True
             try:
-                self._add(weight, module, args)
+                self._add(weight, module, args, kwargs)
             finally:
                 self._busy = False
             self._latest[id(output)] = weakref.ref(output), weight
 
         return hook
 
-    def _add(self, weight: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _add(
+        self, weight: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         whole = self._model.get_parameter(weight).detach()
         masks = [region_mask(region, whole) for region in self._columns[weight]]
         kept = torch.where(torch.stack(masks).any(0) if len(masks) > 1 else masks[0], whole, 0)
         bias = getattr(module, "bias", None)
         other = {} if bias is None else {"bias": torch.zeros_like(bias)}
-        part = functional_call(module, {"weight": kept, **other}, args)
+        part = functional_call(module, {"weight": kept, **other}, args, kwargs)
         axis = _channel_axis(module)
         assert axis is not None
         part = part.movedim(axis, 0).flatten(1)

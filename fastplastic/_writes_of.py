@@ -54,7 +54,8 @@ def unit_change(
     rows = selected_rows(plan)
     fresh = [write for name in rows for write in row_writes(tensors, plan.wiring[name], rows[name])]
     fills = list(_norms(tensors, plan, rows))
-    norms = [fill.region for fill in fills if fill.region.name.endswith(".running_mean")]
+    # The norm of a DenseNet holds channels of many layers.
+    norms = merged(fill.region for fill in fills if fill.region.name.endswith(".running_mean"))
     columns = list(merged(_columns(tensors, plan, rows))) if outgoing != "keep" else []
     drawn = []
     if outgoing == "zero":
@@ -63,7 +64,7 @@ def unit_change(
     else:
         drawn = [_column_draw(tensors, model, place, outgoing, initializer) for place in columns]
     laws = [Draw(write.region, initializer(_target(tensors, write))) for write in fresh]
-    return Change(Writes(laws, fills, drawn), rows, columns, norms)
+    return Change(Writes(laws, fills, drawn), rows, columns, list(norms))
 
 
 def weight_change(plan: Plan, tensors: Tensors, initializer: Initializer) -> Change:

@@ -14,7 +14,11 @@ from fastplastic import plan, reinit_
 from fastplastic.errors import InputError
 from fastplastic.planner import Plan
 
-IMAGES = [(torch.randn(6, 3, 8, 8), torch.randint(0, 4, (6,))) for _ in range(3)]
+SOURCE = torch.Generator().manual_seed(1)
+IMAGES = [
+    (torch.randn(6, 3, 8, 8, generator=SOURCE), torch.randint(0, 4, (6,), generator=SOURCE))
+    for _ in range(3)
+]
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -106,6 +110,9 @@ def test_what_is_added_is_counted_and_fresh_rows_lose_nothing():
     )
     stuck(model, "1", 2, 3.0)
     stuck(model, "3", 3, 2.0)
+    with torch.no_grad():
+        # Not by chance one that is always 0, which contributes nothing.
+        model[3].bias[1] = 1.0
     profile = fastplastic.profile(model, IMAGES)
     made = plan(profile, criterion="dead", threshold=0.0)
     units = {"1": torch.tensor([2]), "3": torch.tensor([1])}
@@ -167,6 +174,40 @@ def test_recalibration_measures_the_fresh_channels_and_no_others(layer, norm, tr
     assert bn.momentum == 0.1 and bn.num_batches_tracked == len(IMAGES)
     # Counted once, as what was reset.
     assert [written.name for written in report.written].count(f"{norm}.running_var") == 1
+
+
+class Joined(nn.Module):
+    """One norm over the channels of two layers; the reader is called by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+        self.norm, self.read = nn.BatchNorm2d(8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        joined = self.norm(torch.cat([self.a(x), self.b(x)], 1)).relu()
+        return self.read(input=joined.mean((2, 3)))
+
+
+def test_a_norm_of_several_layers_and_a_reader_called_by_keyword():
+    torch.manual_seed(0)
+    model = Joined().eval()
+    stuck(model, "a", 1, 3.0)
+    profile = fastplastic.profile(model, IMAGES)
+    made = plan(profile, criterion="random", ratio=0.25, scope="layer")
+    units = {"a": torch.tensor([1]), "b": torch.tensor([2])}
+    assert set(made.units) == set(units)
+    made = replace(made, units=units, scores={name: torch.zeros(1) for name in units})
+    old = model.read.bias.detach().clone()
+    means = torch.stack([model.norm(torch.cat([model.a(x), model.b(x)], 1)).relu().mean((0, 2, 3))
+                         for x, _ in IMAGES]).mean(0)  # fmt: skip
+    lost = model.read.weight.detach()[:, [1, 6]] @ means.detach()[[1, 6]]
+    reinit_(model, made, recalibrate=True, compensate=True, batches=IMAGES)
+    torch.testing.assert_close(model.read.bias.detach(), old + lost, rtol=1e-4, atol=1e-5)
+    for layer, channel, unit in ((model.a, 1, 1), (model.b, 6, 2)):
+        mean = torch.stack([layer(x)[:, unit].mean() for x, _ in IMAGES]).mean()
+        torch.testing.assert_close(model.norm.running_mean[channel], mean.detach())
+        assert model.norm.running_var[channel] != 1
 
 
 def test_the_loss_before_and_after_is_that_of_the_batches():
