@@ -60,9 +60,8 @@ def plan_view(
         )
         for name, units in plan.units.items()
     )
-    masks = tuple(
-        MaskRow(name, mask.numel(), plan.counts[name]) for name, mask in plan.masks.items()
-    )
+    counts = plan.counts
+    masks = tuple(MaskRow(name, mask.numel(), counts[name]) for name, mask in plan.masks.items())
     return PlanView(facts, units, masks, (*plan.notes, *notes))
 
 

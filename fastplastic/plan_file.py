@@ -83,8 +83,9 @@ def _unreadable(path: str | Path, reason: object) -> FileError:
 
 
 def _save_masks(plan: Plan, path: str | Path, temporary: Path) -> None:
+    counts = plan.counts
     entries = [
-        {"name": name, "shape": list(mask.shape), "selected": plan.counts[name]}
+        {"name": name, "shape": list(mask.shape), "selected": counts[name]}
         for name, mask in plan.masks.items()
     ]
     header = {
