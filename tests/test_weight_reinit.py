@@ -207,6 +207,15 @@ def test_other_models_get_pytorchs_laws_where_there_are_any():
     refused(model, {"table": everything}, "no initial distribution of 'table' is known")
 
 
+def test_a_plan_for_another_model_is_refused():
+    model, made = mlp()
+    other = nn.Sequential(*model, nn.Linear(30, 2))
+    before = snapshot(other)
+    with pytest.raises(FastPlasticError, match="the plan is for the model with fingerprint"):
+        reinit_(other, made)
+    assert identical(before, snapshot(other))
+
+
 def test_masks_that_do_not_fit_are_refused():
     model = Other()
     mask = torch.ones(20, dtype=torch.bool)
