@@ -33,8 +33,7 @@ done
 
 step "benchmarks"
 FASTPLASTIC_BENCH_SECONDS=${FASTPLASTIC_BENCH_SECONDS:-0.5} timeout 220 "$python" -m pytest -q \
-    benchmarks/bench_kernels.py benchmarks/bench_overhead.py benchmarks/bench_reinit.py \
-    --benchmark-disable-gc \
+    benchmarks/bench_kernels.py benchmarks/bench_overhead.py --benchmark-disable-gc \
     --benchmark-json "$stem.json" || status=1
 [ ! -s "$stem.json" ] || "$python" benchmarks/table.py "$stem.json" | tee "$stem.md"
 step "done"
