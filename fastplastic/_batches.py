@@ -70,7 +70,7 @@ def loss_of(model: nn.Module, batch: Batch, loss_fn: Callable[[Any, Any], Tensor
     """Run the model on a batch and return the loss, one element.
 
     A mapping is passed with its labels where the model takes them; then the model's own loss is
-    used, unless the caller chose a loss function.
+    used, unless the caller chose a loss function. That one gets the output as it is.
 
     Raises:
         InputError: There is nothing to compare with, or the loss is not one number.
@@ -79,19 +79,40 @@ def loss_of(model: nn.Module, batch: Batch, loss_fn: Callable[[Any, Any], Tensor
     if batch.mapping and batch.targets is not None and _takes_labels(model):
         kwargs["labels"] = batch.targets
     output = model(*batch.args, **kwargs)
-    default = loss_fn is cross_entropy
-    loss = getattr(output, "loss", None) if batch.mapping and default else None
-    if loss is None:
-        if batch.mapping and batch.targets is None:
-            raise InputError(
-                f"the batch has {', '.join(batch.kwargs)} but no 'labels', and the model's output "
-                "has no loss: add 'labels' to the batches"
-            )
-        loss = (_cross_entropy if default else loss_fn)(_logits(output, default), batch.targets)
+    if loss_fn is cross_entropy:
+        loss = _default_loss(output, batch)
+    else:
+        loss = _own_loss(loss_fn, output, batch.targets)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise InputError(f"the loss is {found}, expected a tensor with one element: take its mean")
     return loss.reshape(())
+
+
+def _default_loss(output: Any, batch: Batch) -> Any:
+    """Return the model's own loss of a mapping, else the cross-entropy of its logits."""
+    loss = getattr(output, "loss", None) if batch.mapping else None
+    if loss is not None:
+        return loss
+    if batch.mapping and batch.targets is None:
+        raise InputError(
+            f"the batch has {', '.join(batch.kwargs)} but no 'labels', and the model's output "
+            "has no loss: add 'labels' to the batches"
+        )
+    return _cross_entropy(_logits(output), batch.targets)
+
+
+def _own_loss(loss_fn: Callable[[Any, Any], Tensor], output: Any, targets: Any) -> Any:
+    """Return the caller's loss; its errors say where logits are, if the output has any."""
+    try:
+        return loss_fn(output, targets)
+    except Exception as error:
+        if getattr(output, "logits", None) is not None:
+            error.add_note(
+                "loss_fn gets the model's output as it is, here a "
+                f"{type(output).__name__}: take output.logits"
+            )
+        raise
 
 
 def _takes_labels(model: nn.Module) -> bool:
@@ -101,12 +122,12 @@ def _takes_labels(model: nn.Module) -> bool:
     )
 
 
-def _logits(output: Any, default: bool) -> Any:
+def _logits(output: Any) -> Any:
     logits = getattr(output, "logits", None)
     if logits is not None:
         return logits
     # Models with auxiliary heads return theirs after the main one.
-    return output[0] if default and isinstance(output, (tuple, list)) else output
+    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def _cross_entropy(logits: Any, targets: Any) -> Tensor:

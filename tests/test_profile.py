@@ -4,6 +4,7 @@ import json
 import math
 import random
 from dataclasses import fields, is_dataclass, replace
+from typing import NamedTuple
 
 import numpy
 import pytest
@@ -345,9 +346,9 @@ def test_mapping_with_a_loss_of_the_users():
     model = bert()
     seen = []
 
-    def loss_fn(logits, labels):
-        seen.append((logits.shape, labels.tolist()))
-        return cross_entropy(logits, labels)
+    def loss_fn(output, labels):
+        seen.append((output.logits.shape, labels.tolist()))
+        return cross_entropy(output.logits, labels)
 
     profile(model, [tokens()], loss_fn=loss_fn)
     assert seen == [((4, 3), [0, 1, 2, 0])]
@@ -762,3 +763,113 @@ def test_any_damage_to_the_bytes_is_a_file_error_or_harmless(saved, tmp_path_fac
         return
     assert sum(layer.n_units for layer in found.layers) == 18
     assert len(found.layers[0].stats.table) == len(STATISTICS)
+
+
+class Answers(NamedTuple):
+    """What a model with an auxiliary head returns; `logits` as in torchvision's GoogLeNet."""
+
+    logits: torch.Tensor
+    auxiliary: torch.Tensor
+
+
+class TwoHeads(nn.Module):
+    """Two heads on one hidden layer; `returns` makes the output of their two answers."""
+
+    def __init__(self, returns):
+        super().__init__()
+        torch.manual_seed(0)
+        self.hidden, self.head, self.auxiliary = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+        self.returns = returns
+
+    def forward(self, x):
+        hidden = self.hidden(x).relu()
+        return self.returns(self.head(hidden), self.auxiliary(hidden))
+
+
+def classified():
+    torch.manual_seed(1)
+    return [(torch.randn(5, 6), torch.arange(5) % 4) for _ in range(2)]
+
+
+def as_dict(logits, auxiliary):
+    return {"logits": logits, "auxiliary": auxiliary}
+
+
+RETURNS = {
+    "tuple": (lambda *answers: answers, tuple, lambda output: output),
+    "list": (lambda *answers: list(answers), list, lambda output: output),
+    "dict": (as_dict, dict, lambda output: tuple(output.values())),
+    "namedtuple": (Answers, Answers, lambda output: (output.logits, output.auxiliary)),
+}
+
+
+@pytest.mark.parametrize("kind", RETURNS)
+def test_a_loss_of_the_users_gets_the_output_as_it_is(kind):
+    returns, expected, answers = RETURNS[kind]
+    model = TwoHeads(returns)
+    seen = []
+
+    def loss_fn(output, targets):
+        seen.append(type(output))
+        main, auxiliary = answers(output)
+        return cross_entropy(main, targets) + 0.3 * cross_entropy(auxiliary, targets)
+
+    found = profile(model, classified(), loss_fn=loss_fn, gradients=True)
+    assert seen == [expected] * 2
+    for x, y in classified():
+        (loss_fn(model(x), y) / 2).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found.gradients[name], parameter.grad)
+    # The loss of a re-initialisation and the pass that measures norms ask the same way.
+    made = plan(found, criterion="random", ratio=0.25)
+    report = reinit_(
+        model, made, batches=classified(), loss_fn=loss_fn, compensate=True, recalibrate=True
+    )
+    after = [loss_fn(model(x), y).item() for x, y in classified()]
+    assert report.loss_after == pytest.approx(sum(after) / 2)
+    assert set(seen) == {expected}
+
+
+@pytest.mark.parametrize("kind", ["tuple", "list", "namedtuple"])
+def test_the_default_loss_takes_the_main_answer(kind):
+    model = TwoHeads(RETURNS[kind][0])
+    found = profile(model, classified(), gradients=True)
+    alone = profile(TwoHeads(lambda main, _: main), classified(), gradients=True)
+    torch.testing.assert_close(found.gradients["head.weight"], alone.gradients["head.weight"])
+    assert not found.gradients.get("auxiliary.weight", torch.zeros(1)).any()
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_a_loss_on_hidden_states(labels):
+    model = bert(output_hidden_states=True)
+
+    def loss_fn(output, targets):
+        assert isinstance(output, transformers.modeling_outputs.SequenceClassifierOutput)
+        assert (targets is None) != labels
+        return output.hidden_states[1].square().mean()
+
+    found = profile(model, [tokens(labels)], loss_fn=loss_fn)
+    first, second = (found[f"bert.encoder.layer.{i}.intermediate.dense"] for i in range(2))
+    assert (first.stats["sum_abs_dw"] > 0).all()
+    # What comes after that state has no part in the loss.
+    assert not second.stats["sum_abs_dw"].any()
+
+
+@pytest.mark.parametrize("mapping", [True, False])
+def test_a_loss_that_expects_logits_says_where_they_are(mapping):
+    batch = tokens()
+    labels = batch["labels"]
+    data = [batch] if mapping else [(tokens(labels=False), labels)]
+    with pytest.raises(TypeError, match="must be Tensor") as error:
+        profile(bert(), data, loss_fn=nn.CrossEntropyLoss())
+    assert error.value.__notes__ == [
+        "loss_fn gets the model's output as it is, here a SequenceClassifierOutput: "
+        "take output.logits"
+    ]
+    profile(bert(), data, loss_fn=lambda output, y: cross_entropy(output.logits, y))
+
+
+def test_other_errors_of_a_loss_have_no_note():
+    with pytest.raises(TypeError) as error:
+        profile(net(), data(), loss_fn=lambda output, _: output + "a")
+    assert not hasattr(error.value, "__notes__")
