@@ -1,4 +1,4 @@
-"""Which criteria find what on real weights, how far they agree, and what a reset does to the loss.
+"""Which criteria find what on real weights, how far they agree, and what a reset does.
 
 Prints Markdown tables for tf_efficientnet_lite0 with ImageNet weights on the Fashion-MNIST images
 of the package, after a head for their ten classes has been fitted (linear probe):
@@ -24,6 +24,7 @@ from fastplastic.errors import InputError
 MODEL = "tf_efficientnet_lite0"
 RATIO = 0.05
 BATCH, N_BATCHES, N_LOSS = 16, 16, 4
+STEPS = 12
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 
@@ -130,6 +131,40 @@ def losses(model: nn.Module, plan: fastplastic.Plan, data: Batches, **more) -> t
     return f"{report.loss_before:.3f}", f"{report.loss_after:.3f}", f"{jump:+.3f}"
 
 
+def taken_again(model: nn.Module, data: Batches) -> None:
+    """Print how many units that `gradient` took it takes again, right away and after training."""
+    profile = fastplastic.profile(model, data)
+    plan = fastplastic.plan(profile, criterion="gradient", ratio=RATIO)
+    rows = []
+    for kind in ("zero", "small", "fresh", "keep"):
+        reset = copy.deepcopy(model)
+        report = fastplastic.reinit_(reset, plan, outgoing=kind, batches=data)
+        now = share_again(reset, plan, data)
+        train(reset, data)
+        rows.append((kind, f"{report.loss_after:.3f}", now, share_again(reset, plan, data)))
+    columns = ("outgoing", "loss after the reset", "right away", f"after {STEPS} steps")
+    table(f"Taken again by gradient at its threshold, of {plan.count} units", columns, rows)
+
+
+def share_again(model: nn.Module, plan: fastplastic.Plan, data: Batches) -> str:
+    """Return the share of the units of a plan that `gradient` takes at its threshold."""
+    rule = CRITERIA["gradient"]
+    scores = fastplastic.profile(model.eval(), data).score(rule.name)
+    found = torch.cat([scores[name][units] for name, units in plan.units.items()])
+    return f"{float((found <= rule.threshold).double().mean()):.0%}"
+
+
+def train(model: nn.Module, data: Batches) -> None:
+    """Take a few steps of SGD."""
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    torch.manual_seed(0)
+    for x, y in itertools.islice(itertools.cycle(data), STEPS):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
 def main(path: str) -> None:
     """Print all tables."""
     model, data = fitted(path)
@@ -143,6 +178,7 @@ def main(path: str) -> None:
     agreement(CRITERIA, "unit", whole, halves)
     agreement(WEIGHT_CRITERIA, "weight", whole, halves)
     resets(model, whole, data[:N_LOSS])
+    taken_again(model, data[:N_LOSS])
 
 
 if __name__ == "__main__":

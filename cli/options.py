@@ -260,7 +260,12 @@ class ReinitOptions(SelectOptions):
     ] = "default"  # fmt: skip
     outgoing: Annotated[
         Literal["zero", "small", "fresh", "keep"],
-        _option("--outgoing", panel=_SELECT, help="What becomes of the outgoing weights."),
+        _option(
+            "--outgoing",
+            panel=_SELECT,
+            help="What becomes of the outgoing weights. After zero and small, the criterion "
+            "gradient takes most of these units again if it is used soon.",
+        ),
     ] = "zero"
     compensate: Annotated[
         bool,

@@ -161,3 +161,13 @@ def test_small_columns_in_half_precision(case):
     norms = values.norm(dim=1)
     expected = 0.02 * norms[~chosen].median()
     torch.testing.assert_close(norms[chosen], expected.expand(int(chosen.sum())), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("outgoing", ["zero", "small"])
+def test_the_criterion_gradient_takes_these_units_again(case, outgoing):
+    _, made, x, _ = case
+    reset = after(case, outgoing=outgoing)[0]
+    batches = [(x, torch.zeros(8, dtype=torch.long))]
+    scores = fastplastic.profile(reset, batches).score("gradient")["0"][made.units["0"]]
+    assert (scores <= 0.1).all()
+    assert bool(scores.any()) == (outgoing == "small")
