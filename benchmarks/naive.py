@@ -49,9 +49,8 @@ class NaiveMonitor:
 
     def __enter__(self) -> "NaiveMonitor":
         for layer in self.graph.layers:
-            for site, activations in ((layer.z_site, True), (layer.g_site, False)):
-                if site is None:
-                    continue
+            sites = [(site, True) for site in layer.z_sites]
+            for site, activations in [*sites, *((site, False) for site in layer.g_sites)]:
                 module = self.model.get_submodule(site.module)
                 hook = self._hook(site.unit_axis, layer.activation, activations)
                 if site.where == "output":

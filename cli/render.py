@@ -33,7 +33,7 @@ _RANK_LEGEND = (
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer of a profile: counts of units, and floats that are None where nothing is known.
+    """One layer of a profile: counts of units and floats, None where nothing is known.
 
     Attributes:
         saturated: Units whose activation function is flat at nearly all positions.
@@ -49,9 +49,9 @@ class LayerRow:
     activation: str
     units: int
     hidden: int
-    dead: int
-    frozen: int
-    dormant: int
+    dead: int | None
+    frozen: int | None
+    dormant: int | None
     saturated: int
     saturated_fraction: float | None
     mean_abs_activation: float | None
@@ -151,9 +151,9 @@ _RANK_COLUMNS = (
 )
 
 
-def _few(number: int) -> str:
+def _few(number: int | None) -> str:
     # Nothing is shown as nothing: the eye finds the layers that have some.
-    return count(number) if number else "."
+    return "-" if number is None else count(number) if number else "."
 
 
 def _rank(row: LayerRow, name: str, form: str) -> str:
@@ -191,18 +191,26 @@ def layer_table(rows: Sequence[LayerRow], width: int) -> Table:
     return table
 
 
+def _weakness(row: LayerRow) -> float:
+    return max(row.dead or 0, row.frozen or 0, row.dormant or 0) / row.units
+
+
 def _rows_to_show(rows: Sequence[LayerRow]) -> Sequence[LayerRow]:
     """Of a long table keep the layers with the largest share of weak units, in their order."""
     if len(rows) <= LONG_TABLE:
         return rows
     telling = [row for row in rows if row.dead or row.frozen or row.dormant or row.nonfinite]
-    worst = sorted(telling, key=lambda row: -max(row.dead, row.frozen, row.dormant) / row.units)
+    worst = sorted(telling, key=_weakness, reverse=True)
     kept = {id(row) for row in worst[:_ROWS_OF_A_LONG_TABLE]}
     return [row for row in rows if id(row) in kept]
 
 
-def _where(rows: Sequence[LayerRow], of: Callable[[LayerRow], int]) -> str:
+def _where(rows: Sequence[LayerRow], number: Callable[[LayerRow], int | None]) -> str:
     """Say how many units there are of a sort, and which layers have the largest share of them."""
+
+    def of(row: LayerRow) -> int:
+        return number(row) or 0
+
     total, units = sum(map(of, rows)), sum(row.units for row in rows)
     # First those where something can be done about it.
     touched = [row for row in rows if of(row)]

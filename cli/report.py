@@ -34,8 +34,9 @@ def report_of(profile: Profile, facts: tuple[tuple[str, str], ...]) -> Report:
 def _row(layer: LayerProfile, weak: Mapping[str, Tensor], members: set[str]) -> LayerRow:
     saturated = layer.saturated_fraction >= _threshold("saturated")
     columns = {field.name for field in fields(LayerRow)}
+    values = layer.to_dict() | {"name": " = ".join((layer.name, *layer.wiring.tied))}
     return LayerRow(
-        **{name: value for name, value in layer.to_dict().items() if name in columns},
+        **{name: value for name, value in values.items() if name in columns},
         saturated=int(saturated.sum()),
         weak=int(_weak_units(layer, weak).sum()),
         fixed=not layer.hidden.any() and layer.name not in members,

@@ -34,11 +34,14 @@ def coverage_of(
 ) -> Coverage:
     """Return the coverage; InputError when nothing at all was measured."""
     skipped = list(graph.skipped)
+    layers = list(layers)
     for layer in layers:
         if not _seen(layer):
             skipped.append((layer.name, _reason(layer, observation)))
     found = len(graph.layers) + len(graph.skipped)
-    if len(skipped) == found:
+    # Of a model that cannot be traced, gradients may be all that is known.
+    gradients = graph.note is not None and any(not layer.no_gradient for layer in layers)
+    if len(skipped) == found and not gradients:
         raise InputError(
             f"none of {found} weight layers was measured{_example(skipped)}: call the model itself "
             "on data, and see that it has linear or convolution layers"
@@ -54,6 +57,15 @@ def notes_of(
     notes = []
     if graph.note is not None:
         notes.append(graph.note)
+    lost = [x for x in layers if x.wiring.unknown]
+    if lost:
+        units = sum(sum(x.wiring.unknown.values()) for x in lost)
+        reasons = "; ".join(dict.fromkeys(text for x in lost for text in x.wiring.unknown))
+        notes.append(
+            f"the activation function of {units} units is unknown, in "
+            f"{_names([x.name for x in lost])}: they are not counted as dead, frozen or dormant "
+            f"({reasons})"
+        )
     if observation.modes == {"mixed"} or len(observation.modes) > 1:
         notes.append("some modules were in train mode and some in eval mode")
     if observation.masked:
@@ -89,11 +101,10 @@ def _seen(layer: "LayerProfile") -> bool:
 
 
 def _reason(layer: "LayerProfile", observation: Observation) -> str:
-    if layer.wiring.z_site is None and "unknown" in layer.activation:
-        return "its activation function is not known"
-    if layer.wiring.z_site is None:
-        return "no hook can see its pre-activation"
-    return observation.problems.get(layer.name, "it was not run on this data")
+    if not layer.wiring.z_sites:
+        return "; ".join(layer.wiring.unknown) or "no hook can see its pre-activation"
+    modes = " and ".join(sorted(observation.modes))
+    return observation.problems.get(layer.name, f"it was not run on this data in {modes} mode")
 
 
 def _example(skipped: list[tuple[str, str]]) -> str:

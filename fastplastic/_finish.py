@@ -1,79 +1,104 @@
 """The last step of `graph`: from the book-keeping to unit layers."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 
-from ._flow import Layer, distinct
+from ._flow import Layer, Reader, distinct
+from ._points import Meeting, Point, Points, downstream, upstream
 from ._sites import Sites
 from ._walk import Walk
 from .wiring import Consumer, Coupling, Norm, Site, UnitLayer
 
+# f(f(z)) = f(z), and f is flat at f(z) where it is at z: h tells as much as z.
+_SEEN_FROM_BEHIND = ("relu", "relu6", "hardtanh")
 
-def finish(walk: Walk, sites: Sites) -> tuple[UnitLayer, ...]:
+
+def finish(walk: Walk) -> tuple[UnitLayer, ...]:
     """Turn the book-keeping into unit layers."""
     _mark_shared_norms(walk)
-    finisher = _Finish(walk, sites)
-    done: dict[str, UnitLayer] = {}
-    for layer in walk.layers:
-        if layer.name not in done:
-            done[layer.name] = finisher.unit_layer(layer)
-    return tuple(done.values())
+    _mark_other_readers(walk)
+    walk.settle()
+    calls: dict[str, list[Layer]] = defaultdict(list)
+    for layer in walk.calls:
+        # What the main mode runs is seen there alone.
+        if not calls[layer.name] or calls[layer.name][0].mode == layer.mode:
+            calls[layer.name].append(layer)
+    finisher = _Finish(walk)
+    return tuple(finisher.unit_layer(same) for same in calls.values())
 
 
 def _mark_shared_norms(walk: Walk) -> None:
     """A norm that is called twice cannot be reset for one of its uses."""
-    times = Counter(name for name, _ in walk.norms)
-    shared = [units for name, units in walk.norms if times[name] > 1]
-    for units in shared:
-        walk.leak(units, "its norm is used more than once")
-    if shared:
-        walk.settle()
+    times = Counter((norm.mode, norm.name) for norm in walk.norms)
+    for norm in walk.norms:
+        if times[norm.mode, norm.name] > 1:
+            walk.leak(norm.ids, "its norm is used more than once")
+
+
+def _mark_other_readers(walk: Walk) -> None:
+    """A weight that reads other units in train mode than in eval mode has no one wiring."""
+    by_weight: dict[str, dict[str, list[Reader]]] = defaultdict(lambda: defaultdict(list))
+    for reader in walk.readers:
+        by_weight[reader.weight][reader.mode].append(reader)
+    for modes in by_weight.values():
+        if len({tuple(_key(reader) for reader in readers) for readers in modes.values()}) > 1:
+            for reader in (reader for readers in modes.values() for reader in readers):
+                walk.leak(reader.ids, f"read otherwise by {reader.name} in train mode")
+
+
+def _key(item: Any) -> tuple[Any, ...]:
+    """Return what tells readers, or norms, of different units apart."""
+    form = (item.column_dim, item.groups) if isinstance(item, Reader) else ()
+    return item.name, *form, tuple(item.ids.tolist())
 
 
 class _Finish:
     """What is needed of the whole walk to describe one layer."""
 
-    def __init__(self, walk: Walk, sites: Sites) -> None:
+    def __init__(self, walk: Walk) -> None:
         self.walk = walk
-        self.sites = sites
+        graphs = dict.fromkeys(layer.node.graph for layer in walk.calls)
+        self.sites: dict[Graph, Sites] = {graph: Sites(graph, walk) for graph in graphs}
+        self.points = Points(walk)
         self.code = walk.code.tolist()
         self.read = {walk.find(unit) for reader in walk.readers for unit in distinct(reader.ids)}
         self.members: dict[int, list[int]] = defaultdict(list)
         for unit, code in enumerate(self.code):
             if not code and walk.find(unit) != unit:
                 self.members[walk.find(unit)].append(unit)
-        self.readers = self._by_layer([(reader.ids, reader) for reader in walk.readers])
-        self.norms = self._by_layer([(ids, (name, ids)) for name, ids in walk.norms])
-        self.inner = _inner(walk.layers)
+        self.readers = self._by_layer(walk.readers)
+        self.norms = self._by_layer(walk.norms)
+        self.inner = _inner(walk.calls)
 
-    def _by_layer(self, items: list[tuple[Tensor, Any]]) -> dict[int, list[Any]]:
-        """Sort items by the layers whose units stand in their ids."""
+    def _by_layer(self, items: Iterable[Any]) -> dict[int, list[Any]]:
+        """Sort readers or norms by the layers whose units they have; what two modes have, once."""
         sorted_items: dict[int, list[Any]] = defaultdict(list)
-        for ids, item in items:
-            for start in {self.walk.layer_at(unit).start: None for unit in distinct(ids)}:
+        for item in {_key(item): item for item in items}.values():
+            for start in {self.walk.layer_at(unit).start: None for unit in distinct(item.ids)}:
                 sorted_items[start].append(item)
         return sorted_items
 
-    def unit_layer(self, layer: Layer) -> UnitLayer:
-        """Return the finished description of a layer."""
+    def unit_layer(self, calls: Sequence[Layer]) -> UnitLayer:
+        """Return the finished description of a layer from its calls."""
+        layer = calls[0]
         units = range(layer.start, layer.stop)
         reasons = [self._reason(unit) for unit in units]
         known = torch.tensor(
             [not self.code[unit] and self.walk.find(unit) in self.read for unit in units]
         )
-        activations = _activation_runs(layer)
-        z_site, g_site = _sites_of(self.sites, layer, activations, bool(known.any()))
-        norms = [(name, _own(layer, ids, known)) for name, ids in self.norms[layer.start]]
+        measured = _Measured([self._measured(call) for call in calls])
+        norms = [(norm.name, _own(layer, norm.ids, known)) for norm in self.norms[layer.start]]
         readers = [(reader, _own(layer, reader.ids, known)) for reader in self.readers[layer.start]]
         return UnitLayer(
             name=layer.name, kind=layer.kind, weight=layer.weight, bias=layer.bias,
-            unit_dim=layer.unit_dim, n_units=layer.n_units, norm=layer.norm,
-            activations=activations,
+            unit_dim=layer.unit_dim, n_units=layer.n_units, norm=measured.norm,
+            activations=_runs(measured.functions),
             hidden=torch.tensor([not reason for reason in reasons]),
             reasons=dict(Counter(reason for reason in reasons if reason)),
             norms=tuple(Norm(name, own) for name, own in norms if own is not None),
@@ -83,9 +108,57 @@ class _Finish:
                 for reader, own in readers
                 if own is not None
             ),
-            z_site=z_site, g_site=g_site, transformed=layer.transformed,
-            head=layer.name not in self.inner,
+            z_sites=measured.z_sites, g_sites=measured.g_sites, transformed=layer.transformed,
+            head=layer.name not in self.inner, unknown=measured.unknown, tied=layer.tied,
         )  # fmt: skip
+
+    def _measured(self, layer: Layer) -> list["_Group"]:
+        """Return how the units of one call of a layer are measured."""
+        sites = self.sites[layer.node.graph]
+        whole = torch.arange(layer.start, layer.stop, dtype=torch.int32)
+        return [self._group(sites, meeting, whole) for meeting in self.points.meetings(layer)]
+
+    def _group(self, sites: Sites, meeting: Meeting, whole: Tensor) -> "_Group":
+        """Return where hooks see units that have the same activation function."""
+        norms = {point.norm for point, _ in meeting.points}
+        norm = norms.pop() if len(norms) == 1 else None
+        if meeting.function == "unknown":
+            return _Group(meeting.units, "unknown", meeting.reason, norm, [], [])
+        z_sites = [self._z_site(sites, point, ids, whole) for point, ids in meeting.points]
+        found = [site for site in z_sites if site is not None]
+        if len(found) < len(z_sites):
+            what = "its value"
+            if meeting.function != "identity":
+                what = f"what goes into its activation function ({meeting.function})"
+            return _Group(meeting.units, "unknown", f"no hook can see {what}", norm, [], [])
+        gradients = [self._g_site(sites, point, ids) for point, ids in meeting.points]
+        g_sites = [site for site in gradients if site is not None]
+        if meeting.function == "identity":
+            g_sites = found
+        return _Group(meeting.units, meeting.function, "", norm, found, g_sites)
+
+    def _z_site(self, sites: Sites, point: Point, ids: Tensor, whole: Tensor) -> Site | None:
+        """Return where the pre-activation is seen, or as good, the activation.
+
+        Rather where all units of the layer are seen than where these are alone: one read for all.
+        """
+        before = list(upstream(self.walk, point.z, ids))
+        everywhere = [n for n in before if torch.isin(whole, self.walk.present(n)).all()]
+        site = _only(sites.first(everywhere, whole), ids == whole) or sites.first(before, ids)
+        if site is None and point.h is not None and point.function in _SEEN_FROM_BEHIND:
+            site = sites.first(downstream(self.walk, point.h, ids, sole=False), ids)
+            # max_pool(f(z)) is f(max_pool(z)): these never fall.
+            pooled = upstream(self.walk, point.z, ids, also="max_pool")
+            site = site or sites.first(pooled, ids)
+        if site is None and point.h is None:
+            site = sites.first(downstream(self.walk, point.z, ids, sole=False), ids)
+        return site
+
+    def _g_site(self, sites: Sites, point: Point, ids: Tensor) -> Site | None:
+        """Return where the whole gradient to the activation is seen."""
+        if point.h is None:
+            return None
+        return sites.first(downstream(self.walk, point.h, ids, sole=True), ids)
 
     def _reason(self, unit: int) -> str:
         """Return why a unit cannot be re-initialised under its own name; "" when it can."""
@@ -111,16 +184,106 @@ class _Finish:
         return tuple(Coupling(name, row_of_unit) for (name, _), row_of_unit in rows.items())
 
 
-def _inner(layers: Sequence[Layer]) -> set[str]:
-    """Return the names of the layers that another weight layer depends on."""
-    nodes = {layer.own_node for layer in layers}
-    if not nodes:
-        return set()
+class _Group:
+    """How units with the same activation function are measured.
+
+    Args:
+        units: bool [units of the layer].
+        function: Name of the activation function.
+        reason: Why it is unknown.
+        norm: The BatchNorm before it.
+        z_sites: Where the pre-activation is seen.
+        g_sites: Where the gradient is seen.
+    """
+
+    def __init__(
+        self, units: Tensor, function: str, reason: str, norm: str | None,
+        z_sites: list[Site], g_sites: list[Site],
+    ) -> None:  # fmt: skip
+        self.units, self.function, self.reason, self.norm = units, function, reason, norm
+        self.z_sites, self.g_sites = z_sites, g_sites
+
+
+class _Measured:
+    """How the units of a layer are measured over all of its calls.
+
+    Args:
+        calls: The groups of each call.
+
+    Attributes:
+        functions: The activation function of each unit.
+        unknown: Why functions are unknown, with the numbers of units.
+        norm: The BatchNorm before the activation function, if it is one for all units.
+        z_sites, g_sites: Where pre-activations and gradients are seen.
+    """
+
+    def __init__(self, calls: Sequence[Sequence[_Group]]) -> None:
+        self.functions = _of_units(calls[0], "function")
+        why = _of_units(calls[0], "reason")
+        for groups in calls[1:]:
+            for unit, function in enumerate(_of_units(groups, "function")):
+                if function != self.functions[unit]:
+                    self.functions[unit] = "unknown"
+                    why[unit] = "its calls have different activation functions"
+        groups = [group for groups in calls for group in groups]
+        self.unknown = dict(Counter(reason for reason in why if reason))
+        norms = {group.norm for group in groups}
+        self.norm = norms.pop() if len(norms) == 1 else None
+        lost = torch.tensor([function == "unknown" for function in self.functions])
+        self.z_sites = _joined((site for group in groups for site in group.z_sites), lost)
+        self.g_sites = _joined((site for group in groups for site in group.g_sites), lost)
+
+
+def _only(site: Site | None, units: Tensor) -> Site | None:
+    """Return a site of a whole layer for some of its units alone, bool [units]."""
+    if site is None or not bool(units.any()):
+        return None
+    known = (site.unit_of_channel >= 0) & units[site.unit_of_channel]
+    return replace(site, unit_of_channel=torch.where(known, site.unit_of_channel, -1))
+
+
+def _of_units(groups: Sequence[_Group], key: str) -> list[str]:
+    """Return an attribute of the group of each unit."""
+    values = [""] * len(groups[0].units)
+    for group in groups:
+        for unit in group.units.nonzero().flatten().tolist():
+            values[unit] = getattr(group, key)
+    return values
+
+
+def _joined(sites: Iterable[Site], lost: Tensor) -> tuple[Site, ...]:
+    """Return every place once, with all units that are seen there, without those that are lost."""
+    joined: dict[tuple[Any, ...], Tensor] = {}
+    for site in sites:
+        key = (site.module, site.where, site.unit_axis, len(site.unit_of_channel))
+        here = torch.where((site.unit_of_channel >= 0) & lost[site.unit_of_channel], -1,
+                           site.unit_of_channel)  # fmt: skip
+        joined[key] = torch.maximum(joined[key], here) if key in joined else here
+    return tuple(
+        Site(module, where, axis, units)
+        for (module, where, axis, _), units in joined.items()
+        if bool((units >= 0).any())
+    )
+
+
+def _runs(functions: Sequence[str]) -> tuple[tuple[int, int, str], ...]:
+    """Return the runs (start, stop, name) of units with one activation function each."""
+    starts = [at for at in range(len(functions)) if at == 0 or functions[at] != functions[at - 1]]
+    return tuple(
+        (start, stop, functions[start])
+        for start, stop in zip(starts, [*starts[1:], len(functions)], strict=True)
+    )
+
+
+def _inner(calls: Sequence[Layer]) -> set[str]:
+    """Return the names of the layers that another weight layer depends on, in any mode."""
+    nodes = {layer.node for layer in calls}
     leading: set[Node] = set()
-    for node in reversed(next(iter(nodes)).graph.nodes):
-        if any(user in nodes or user in leading for user in node.users):
-            leading.add(node)
-    return {layer.name for layer in layers if layer.own_node in leading}
+    for graph in dict.fromkeys(node.graph for node in nodes):
+        for node in reversed(graph.nodes):
+            if any(user in nodes or user in leading for user in node.users):
+                leading.add(node)
+    return {layer.name for layer in calls if layer.node in leading}
 
 
 def _own(layer: Layer, ids: Tensor, known: Tensor) -> Tensor | None:
@@ -129,41 +292,3 @@ def _own(layer: Layer, ids: Tensor, known: Tensor) -> Tensor | None:
     local = torch.where(inside, ids - layer.start, 0).long()
     mapped = torch.where(inside & known[local], local, -1)
     return mapped if bool((mapped >= 0).any()) else None
-
-
-def _activation_runs(layer: Layer) -> tuple[tuple[int, int, str], ...]:
-    source = layer.branch_of or layer
-    names = [source.activations.get(row, "identity") for row in range(layer.n_units)]
-    starts = [row for row in range(len(names)) if row == 0 or names[row] != names[row - 1]]
-    return tuple(
-        (start, stop, names[start])
-        for start, stop in zip(starts, [*starts[1:], len(names)], strict=True)
-    )
-
-
-def _sites_of(
-    sites: Sites, layer: Layer, activations: tuple[tuple[int, int, str], ...], hidden: bool
-) -> tuple[Site | None, Site | None]:
-    """Return where the pre-activation and where the gradient to the activation are seen."""
-    source = layer.branch_of or layer
-    kinds = {name for _, _, name in activations}
-    z_found = sites.find(layer.z_node, [source]) if "unknown" not in kinds else {}
-    z_site = z_found.get(source.name)
-    if z_site is None and not hidden:
-        z_site = (
-            sites.find(layer.own_node, [layer]).get(layer.name) if kinds == {"identity"} else None
-        )
-    if kinds == {"identity"}:
-        return z_site, z_site
-    g_found = sites.find(source.h_node, [source]) if source.h_node is not None else {}
-    return z_site, g_found.get(source.name) or _linear_part(z_site, activations)
-
-
-def _linear_part(site: Site | None, activations: tuple[tuple[int, int, str], ...]) -> Site | None:
-    """Return the site for the units without an activation function alone (packed gated MLPs)."""
-    linear = [(start, stop) for start, stop, name in activations if name == "identity"]
-    if site is None or not linear:
-        return None
-    units = site.unit_of_channel
-    keep = torch.stack([(units >= start) & (units < stop) for start, stop in linear]).any(0)
-    return Site(site.module, site.where, site.unit_axis, torch.where(keep, units, -1))

@@ -11,7 +11,7 @@ mixes them, or that leave through a sum or the output, are marked with the reaso
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -57,14 +57,10 @@ class Layer:
     start: int
     n_units: int
     source: Node
-    z_node: Node
-    own_node: Node
-    norm: str | None = None
-    activations: dict[int, str] = field(default_factory=dict)
-    h_node: Node | None = None
-    pending: Node | None = None
-    branch_of: "Layer | None" = None
+    node: Node
+    mode: str
     transformed: bool = False
+    tied: tuple[str, ...] = ()
 
     @property
     def stop(self) -> int:
@@ -81,6 +77,16 @@ class Reader:
     column_dim: int
     groups: int
     ids: Tensor
+    mode: str
+
+
+@dataclass(frozen=True, eq=False)
+class NormCall:
+    """A BatchNorm that is called on channels with these units."""
+
+    name: str
+    ids: Tensor
+    mode: str
 
 
 def collapse(ids: Tensor) -> Tensor:
@@ -148,7 +154,7 @@ class UnitFlow:
     def __init__(self) -> None:
         self.layers: list[Layer] = []
         self.readers: list[Reader] = []
-        self.norms: list[tuple[str, Tensor]] = []
+        self.norms: list[NormCall] = []
         self.follows: list[tuple[int, int]] = []
         self.texts: list[str] = [""]
         self.code = torch.zeros(0, dtype=torch.int32)
@@ -170,6 +176,11 @@ class UnitFlow:
         if reason not in self.texts:
             self.texts.append(reason)
         self.code[hit[:-1] & (self.code == 0)] = self.texts.index(reason)
+
+    def any_open(self, ids: Tensor) -> bool:
+        """Tell whether any unit in `ids` may still be hidden."""
+        units = distinct(ids)
+        return bool(units) and not bool(self.code[units].all())
 
     def find(self, unit: int) -> int:
         """Return the lowest number among the units that are one with `unit`."""

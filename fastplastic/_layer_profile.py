@@ -29,7 +29,8 @@ class LayerProfile:
 
     def __repr__(self) -> str:
         row = self.to_dict()
-        counts = ", ".join(f"{row[key]} {key}" for key in ("hidden", "dead", "frozen", "dormant"))
+        keys = [key for key in ("hidden", "dead", "frozen", "dormant") if row[key] is not None]
+        counts = ", ".join(f"{row[key]} {key}" for key in keys)
         return (
             f"LayerProfile({self.name!r}: {self.kind}, {self.activation}, "
             f"{self.n_units} units, {counts})"
@@ -52,7 +53,7 @@ class LayerProfile:
 
     @property
     def activation(self) -> str:
-        """Name of the activation function."""
+        """Name of the activation function, "unknown" where `wiring.unknown` says why."""
         return self.wiring.activation
 
     @property
@@ -70,6 +71,11 @@ class LayerProfile:
         """Why units are not hidden, with their number; None when all are."""
         reasons = self.wiring.reasons.items()
         return "; ".join(f"{reason} ({number})" for reason, number in reasons) or None
+
+    @property
+    def measured(self) -> Tensor:
+        """Bool: units of whose activations anything finite was seen; others have no figures."""
+        return self.stats["n"] > 0
 
     @property
     def dead(self) -> Tensor:
@@ -104,19 +110,22 @@ class LayerProfile:
         return not self.stats.has_gradients
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the layer's part of the JSON schema."""
+        """Return the layer's part of the JSON schema; what nothing was seen of is None."""
+        seen = bool(self.measured.any())
         return {
             "name": self.name,
             "kind": self.kind,
             "activation": self.activation,
             "units": self.n_units,
             "hidden": int(self.hidden.sum()),
-            "dead": int(self.dead.sum()),
-            "frozen": int(self.frozen.sum()),
-            "dormant": int(self.dormant.sum()),
+            "dead": int(self.dead.sum()) if seen else None,
+            "frozen": int(self.frozen.sum()) if seen else None,
+            "dormant": int(self.dormant.sum()) if seen else None,
             "saturated_fraction": _share(self.stats, "n_flat", "n"),
             "mean_abs_activation": _share(self.stats, "sum_abs_h", "n"),
             "mean_abs_gradient": _share(self.stats, "sum_abs_g", "n_g"),
+            **({"unknown": dict(self.wiring.unknown)} if self.wiring.unknown else {}),
+            **({"tied": list(self.wiring.tied)} if self.wiring.tied else {}),
             **({} if self.ranks is None else {"ranks": asdict(self.ranks)}),
         }
 

@@ -47,6 +47,7 @@ class Observation:
         dropped: Steps without gradients, because they were not finite under a loss scale.
         masked: Whether padding was left out by an attention mask.
         problems: {layer name: why its hook could not read the tensor}.
+        unforeseen: Names of weight layers that ran and are in no trace of the model.
     """
 
     table: Tensor
@@ -56,6 +57,7 @@ class Observation:
     dropped: int
     masked: bool
     problems: Mapping[str, str]
+    unforeseen: frozenset[str]
 
 
 def in_backward() -> bool:
@@ -100,6 +102,7 @@ class Observer:
         self.paused = False
         self.weights = WeightReader(graph, self.starts, model)
         self._readers = Readers(graph, self.starts)
+        self._untraced = [name for name, _ in graph.skipped]
         self._parameters = parameters
         self._every = every
         self._scale = scale
@@ -131,6 +134,7 @@ class Observer:
             self._modes: set[str] = set()
             self._masked = False
             self._problems: dict[str, str] = {}
+            self._unforeseen: set[str] = set()
 
     def attach(self) -> None:
         """Put the hooks on the model; does nothing when they are."""
@@ -148,6 +152,10 @@ class Observer:
             else:
                 pre_hook = partial(self._see_input, readers)
                 self._handles.append(module.register_forward_pre_hook(pre_hook, with_kwargs=True))
+        for name, module in self.model.named_modules():
+            if name in self._untraced:
+                note = partial(self._note_run, name)
+                self._handles.append(module.register_forward_pre_hook(note))
 
     def detach(self) -> None:
         """Take all hooks off the model; what was seen is kept."""
@@ -164,7 +172,7 @@ class Observer:
             self._fold()
             return Observation(
                 self._total.clone(), frozenset(self._modes), self._samples, self._steps,
-                self._dropped, self._masked, dict(self._problems),
+                self._dropped, self._masked, dict(self._problems), frozenset(self._unforeseen),
             )  # fmt: skip
 
     def read_weights(self, table: Tensor, gradients: Mapping[str, Tensor]) -> None:
@@ -246,6 +254,11 @@ class Observer:
         self, readers: Sequence[Reader], _: nn.Module, args: tuple[Any, ...], kwargs: Any
     ) -> None:
         self._see(readers, (*args, *kwargs.values()))
+
+    @untraced
+    def _note_run(self, name: str, *_: Any) -> None:
+        if self._running and not self.paused:
+            self._unforeseen.add(name)
 
     def _see(self, readers: Sequence[Reader], values: Any) -> None:
         # During backward modules run again where activations are recomputed (checkpointing).

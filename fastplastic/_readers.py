@@ -32,7 +32,7 @@ class Reader:
         layers: Names of the layers that are read here.
         activations: The runs of channels whose activations are read.
         gradients: First slot of the gradients, which are read of all channels; None for no.
-        measured: The layers whose activations are read here.
+        measured: The layers whose rows of activations can be seen here, all units of a row.
     """
 
     axis: int
@@ -88,14 +88,15 @@ class Readers:
         self.activations = SlotMap()
         self.gradients = SlotMap()
         for layer in graph.layers:
-            if layer.z_site is not None:
-                self._read_activations(layer, layer.z_site, starts[layer.name])
-            if layer.g_site is not None:
-                self._read_gradients(layer, layer.g_site, starts[layer.name])
+            for site in layer.z_sites:
+                self._read_activations(layer, site, starts[layer.name])
+            for site in layer.g_sites:
+                self._read_gradients(layer, site, starts[layer.name])
 
     def _read_activations(self, layer: UnitLayer, site: Site, start: int) -> None:
         reader = self._reader_at(site, layer.name)
-        reader.measured.append(layer)
+        if site is layer.row_site:
+            reader.measured.append(layer)
         for begin, end, activation in _runs(layer, site.unit_of_channel):
             same = (begin, end, activation)
             known = [r for r in reader.activations if (r.start, r.stop, r.activation) == same]

@@ -1,21 +1,32 @@
 """Rules for elementwise operators: activation functions, sums and products."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ._flow import DATA, Layer, Value, collapse, distinct
-from ._walk import Walk, base_name, op_name, plain, rule, shape_of, unknown, values_in
+from ._flow import DATA, Layer, Value, collapse
+from ._rules_layout import LAYOUT, LAYOUT_AS, reduction
+from ._walk import Walk, base_name, live_first, op_name, plain, rule, shape_of, unknown, values_in
 
+# Parameters, by their positions, with which these are the functions of their names.
+_DEFAULTS = {
+    "elu": {1: 1.0, 2: 1.0, 3: 1.0}, "celu": {1: 1.0}, "softplus": {1: 1.0, 2: 20.0},
+}  # fmt: skip
+# (lowest, highest) value.
+_CLAMPS: dict[Any, str] = {
+    (0, None): "relu", (0, 6): "relu6", (-1, 1): "hardtanh",
+    (None, None): "identity", (-math.inf, math.inf): "identity",
+}  # fmt: skip
 ACTIVATIONS = {
     "relu": "relu", "relu6": "relu6", "selu": "selu", "silu": "silu", "mish": "mish",
     "sigmoid": "sigmoid", "tanh": "tanh", "hardswish": "hardswish", "hardsigmoid": "hardsigmoid",
 }  # fmt: skip
 # Elementwise on one tensor: every element stays with its unit.
 UNARY = (
-    "neg abs sqrt rsqrt exp log log1p expm1 erf sin cos square reciprocal round floor ceil clamp "
+    "abs sqrt rsqrt exp log log1p expm1 erf sin cos square reciprocal round floor ceil clamp "
     "clamp_min clamp_max sign nan_to_num prelu rrelu threshold softshrink hardshrink softsign "
     "log_sigmoid pow celu hardtanh elu leaky_relu gelu softplus"
 ).split()
@@ -25,7 +36,7 @@ IDENTITY = (
 ).split()
 
 
-@rule(*ACTIVATIONS, *UNARY)
+@rule(*ACTIVATIONS, *UNARY, reads=None)
 def unary(walk: Walk, node: Node, args: list[Any]) -> Any:
     value, name = args[0], base_name(op_name(node))
     # A power may have a number below a tensor.
@@ -33,78 +44,138 @@ def unary(walk: Walk, node: Node, args: list[Any]) -> Any:
         return unknown(walk, node, args)
     if value.ids is None:
         return plain(node, value.const)
-    return activate(walk, node, value, activation_name(name, node, args))
+    function = activation_name(name, node, args)
+    return (
+        identity(walk, node, args)
+        if function == "identity"
+        else activate(walk, node, value, function)
+    )
 
 
 def activate(walk: Walk, node: Node, value: Value, name: str) -> Value:
-    """Note the activation function of units that meet their first one."""
-    if value.pristine and value.ids is not None:
-        for unit in distinct(value.ids):
-            layer = walk.layer_at(unit)
-            layer.activations.setdefault(unit - layer.start, name)
-        for layer in walk.layers_in(value):
-            layer.h_node = node
-            layer.z_node = layer.pending or layer.z_node
+    """Note the activation function that units meet."""
+    walk.functions[node] = name
     return Value(value.shape, value.ids)
 
 
 def activation_name(name: str, node: Node, args: list[Any]) -> str:
     """Return the name in `kernels.ACTIVATIONS`, with ":slope" for leaky ReLUs, or "unknown"."""
-    options: dict[Any, Any] = {**dict(enumerate(args)), **node.kwargs}
+    options = _by_position(node, args)
     if name == "gelu":
-        return "gelu_tanh" if options.get("approximate", "none") == "tanh" else "gelu"
-    if name in ("hardtanh", "clamp"):
-        low, high = options.get(1, -1.0), options.get(2, 1.0)
-        return {(0, 6): "relu6", (-1, 1): "hardtanh"}.get((low, high), "unknown")
+        return "gelu_tanh" if options.get(1, "none") == "tanh" else "gelu"
+    if name in ("hardtanh", "clamp", "clamp_min"):
+        default = (-1.0, 1.0) if name == "hardtanh" else (None, None)
+        ends = options.get(1, default[0]), options.get(2, default[1])
+        return _CLAMPS.get(ends, "unknown")
     if name == "leaky_relu":
         slope = float(options.get(1, 0.01))
         return "leaky_relu" if slope == 0.01 else f"leaky_relu:{slope:g}"
-    if name in ("elu", "celu"):
-        return (
-            name
-            if all(float(v) == 1.0 for k, v in options.items() if k in (1, 2, 3))
-            else "unknown"
-        )
-    if name == "softplus":
-        return (
-            name
-            if float(options.get(1, 1.0)) == 1.0 and float(options.get(2, 20.0)) == 20.0
-            else "unknown"
-        )
-    if name == "clamp_min" and options.get(1) == 0:
-        return "relu"
+    if name in _DEFAULTS:
+        usual = all(float(options.get(at, v)) == v for at, v in _DEFAULTS[name].items())
+        return name if usual else "unknown"
+    if name == "threshold":
+        return "relu" if (options.get(1), options.get(2)) == (0, 0) else "unknown"
     return ACTIVATIONS.get(name, "unknown")
 
 
-@rule(*IDENTITY)
+def _by_position(node: Node, args: list[Any]) -> dict[int, Any]:
+    """Return the arguments of an operator, those with a keyword too, by their positions."""
+    schema = getattr(node.target, "_schema", None)
+    names = [argument.name for argument in schema.arguments] if schema is not None else []
+    keywords = {names.index(key): value for key, value in node.kwargs.items() if key in names}
+    return dict(enumerate(args)) | keywords
+
+
+@rule("neg")
+def negate(walk: Walk, node: Node, args: list[Any]) -> Any:
+    return Value(shape_of(node), args[0].ids, args[0].const, args[0].pristine)
+
+
+@rule(*IDENTITY, reads=None)
 def identity(walk: Walk, node: Node, args: list[Any]) -> Any:
     return Value(shape_of(node), args[0].ids, args[0].const, args[0].pristine)
 
 
-@rule("masked_fill", "where")
+@rule("masked_fill", "where", reads=None)
 def select_positions(walk: Walk, node: Node, args: list[Any]) -> Any:
     """Choose between two values by a mask: like a sum, a unit survives a constant only."""
     mask, sides = (args[1], [args[0], args[2]]) if op_name(node) != "where" else (args[0], args[1:])
+    if mask.ids is not None:
+        # The value of a unit decides: this may be an activation function.
+        walk.opaque[node] = op_name(node)
     walk.leak(mask.ids, "selects positions in a mask")
     return combine(walk, node, sides)
 
 
-@rule("add", "sub", "rsub", "subtract", "maximum", "minimum", "__add__")
-def combine(walk: Walk, node: Node, args: list[Any]) -> Any:
-    """Sum two values: a unit survives a constant and itself, nothing else."""
+@rule("max", "min", reads=(0, 1))
+def compare_or_reduce(walk: Walk, node: Node, args: list[Any]) -> Any:
+    two = len(args) > 1 and isinstance(args[1], Value)
+    return compare(walk, node, args) if two else reduction(walk, node, args)
+
+
+@rule("maximum", "minimum", reads=(0, 1))
+def compare(walk: Walk, node: Node, args: list[Any]) -> Any:
+    """Take the larger or smaller of two values: with 0, the larger is a ReLU."""
     first, second = (_broadcast(arg, shape_of(node)) for arg in args[:2])
     if first.ids is None and second.ids is None:
         return plain(node, first.const and second.const)
     if first.const or second.const:
+        zero = _is_zero(walk, node.args[0] if first.const else node.args[1])
+        name = "relu" if zero and op_name(node) in ("max", "maximum") else "unknown"
+        return activate(walk, node, second if first.const else first, name)
+    walk.opaque[node] = op_name(node)
+    for value in (first, second):
+        walk.leak(value.ids, "compared with other values")
+    return plain(node)
+
+
+def _is_zero(walk: Walk, arg: Any) -> bool:
+    """Tell whether an argument is 0, or a tensor that the forward pass fills with 0."""
+    while isinstance(arg, Node):
+        if arg in walk.program.constants:
+            return not walk.program.constants[arg].any()
+        name = base_name(op_name(arg))
+        if name in ("zeros", "zeros_like", "new_zeros"):
+            return True
+        filled = {"full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0}
+        if name not in filled and name not in (*IDENTITY, "expand", "view", "reshape"):
+            return False
+        arg = arg.args[filled.get(name, 0)]
+    return bool(arg == 0)
+
+
+@rule("add", "sub", "rsub", "subtract", "__add__", reads=(0, 1))
+def combine(walk: Walk, node: Node, args: list[Any]) -> Any:
+    """Sum two values: a unit survives a constant and itself, nothing else."""
+    shape = shape_of(node)
+    args = [*live_first(walk, args[:2])] if len(values_in(args[:2])) == 2 else args
+    first, second = (_broadcast(arg, shape) for arg in args[:2])
+    if first.ids is None and second.ids is None:
+        return plain(node, first.const and second.const)
+    if first.const or second.const:
+        # A constant behind the activation function goes with the column that reads it.
         value = second if first.const else first
-        if not value.pristine:
-            walk.leak(value.ids, "a constant is added behind its activation function")
-        return _adjusted(walk, node, value)
+        return Value(shape, value.ids, pristine=value.pristine)
     branches = _parallel(walk, first, second)
     if branches:
         return _sum_branches(walk, node, first, second, branches)
+    walk.sums.add(node)
+    for value, other in ((first, args[1]), (second, args[0])):
+        if value.ids is not None and _shared_by_all(value, other):
+            walk.leak(value.ids, "shifted by a value that depends on other units")
+            return Value(shape, value.ids)
     same = first.filled() == second.filled()
     return _merge(walk, node, first, second, same, "summed into a residual stream")
+
+
+def _shared_by_all(value: Value, other: Any) -> bool:
+    """Tell whether a summand without units is the same for all units at a position, as a mean."""
+    assert value.ids is not None
+    if not isinstance(other, Value) or other.ids is not None:
+        return False
+    varying = _varying(value.ids)
+    sizes = (1,) * (value.ids.dim() - len(other.shape)) + other.shape
+    return bool(varying) and all(sizes[dim] == 1 for dim in varying)
 
 
 def _merge(walk: Walk, node: Node, first: Value, second: Value, keep: Tensor, reason: str) -> Value:
@@ -114,13 +185,6 @@ def _merge(walk: Walk, node: Node, first: Value, second: Value, keep: Tensor, re
     left, right = first.filled(), second.filled()
     data = torch.tensor(DATA, dtype=torch.int32)
     return Value(shape_of(node), collapse(torch.where(keep, left.expand_as(right), data)))
-
-
-def _adjusted(walk: Walk, node: Node, value: Value) -> Value:
-    """Carry units through an operation with a constant; it belongs to the pre-activation."""
-    for layer in walk.layers_in(value):
-        layer.pending = node
-    return Value(shape_of(node), value.ids, pristine=value.pristine)
 
 
 def _broadcast(arg: Any, shape: tuple[int, ...]) -> Value:
@@ -148,18 +212,16 @@ def _sum_branches(
     a, b = pairs[0]
     for row in range(a.n_units):
         walk.couple(a.start + row, b.start + row)
-    group = {walk.find(a.start)}
-    for layer in walk.layers:
-        if walk.find(layer.start) in group:
-            layer.z_node = node
-            layer.branch_of = layer.branch_of or a
+    walk.merges.add(node)
+    walk.renamed[node] = {b.start + row: a.start + row for row in range(a.n_units)}
     return Value(first.shape, first.ids, pristine=True)
 
 
-@rule("mul", "multiply", "div", "true_divide", "__mul__")
+@rule("mul", "multiply", "div", "true_divide", "__mul__", reads=(0, 1))
 def scale(walk: Walk, node: Node, args: list[Any]) -> Any:
     """Multiply two values: a broadcast factor is a gate, factors of one shape are coupled."""
     shape = shape_of(node)
+    args = [*live_first(walk, args[:2])] if len(values_in(args[:2])) == 2 else args
     first, second = (_broadcast(arg, shape) for arg in args[:2])
     if first.ids is None and second.ids is None:
         return plain(node, first.const and second.const)
@@ -167,12 +229,10 @@ def scale(walk: Walk, node: Node, args: list[Any]) -> Any:
     if first.const and divides:
         return activate(walk, node, second, "unknown")
     if first.const or second.const:
-        return _adjusted(walk, node, second if first.const else first)
+        value = second if first.const else first
+        return Value(shape, value.ids, pristine=value.pristine)
     if first.ids is not None and second.ids is not None and torch.equal(first.ids, second.ids):
-        for unit in distinct(first.ids):
-            layer = walk.layer_at(unit)
-            layer.activations.setdefault(unit - layer.start, "unknown")
-        return Value(shape, first.ids)
+        return _times_itself(walk, node, first)
     wide = [True, False] if divides else [x.shape == shape for x in values_in(args[:2])]
     if all(wide) and first.ids is not None and second.ids is not None:
         return _gate_pairs(walk, node, first, second)
@@ -183,6 +243,23 @@ def scale(walk: Walk, node: Node, args: list[Any]) -> Any:
         if value is not kept:
             walk.leak(value.ids, "gates other units by multiplication")
     return plain(node) if kept is None else Value(shape, kept.ids)
+
+
+def _times_itself(walk: Walk, node: Node, value: Value) -> Value:
+    """Multiply units by a function of themselves: their mean or norm is a gate."""
+    if [_is_summary(walk, arg) for arg in node.args[:2]].count(True) != 1:
+        walk.functions[node] = "unknown"
+    return Value(shape_of(node), value.ids)
+
+
+def _is_summary(walk: Walk, arg: Any) -> bool:
+    """Tell whether an argument is made of a mean, a norm or the like over positions."""
+    while isinstance(arg, Node) and arg not in walk.reductions:
+        name = base_name(op_name(arg))
+        if name not in (*LAYOUT, *LAYOUT_AS, *IDENTITY, *UNARY, *ACTIVATIONS, "add", "neg"):
+            return False
+        arg = arg.args[0] if arg.args else None
+    return isinstance(arg, Node)
 
 
 def _gate_pairs(walk: Walk, node: Node, first: Value, second: Value) -> Value:
@@ -198,6 +275,7 @@ def _gate_pairs(walk: Walk, node: Node, first: Value, second: Value) -> Value:
         return Value(shape_of(node))
     for a, b in pairs:
         walk.couple(a, b)
+    walk.renamed[node] = {b: a for a, b in pairs}
     return Value(shape_of(node), first.ids)
 
 

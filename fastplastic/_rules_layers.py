@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ._flow import Layer, Reader, Value, along, collapse, on_axis, reduce_dims
+from ._flow import Layer, NormCall, Reader, Value, along, collapse, on_axis, reduce_dims
 from ._rules_layout import spatial
-from ._walk import Walk, op_name, plain, rule, shape_of, unknown, values_in
+from ._walk import Walk, live_first, op_name, plain, rule, shape_of, unknown, values_in
 
 MIXING_NORMS = {
     "layer_norm": "LayerNorm", "native_layer_norm": "LayerNorm", "group_norm": "GroupNorm",
@@ -18,8 +18,13 @@ MIXING_NORMS = {
 
 @rule(*MIXING_NORMS)
 def mixing_norm(walk: Walk, node: Node, args: list[Any]) -> Any:
-    walk.leak(args[0].ids, f"mixed by {MIXING_NORMS[op_name(node)]}")
-    return plain(node)
+    """Give the units up, but follow them to their activation function."""
+    value = args[0]
+    walk.leak(value.ids, f"mixed by {MIXING_NORMS[op_name(node)]}")
+    walk.norms_at[node] = None
+    out = plain(node, value.const)
+    made = Value(value.shape, value.ids, value.const)
+    return [made, *out[1:]] if isinstance(out, list) else made
 
 
 @rule("batch_norm", "instance_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
@@ -29,15 +34,14 @@ def batch_norm(walk: Walk, node: Node, args: list[Any]) -> Any:
         return plain(node, value.const)
     units = along(value.ids, 1)
     tensors = [arg for arg in node.args[1:5] if isinstance(arg, Node)]
-    names = [walk.parameter(arg)[0] or walk.buffers.get(arg) for arg in tensors]
+    names = [walk.parameter(arg)[0] or walk.program.buffers.get(arg) for arg in tensors]
     owner = next((name.rpartition(".")[0] for name in names if name), None)
     if units is None:
         walk.leak(value.ids, "its positions carry different units at a norm")
         return plain(node)
     if owner is not None:
-        walk.norms.append((owner, units))
-    for layer in walk.layers_in(value):
-        layer.z_node, layer.own_node, layer.pending, layer.norm = node, node, None, owner
+        walk.norms.append(NormCall(owner, units, walk.program.mode))
+    walk.norms_at[node] = owner
     return Value(value.shape, value.ids, pristine=value.pristine)
 
 
@@ -58,7 +62,7 @@ def linear(walk: Walk, node: Node, args: list[Any]) -> Any:
     return weight_layer(walk, node, args, Weight(node.args[1], name, int(turned), "linear"))
 
 
-@rule("mm", "matmul")
+@rule("mm", "matmul", reads=(0, 1))
 def matmul(walk: Walk, node: Node, args: list[Any]) -> Any:
     name, turned = walk.parameter(node.args[1])
     if name is None or len(args[1].shape) != 2:
@@ -66,7 +70,7 @@ def matmul(walk: Walk, node: Node, args: list[Any]) -> Any:
     return weight_layer(walk, node, args, _in_out(node.args[1], name, turned))
 
 
-@rule("addmm")
+@rule("addmm", reads=(1,))
 def addmm(walk: Walk, node: Node, args: list[Any]) -> Any:
     name, turned = walk.parameter(node.args[2])
     weight = _in_out(node.args[2], name, turned)
@@ -113,16 +117,17 @@ def weight_layer(
         return spatial(walk, node, args) if fixed else unknown(walk, node, args)
     if bias is None and len(node.args) > 2 and weight.node is node.args[1]:
         bias = node.args[2]
-    layer = _new_layer(walk, node, weight, walk.parameter(bias)[0], shape[axis])
+    layer = _call(walk, _new_layer(walk, node, weight, walk.parameter(bias)[0], shape[axis]))
     _read(walk, layer, args[0], axis, weight.groups)
-    walk.layers.append(layer)
     ids = torch.arange(layer.start, layer.stop, dtype=torch.int32)
-    uses = walk.uses.get(layer.weight, 0)
+    uses = walk.program.uses.get(layer.weight, 0)
     if layer.transformed:
         walk.leak(ids, "its weight is transformed before use")
+    elif uses > 1 and layer.tied:
+        walk.leak(ids, f"its weight is that of {', '.join(layer.tied)}, too")
     elif uses > 1:
         walk.leak(ids, f"its weight is used {uses} times")
-    elif layer.bias is not None and walk.uses.get(layer.bias, 0) > 1:
+    elif layer.bias is not None and walk.program.uses.get(layer.bias, 0) > 1:
         walk.leak(ids, "its bias is used more than once")
     return on_axis(ids, axis, shape, pristine=True)
 
@@ -130,13 +135,37 @@ def weight_layer(
 def _new_layer(walk: Walk, node: Node, weight: Weight, bias: str | None, n_units: int) -> Layer:
     source = node.args[1] if op_name(node) == "addmm" else node.args[0]
     assert isinstance(source, Node)
-    owner = walk.owners.get(node, "")
+    owner = walk.program.owners.get(node, "")
+    name, tied = (owner, ()) if weight.name is None else _names_of(walk, weight.name, owner)
     return Layer(
-        name=owner if weight.name is None else _layer_name(weight.name),
-        kind=weight.kind, weight=weight.name or f"{owner}.weight", bias=bias,
-        unit_dim=weight.unit_dim, start=walk.new_units(n_units), n_units=n_units,
-        source=source, z_node=node, own_node=node, transformed=weight.name is None,
+        name=name, kind=weight.kind, weight=weight.name or f"{owner}.weight", bias=bias,
+        unit_dim=weight.unit_dim, start=-1, n_units=n_units, source=source, node=node,
+        mode=walk.program.mode, transformed=weight.name is None, tied=tied,
     )  # fmt: skip
+
+
+def _call(walk: Walk, layer: Layer) -> Layer:
+    """Note a call of a layer; give it units, or those that another mode gave to the same call."""
+    number = walk.program.calls[layer.name]
+    walk.program.calls[layer.name] += 1
+    walk.calls.append(layer)
+    known = [call for call in walk.layers if call.name == layer.name and call.mode != layer.mode]
+    if number < len(known) and known[number].n_units == layer.n_units:
+        layer.start = known[number].start
+    else:
+        layer.start = walk.new_units(layer.n_units)
+        walk.layers.append(layer)
+    return layer
+
+
+def _names_of(walk: Walk, weight: str, owner: str) -> tuple[str, tuple[str, ...]]:
+    """Return the layer's name and those of other modules with the same weight.
+
+    The module that runs gives the name where it holds the weight: a tied head, say.
+    """
+    names = [_layer_name(name) for name in walk.program.tied.get(weight, (weight,))]
+    name = owner if owner in names else _layer_name(weight)
+    return name, tuple(other for other in names if other != name)
 
 
 def _from_parameters(walk: Walk, weight: Any) -> bool:
@@ -144,7 +173,7 @@ def _from_parameters(walk: Walk, weight: Any) -> bool:
     todo, seen = [weight] if isinstance(weight, Node) else [], set[Node]()
     while todo:
         item = todo.pop()
-        if item in walk.parameters:
+        if item in walk.program.parameters:
             return True
         seen.add(item)
         todo.extend(x for x in item.all_input_nodes if x not in seen)
@@ -165,22 +194,20 @@ def _read(walk: Walk, layer: Layer, source: Value, axis: int, groups: int) -> No
         walk.leak(source.ids, f"read by {layer.name} with different units at different positions")
     elif layer.transformed:
         walk.leak(columns, f"read by {layer.name}, whose weight is transformed before use")
-    elif walk.uses.get(layer.weight, 0) > 1:
+    elif walk.program.uses.get(layer.weight, 0) > 1:
         walk.leak(columns, f"read by {layer.name}, whose weight is used more than once")
     elif layer.kind == "depthwise conv":
         pairs = zip(columns.tolist(), range(layer.start, layer.stop), strict=True)
         walk.follows.extend((unit, own) for unit, own in pairs if unit >= 0)
     else:
-        walk.readers.append(Reader(layer.name, layer.weight, 1 - layer.unit_dim, groups, columns))
+        form = (1 - layer.unit_dim, groups, columns, walk.program.mode)
+        walk.readers.append(Reader(layer.name, layer.weight, *form))
 
 
-@rule("bmm", "baddbmm")
+@rule("bmm", reads=(0, 1))
 def product(walk: Walk, node: Node, args: list[Any]) -> Any:
     """Multiply two activations: the one whose units do not take part in the sum keeps them."""
-    if op_name(node) == "baddbmm":
-        walk.leak(args[0].ids, "summed into a residual stream")
-        args = args[1:]
-    first, second = args[:2]
+    first, second = live_first(walk, args[:2])
     if first.ids is None and second.ids is None:
         return plain(node, first.const and second.const)
     shape = shape_of(node)
@@ -197,9 +224,22 @@ def product(walk: Walk, node: Node, args: list[Any]) -> Any:
     return Value(shape, kept[1].expand(shape))
 
 
-@rule("einsum")
+@rule("baddbmm", reads=(0, 1, 2))
+def biased_product(walk: Walk, node: Node, args: list[Any]) -> Any:
+    """Multiply two activations and add a third value."""
+    value = product(walk, node, args[1:])
+    if args[0].const:
+        return value
+    for summand in (args[0], value):
+        walk.leak(summand.ids, "summed into a residual stream")
+    walk.sums.add(node)
+    return plain(node)
+
+
+@rule("einsum", reads=(1,))
 def einsum(walk: Walk, node: Node, args: list[Any]) -> Any:
-    equation, operands = str(args[0]).replace(" ", ""), values_in(args[1])
+    equation = str(args[0]).replace(" ", "")
+    operands = live_first(walk, values_in(args[1]))
     if all(value.ids is None for value in operands):
         return plain(node, all(value.const for value in operands))
     terms, _, out = equation.partition("->")
@@ -224,7 +264,7 @@ def einsum(walk: Walk, node: Node, args: list[Any]) -> Any:
     return Value(shape_of(node), collapse(small.expand(shape_of(node))))
 
 
-@rule("scaled_dot_product_attention")
+@rule("scaled_dot_product_attention", reads=None)
 def attention(walk: Walk, node: Node, args: list[Any]) -> Any:
     """Attention mixes positions of the value, never its channels; query and key are only scores."""
     walk.leak(args[0].ids, "query of an attention")
@@ -243,7 +283,7 @@ def attention(walk: Walk, node: Node, args: list[Any]) -> Any:
     return Value(shape, cut.expand(shape))
 
 
-@rule("_assert_tensor_metadata", "_assert_scalar", "_assert_async")
+@rule("_assert_tensor_metadata", "_assert_scalar", "_assert_async", reads=None)
 def check(walk: Walk, node: Node, args: list[Any]) -> Any:
     """Pass over run-time checks."""
     return None
@@ -251,7 +291,8 @@ def check(walk: Walk, node: Node, args: list[Any]) -> Any:
 
 @rule(
     "arange", "full", "zeros", "ones", "empty", "zeros_like", "ones_like", "new_zeros", "new_ones",
-    "new_full", "full_like", "scalar_tensor", "eye", "linspace", "sym_size",
+    "new_full", "full_like", "scalar_tensor", "eye", "linspace", "sym_size", "empty_like",
+    "new_empty", "rand", "randn", "rand_like", "randn_like", "randperm", "randint",
 )  # fmt: skip
 def constant(walk: Walk, node: Node, args: list[Any]) -> Any:
     """Make a tensor that depends on no value of its inputs."""

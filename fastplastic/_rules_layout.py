@@ -15,12 +15,16 @@ LAYOUT = (
     "repeat tile select slice narrow split split_with_sizes chunk tensor_split unbind movedim "
     "moveaxis swapaxes swapdims roll flip rot90 pixel_shuffle pixel_unshuffle channel_shuffle "
     "native_channel_shuffle repeat_interleave unfold "
-    "expand_as view_as reshape_as diagonal getitem"
+    "diagonal getitem"
 ).split()
+# The second tensor gives its shape alone.
+LAYOUT_AS = ("expand_as", "view_as", "reshape_as")
 REDUCTIONS = (
     "mean sum amax amin var std logsumexp prod cumsum var_mean std_mean norm "
-    "linalg_vector_norm max min normalize"
+    "linalg_vector_norm normalize"
 ).split()
+# Over units, these choose one of them: what then goes on is no function of each alone.
+COMPARISONS = ("amax", "amin", "max", "min", "prod")
 SPATIAL = {
     f"{kind}{n}d": n
     for n in (1, 2, 3)
@@ -40,14 +44,11 @@ SPATIAL = {
 }
 
 
-@rule(*LAYOUT)
+@rule(*LAYOUT, reads=(0, 1))
 def layout(walk: Walk, node: Node, args: list[Any]) -> Any:
     value, name = args[0], base_name(op_name(node))
     if isinstance(value, list):
         return value[args[1]]
-    if name.endswith("_as"):
-        args = [value, list(args[1].shape)]
-        name = name.removesuffix("_as")
     if value.ids is None:
         return plain(node, value.const)
     if name == "repeat_interleave" and isinstance(args[1], Value):
@@ -57,6 +58,15 @@ def layout(walk: Walk, node: Node, args: list[Any]) -> Any:
     # The integers are expanded, so what is a view of the real tensor may need a copy of them.
     packet = getattr(torch.ops.aten, "reshape" if name in ("view", "_unsafe_view") else name)
     return _revalue(packet(value.ids, *args[1:], **node.kwargs), value.pristine)
+
+
+@rule(*LAYOUT_AS, reads=None)
+def layout_as(walk: Walk, node: Node, args: list[Any]) -> Any:
+    value, shape = args[0], list(args[1].shape)
+    if value.ids is None:
+        return plain(node, value.const)
+    moved = value.ids.expand(shape) if op_name(node) == "expand_as" else value.ids.reshape(shape)
+    return _revalue(moved, value.pristine)
 
 
 def _revalue(moved: Any, pristine: bool) -> Any:
@@ -106,6 +116,7 @@ def reduction(walk: Walk, node: Node, args: list[Any]) -> Any:
     value, name = args[0], base_name(op_name(node))
     if value.ids is None:
         return plain(node, value.const)
+    walk.reductions.add(node)
     dims = node.kwargs.get("dim", args[1] if len(args) > 1 else None)
     if name in ("norm", "linalg_vector_norm"):
         dims = args[2] if len(args) > 2 else None
@@ -113,6 +124,8 @@ def reduction(walk: Walk, node: Node, args: list[Any]) -> Any:
     cut = reduce_dims(value.ids, dims) if isinstance(dims, (list, tuple)) and dims else None
     if cut is None:
         walk.leak(value.ids, f"mixed by {name} over units")
+        if name in COMPARISONS:
+            walk.opaque[node] = name
         return plain(node)
     out = node.meta["val"]
     if isinstance(out, (list, tuple)):
@@ -141,6 +154,8 @@ def spatial(walk: Walk, node: Node, args: list[Any]) -> Any:
     if units is None or first.dim() != value.ids.dim():
         walk.leak(value.ids, f"passes through {op_name(node)}, which may mix units")
         return plain(node)
+    if all(size == 1 for size in first.shape[axis + 1 :]):
+        walk.reductions.add(node)
     made = on_axis(units, axis, tuple(first.shape))
     return [made] * len(out) if isinstance(out, (list, tuple)) else made
 

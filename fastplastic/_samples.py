@@ -96,10 +96,10 @@ class _LayerSample:
     """The sample of one layer: `rows`, float32 [rows, units] on the CPU."""
 
     def __init__(self, layer: UnitLayer) -> None:
-        assert layer.z_site is not None
+        assert layer.row_site is not None
         self._channels, self._functions = columns_of(layer)
         # Whether a row of the tensor is a row of the matrix, as it mostly is.
-        self._plain = torch.equal(layer.z_site.unit_of_channel, torch.arange(layer.n_units))
+        self._plain = torch.equal(layer.row_site.unit_of_channel, torch.arange(layer.n_units))
         self._reservoir = Reservoir(layer.name, ROWS)
         self.rows = torch.empty(0, self._channels.shape[1], dtype=torch.float32, device="cpu")
 
@@ -135,8 +135,8 @@ def columns_of(layer: UnitLayer) -> tuple[Tensor, tuple[tuple[int, int, str], ..
         channels each, every turn of them is a position of its own. And the runs (start, stop,
         function) of columns.
     """
-    assert layer.z_site is not None
-    unit_of_channel = layer.z_site.unit_of_channel
+    assert layer.row_site is not None
+    unit_of_channel = layer.row_site.unit_of_channel
     channels = unit_of_channel.argsort(stable=True)
     channels = channels[unit_of_channel[channels] >= 0]
     counts = unit_of_channel[channels].bincount(minlength=layer.n_units)

@@ -1,12 +1,15 @@
 """Where a module hook sees the tensor of a traced node."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 
-from ._flow import Layer, Value, along
+from ._flow import Value, along
+from ._walk import Walk
 from .wiring import Site
 
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
@@ -21,8 +24,8 @@ def module_calls(node: Node) -> dict[str, str]:
 class Sites:
     """Finds hooks for the nodes of one traced graph."""
 
-    def __init__(self, graph: Graph, values: dict[Node, object]) -> None:
-        self._values = values
+    def __init__(self, graph: Graph, walk: Walk) -> None:
+        self._walk = walk
         self._calls_of: dict[str, set[str]] = defaultdict(set)
         self._exits: dict[str, set[Node]] = defaultdict(set)
         self._entries: dict[str, set[Node]] = defaultdict(set)
@@ -30,58 +33,62 @@ class Sites:
             calls = module_calls(node)
             for call, name in calls.items():
                 self._calls_of[name].add(call)
-            for source in node.all_input_nodes:
+            for source in walk.sources.get(node, node.all_input_nodes):
                 before = module_calls(source)
                 for call in before.keys() - calls.keys():
                     self._exits[call].add(source)
                 for call in calls.keys() - before.keys():
-                    if isinstance(self._values.get(source), Value) and source.op != "placeholder":
+                    if isinstance(walk.made.get(source), Value) and source.op != "placeholder":
                         self._entries[call].add(source)
 
-    def find(self, node: Node, layers: list[Layer]) -> dict[str, Site]:
-        """Return a site for each of `layers` (by name) whose units are all in the node's tensor."""
+    def find(self, node: Node, units: Tensor) -> Site | None:
+        """Return where a hook sees the node's tensor, or None.
+
+        Args:
+            node: A traced node.
+            units: int32 [units of a layer], the number under which each stands in the tensor, -1
+                for those that are not wanted.
+        """
         place = self._output_of(node) or self._input_of(node)
         while place is None and (view := _only_view(node)) is not None:
             # Hugging Face's Conv1D gives its output the shape of its input.
             node = view
             place = self._output_of(node) or self._input_of(node)
-        value = self._values.get(node)
+        value = self._walk.made.get(node)
         if place is None or not isinstance(value, Value) or value.ids is None:
-            return {}
-        found = _axis(value, layers)
+            return None
+        found = _axis(value.ids, units[units >= 0])
         if found is None:
-            return {}
-        axis, units = found
-        module, where = place
-        return {
-            layer.name: Site(module, where, axis, _local(units, layer.start, layer.stop))
-            for layer in layers
-        }
+            return None
+        axis, numbers = found
+        return Site(*place, axis, _unit_of_channel(numbers, units))
+
+    def first(self, nodes: Iterable[Node], units: Tensor) -> Site | None:
+        """Return the site of the first of some nodes that has one."""
+        return next((site for node in nodes if (site := self.find(node, units))), None)
 
     def _output_of(self, node: Node) -> tuple[str, Literal["input", "output"]] | None:
         """Return the innermost module whose only output is the node."""
         for call, name in reversed(module_calls(node).items()):
-            if name and self._exits[call] == {node} and self._once(call, name, node):
+            if name and self._exits[call] == {node} and self._once(name, node):
                 return name, "output"
         return None
 
     def _input_of(self, node: Node) -> tuple[str, Literal["input", "output"]] | None:
         """Return a module that is called once with the node as its only input."""
         own = module_calls(node)
-        for user in node.users:
+        # Not the users in the graph: some may see the tensor after it was written in place.
+        for user in self._walk.reads[node]:
             calls = [(call, name) for call, name in module_calls(user).items() if call not in own]
+            plain = bool(user.args) and isinstance(user.args[0], Node)
+            first = plain and self._walk.sources[user][:1] == [node]
             for call, name in reversed(calls):
-                first = bool(user.args) and user.args[0] is node
-                if (
-                    name
-                    and first
-                    and self._entries[call] == {node}
-                    and len(self._calls_of[name]) == 1
-                ):
+                once = len(self._calls_of[name]) == 1
+                if name and first and once and self._entries[call] == {node}:
                     return name, "input"
         return None
 
-    def _once(self, call: str, name: str, node: Node) -> bool:
+    def _once(self, name: str, node: Node) -> bool:
         """Tell whether every call of the module is this one, or runs the same weight layer."""
         target = node.args[1] if len(node.args) > 1 else None
         owned = isinstance(target, Node) and target.op == "placeholder" and len(target.users) > 1
@@ -94,21 +101,21 @@ def _only_view(node: Node) -> Node | None:
     return users[0] if len(users) == 1 and users[0].target in _VIEWS else None
 
 
-def _axis(value: Value, layers: list[Layer]) -> tuple[int, torch.Tensor] | None:
-    """Return the dimension that runs over the units, and the unit at each index."""
-    assert value.ids is not None
+def _axis(ids: Tensor, wanted: Tensor) -> tuple[int, Tensor] | None:
+    """Return the dimension that runs over the wanted units, and the unit at each index."""
     best = None
-    for axis in range(value.ids.dim()):
-        units = along(value.ids, axis)
-        if units is None:
+    for axis in range(ids.dim()):
+        units = along(ids, axis)
+        if units is None or not bool(torch.isin(wanted, units).all()):
             continue
-        inside = [int(((units >= x.start) & (units < x.stop)).sum()) for x in layers]
-        complete = all(count >= x.n_units for count, x in zip(inside, layers, strict=True))
-        if complete and (best is None or len(units) >= len(best[1])):
+        if best is None or len(units) >= len(best[1]):
             best = axis, units
     return best
 
 
-def _local(units: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    own = (units >= start) & (units < stop)
-    return torch.where(own, units - start, -1).long()
+def _unit_of_channel(numbers: Tensor, units: Tensor) -> Tensor:
+    """Return the place in `units` of each number, -1 for those that are not there."""
+    order = units.argsort()
+    at = torch.searchsorted(units[order], numbers).clamp(max=len(units) - 1)
+    place = order[at]
+    return torch.where((units[place] == numbers) & (numbers >= 0), place, -1)

@@ -1,21 +1,27 @@
 """The state that the rules of `graph` share, and the table they register in.
 
 A rule gets the walk, the node and its arguments with every tensor replaced by a `Value`, and
-returns the `Value` of the output (or a list of them). An operator without a rule marks every unit
-that enters it: the unit is then not hidden, because nobody here knows where its value goes.
+returns the `Value` of the output (or a list of them). It says which arguments it reads: units that
+enter anywhere else are not hidden, and neither are those that enter an operator without a rule,
+because nobody here knows where their values go.
 """
 
 import operator
+from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ._flow import Layer, UnitFlow, Value
+from ._flow import Layer, UnitFlow, Value, distinct
 
 Rule = Callable[["Walk", Node, list[Any]], Any]
 RULES: dict[str, Rule] = {}
+# {operator: positions of the arguments that its rule reads, or None for all}.
+OPERANDS: dict[str, frozenset[int] | None] = {}
 _SLICING = ("select", "slice", "narrow", "getitem")
 
 
@@ -38,28 +44,75 @@ def shape_of(node: Node) -> tuple[int, ...]:
     return tuple(int(size) for size in value.shape) if isinstance(value, Tensor) else ()
 
 
-class Walk(UnitFlow):
-    """A unit flow with what the rules need to know of the traced program."""
+@dataclass(eq=False)
+class Program:
+    """What the rules need to know of one traced program.
 
-    def __init__(
-        self,
-        parameters: dict[Node, tuple[str, bool]],
-        buffers: dict[Node, str],
-        uses: dict[str, int],
-        owners: dict[Node, str],
-    ) -> None:
+    Attributes:
+        mode: "eval" or "train", that it was traced in.
+        parameters: {node: (name, transposed)} of parameters and plain views of them.
+        buffers: {node: name}.
+        constants: {node: value} of tensors that the forward pass makes from numbers.
+        uses: {parameter name: number of operators that read it}.
+        owners: {node: name of the module that was running}.
+        tied: {parameter name: all its names}.
+        calls: How often each layer was called so far.
+    """
+
+    mode: str = "eval"
+    parameters: dict[Node, tuple[str, bool]] = field(default_factory=dict)
+    buffers: dict[Node, str] = field(default_factory=dict)
+    constants: dict[Node, Tensor] = field(default_factory=dict)
+    uses: Counter[str] = field(default_factory=Counter)
+    owners: dict[Node, str] = field(default_factory=dict)
+    tied: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
+
+
+class Walk(UnitFlow):
+    """A unit flow through one or two traced programs of one model, and what happened where.
+
+    Attributes:
+        program: The one that is being read.
+        calls: Every call of a weight layer; `layers` has those that own units.
+        made: {node: its value}.
+        sources: {node: the nodes it reads}, after every tensor was written in place.
+        reads: {node: the nodes that read it}, the other way round; a module that is one activation
+            function counts as one node.
+        functions: {node: name} of activation functions, "unknown" for one that is not known.
+        norms_at: {node: module name or None} of norms.
+        sums: Nodes where units are summed with other values.
+        merges: Nodes where the rows of several layers become one unit by a sum.
+        renamed: {node: {unit: unit}} where a unit goes on under the number of another.
+        reductions: Nodes that reduce units or positions.
+        opaque: {node: operator} of those without a rule, or that units enter at an unknown place.
+        overwritten: Units that were written to through a view.
+        branched: Nodes with a pristine value that several operators read.
+    """
+
+    def __init__(self) -> None:
         super().__init__()
-        self.parameters = parameters
-        self.buffers = buffers
-        self.uses = uses
-        self.owners = owners
+        self.program = Program()
+        self.calls: list[Layer] = []
         self.made: dict[Node, Any] = {}
-        # Nodes with a pristine value that several operators read.
+        self.order: dict[Node, int] = {}
+        self.sources: dict[Node, list[Node]] = {}
+        self.reads: dict[Node, list[Node]] = defaultdict(list)
+        self.functions: dict[Node, str] = {}
+        self.norms_at: dict[Node, str | None] = {}
+        self.sums: set[Node] = set()
+        self.merges: set[Node] = set()
+        self.renamed: dict[Node, dict[int, int]] = {}
+        self.reductions: set[Node] = set()
+        self.opaque: dict[Node, str] = {}
+        self.overwritten: set[int] = set()
         self.branched: set[Node] = set()
+        self._present: dict[Node, Tensor] = {}
 
     def parameter(self, node: Any) -> tuple[str | None, bool]:
         """Return (name, transposed) of the parameter that `node` is, or (None, False)."""
-        return self.parameters.get(node, (None, False)) if isinstance(node, Node) else (None, False)
+        none: tuple[str | None, bool] = (None, False)
+        return self.program.parameters.get(node, none) if isinstance(node, Node) else none
 
     def layers_in(self, value: Value) -> list[Layer]:
         """Return the layers all of whose units stand in a pristine value."""
@@ -67,12 +120,31 @@ class Walk(UnitFlow):
             return []
         return self.layers_all_in(value.ids)
 
+    def present(self, node: Node) -> Tensor:
+        """Return the units in the values of a node, ascending."""
+        if node not in self._present:
+            units = {u for v in values_in(self.made.get(node)) if v.ids is not None
+                     for u in distinct(v.ids)}  # fmt: skip
+            self._present[node] = torch.tensor(sorted(units), dtype=torch.int32)
+        return self._present[node]
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for operators of these names."""
+    def read(self, node: Node, sources: list[Node]) -> None:
+        """Note which nodes a node reads."""
+        for source in dict.fromkeys(sources):
+            self.reads[source].append(node)
+
+
+def rule(*names: str, reads: tuple[int, ...] | None = (0,)) -> Callable[[Rule], Rule]:
+    """Register a rule for operators of these names.
+
+    Args:
+        names: Names without "_" at the end.
+        reads: Positions of the arguments whose units the rule decides on; None for all of them.
+    """
 
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(names, function))
+        OPERANDS.update(dict.fromkeys(names, None if reads is None else frozenset(reads)))
         return function
 
     return register
@@ -90,6 +162,7 @@ def values_in(args: Any) -> list[Value]:
 def unknown(walk: Walk, node: Node, args: list[Any]) -> Any:
     """Mark every unit that enters an operator without a rule."""
     values = values_in(args)
+    walk.opaque[node] = op_name(node)
     for value in values:
         walk.leak(value.ids, f"passes through {op_name(node)}, which may mix units")
     return plain(node, all(value.const for value in values))
@@ -101,6 +174,20 @@ def plain(node: Node, const: bool = False) -> Any:
     if isinstance(out, (list, tuple)):
         return [Value(tuple(getattr(item, "shape", ())), None, const) for item in out]
     return Value(shape_of(node), None, const)
+
+
+def live_first(walk: Walk, values: list[Value]) -> list[Value]:
+    """Return the values, those without units that may be hidden as data beside one that has some.
+
+    Behind a LayerNorm units are followed only to see which activation function they meet.
+    """
+    live = [value.ids is not None and walk.any_open(value.ids) for value in values]
+    if not any(live):
+        return values
+    return [
+        value if alive or value.ids is None else Value(value.shape)
+        for value, alive in zip(values, live, strict=True)
+    ]
 
 
 def branch_point(node: Node) -> bool:

@@ -244,7 +244,7 @@ def _bare(
     """Return the layers of the masks, as far as single weights are concerned."""
     return {
         layer.name: replace(
-            layer, norms=(), coupled=(), consumers=(), z_site=None, g_site=None, reasons={},
+            layer, norms=(), coupled=(), consumers=(), z_sites=(), g_sites=(), reasons={},
             hidden=torch.zeros(layer.n_units, dtype=torch.bool),
         )
         for name, layer in layers.items()

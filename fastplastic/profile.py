@@ -72,7 +72,10 @@ class Profile:
     _by_name: dict[str, LayerProfile] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_by_name", {layer.name: layer for layer in self.layers})
+        # A tied weight answers to the names of all modules that hold it.
+        names = {other: layer for layer in self.layers for other in layer.wiring.tied}
+        names |= {layer.name: layer for layer in self.layers}
+        object.__setattr__(self, "_by_name", names)
 
     def __repr__(self) -> str:
         totals = self.totals
@@ -99,7 +102,7 @@ class Profile:
         """Counts over all layers."""
         rows = [layer.to_dict() for layer in self.layers]
         sums = {
-            key: sum(row[key] for row in rows)
+            key: sum(row[key] or 0 for row in rows)
             for key in ("units", "hidden", "dead", "frozen", "dormant")
         }
         return Totals(layers=len(rows), hidden_units=sums.pop("hidden"), **sums)
@@ -198,8 +201,10 @@ def profile(
         batches: Yields (inputs, targets), where inputs is a tensor, a tuple of positional or a
             mapping of keyword arguments; or yields mappings with "labels", as for Hugging Face
             models. Tensors are moved to the model's device.
-        loss_fn: (output, targets) -> loss, one element. A model's own loss takes precedence over
-            the default where a mapping is passed.
+        loss_fn: (output, targets) -> loss, one element. It gets the model's output as it is, and as
+            targets None where a mapping has no labels. The default takes the output's `logits`, or
+            the first of a tuple; a model's own loss takes precedence over it where a mapping is
+            passed.
         gradients: Keep the mean gradient of every parameter (as much memory as the parameters), and
             refer to the parameters: a plan of single weights needs both.
         ranks: Also measure the ranks of `diagnostics` on a sample of 1,024 positions of each layer
@@ -250,6 +255,7 @@ def assemble(
     """Return the profile of what an observer has seen; InputError when it saw nothing."""
     layers = []
     start = 0
+    graph = _without_unforeseen(graph, observation)
     for wiring in graph.layers:
         stats = LayerStats(observation.table[:, start : start + wiring.n_units])
         layers.append(LayerProfile(wiring, stats))
@@ -270,6 +276,18 @@ def assemble(
         weights=None if gradients is None else weights_of(model),
         notes=(*notes_of(graph, layers, observation), *notes),
     )
+
+
+def _without_unforeseen(graph: UnitGraph, observation: Observation) -> UnitGraph:
+    """Hide nothing where a layer ran that no trace shows: which units it reads is not known."""
+    if not observation.unforeseen:
+        return graph
+    reason = f"{min(observation.unforeseen)} ran, which is not in the trace of the model"
+    layers = tuple(
+        replace(layer, hidden=torch.zeros_like(layer.hidden), reasons={reason: layer.n_units})
+        for layer in graph.layers
+    )
+    return replace(graph, layers=layers)
 
 
 def _row_samples() -> "RowSamples":

@@ -85,17 +85,21 @@ class UnitLayer:
         unit_dim: Dimension of the weight that runs over units.
         n_units: Number of units.
         norm: Name of the BatchNorm between the layer and its activation function, or None.
-        activations: Runs (start, stop, name) of units with one activation function each.
+        activations: Runs (start, stop, name) of units with one activation function each. Of
+            "unknown" ones nothing is measured but their weights.
+        unknown: Why the activation function of units is unknown, each with its number of units.
         hidden: bool [n_units], units that can be re-initialised under this layer's name.
         reasons: Why the other units cannot, each with its number of units.
         norms: Every BatchNorm that holds channels of these units (the one in `norm` too).
         coupled: Rows that are re-initialised together with these units.
         consumers: What reads these units directly.
-        z_site: Where the pre-activation is seen, or None.
-        g_site: Where the gradient to the activation is seen, or None.
+        z_sites: Where the pre-activations are seen. A unit stands at several sites where
+            consumers read it behind norms of their own: its h is all that they get.
+        g_sites: Where the gradients to the activations are seen.
         transformed: The weight is changed before use (weight standardisation, weight_norm).
         head: It makes the output: no weight layer reads anything that depends on it. Of a model
             that could not be traced, the last layer.
+        tied: Names of other modules that hold the same weight.
     """
 
     name: str
@@ -111,15 +115,26 @@ class UnitLayer:
     norms: tuple[Norm, ...] = ()
     coupled: tuple[Coupling, ...] = ()
     consumers: tuple[Consumer, ...] = ()
-    z_site: Site | None = None
-    g_site: Site | None = None
+    z_sites: tuple[Site, ...] = ()
+    g_sites: tuple[Site, ...] = ()
     transformed: bool = False
     head: bool = False
+    unknown: dict[str, int] = field(default_factory=dict)
+    tied: tuple[str, ...] = ()
 
     @property
     def activation(self) -> str:
         """The activation function; several are joined with "/" in the order of the units."""
         return "/".join(dict.fromkeys(name for _, _, name in self.activations))
+
+    @property
+    def row_site(self) -> Site | None:
+        """The first site that shows all units which are seen at any: whole rows of activations."""
+        shown = [set(site.unit_of_channel.tolist()) - {-1} for site in self.z_sites]
+        seen = set().union(*shown)
+        return next(
+            (s for s, units in zip(self.z_sites, shown, strict=True) if units == seen), None
+        )
 
 
 @dataclass(frozen=True, eq=False)

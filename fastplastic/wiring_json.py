@@ -42,10 +42,12 @@ def encode_layer(layer: UnitLayer) -> dict[str, Any]:
             for member in layer.coupled
         ],
         "consumers": [_encode_consumer(consumer) for consumer in layer.consumers],
-        "z_site": _encode_site(layer.z_site),
-        "g_site": _encode_site(layer.g_site),
+        "z_sites": [_encode_site(site) for site in layer.z_sites],
+        "g_sites": [_encode_site(site) for site in layer.g_sites],
         "transformed": layer.transformed,
         "head": layer.head,
+        "unknown": dict(layer.unknown),
+        "tied": list(layer.tied),
     }
 
 
@@ -86,9 +88,7 @@ def _encode_consumer(consumer: Consumer) -> dict[str, Any]:
     }
 
 
-def _encode_site(site: Site | None) -> dict[str, Any] | None:
-    if site is None:
-        return None
+def _encode_site(site: Site) -> dict[str, Any]:
     return {
         "module": site.module,
         "where": site.where,
@@ -140,9 +140,11 @@ class _Decoder:
     def layer(self, value: object) -> UnitLayer:
         where = "a layer"
         name = _text(value, "name", where)
+        value = _completed(value)
         where = f"layer {name[:80]!r}"
         units = _integer(value, "n_units", where, 1, _MAX_ENTRIES)
         reasons = _field(value, "reasons", where, dict, "an object")
+        unknown = _field(value, "unknown", where, dict, "an object")
         return UnitLayer(
             name=name,
             kind=_choice(value, "kind", where, _KINDS),
@@ -168,10 +170,12 @@ class _Decoder:
             consumers=tuple(
                 self.consumer(v, where, units) for v in _list(value, "consumers", where)
             ),
-            z_site=self.site(value, "z_site", where, units),
-            g_site=self.site(value, "g_site", where, units),
+            z_sites=self.sites(value, "z_sites", where, units),
+            g_sites=self.sites(value, "g_sites", where, units),
             transformed=_field(value, "transformed", where, bool, "true or false"),
             head=_field(value, "head", where, bool, "true or false"),
+            unknown={key: _integer(unknown, key, where, 0, units) for key in unknown},
+            tied=_names(value, "tied", where),
         )
 
     def consumer(self, value: object, where: str, units: int) -> Consumer:
@@ -183,11 +187,11 @@ class _Decoder:
             unit_of_column=self.index(value, "unit_of_column", where, units),
         )
 
-    def site(self, value: object, key: str, where: str, units: int) -> Site | None:
-        site = _field(value, key, where, object, "present")
-        if site is None:
-            return None
-        where = f"{where} {key}"
+    def sites(self, value: object, key: str, where: str, units: int) -> tuple[Site, ...]:
+        where_sites = f"{where} {key}"
+        return tuple(self.site(site, where_sites, units) for site in _list(value, key, where))
+
+    def site(self, site: object, where: str, units: int) -> Site:
         side = _choice(site, "where", where, ("input", "output"))
         return Site(
             module=_field(site, "module", where, str, "a string"),
@@ -211,6 +215,13 @@ class _Decoder:
         for run in _list(value, "runs", where):
             free = _write_run(index, run, where, bound, free)
         return index
+
+
+def _completed(value: object) -> object:
+    """Return a layer with the fields that files did not always have."""
+    assert isinstance(value, Mapping)
+    added: dict[str, object] = {"z_sites": [], "g_sites": [], "unknown": {}, "tied": []}
+    return value if "z_site" not in value else added | dict(value)
 
 
 def _write_run(index: Tensor, run: object, where: str, bound: int, free: int) -> int:
@@ -252,6 +263,13 @@ def _text(value: object, key: str, where: str) -> str:
 def _optional_text(value: object, key: str, where: str) -> str | None:
     missing = _field(value, key, where, object, "present") is None
     return None if missing else _text(value, key, where)
+
+
+def _names(value: object, key: str, where: str) -> tuple[str, ...]:
+    names = _list(value, key, where)
+    if not all(isinstance(name, str) and name for name in names):
+        raise _damaged(f"{where}: {key!r}", names, "a list of names")
+    return tuple(names)
 
 
 def _choice(value: object, key: str, where: str, choices: Sequence[str]) -> str:

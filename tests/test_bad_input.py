@@ -208,7 +208,7 @@ def widen(layers, values):
     """Pretend that the layer has a unit more, and take that."""
     pw = next(layer for layer in values["wiring"] if layer["name"] == "pw")
     five = {"size": 5, "runs": [[0, 0, 5, 1]]}
-    pw |= {"n_units": 5, "activations": [[0, 5, "relu"]], "hidden": five, "z_site": None}
+    pw |= {"n_units": 5, "activations": [[0, 5, "relu"]], "hidden": five, "z_sites": []}
     layers["pw"] |= {"units": [4], "scores": [0.0]}
 
 

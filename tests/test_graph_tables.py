@@ -147,10 +147,10 @@ DENSENET121 = [
     hidden(r"features\.conv0", 64, "relu"),
     hidden(r"features\.denseblock\d\.denselayer\d+\.conv1", 128, "relu"),
     # Concatenated, and read by every later layer behind a norm of its own.
-    hidden(r"features\.denseblock\d\.denselayer\d+\.conv2", 32, "identity"),
-    hidden(r"features\.transition1\.conv", 128, "identity"),
-    hidden(r"features\.transition2\.conv", 256, "identity"),
-    hidden(r"features\.transition3\.conv", 512, "identity"),
+    hidden(r"features\.denseblock\d\.denselayer\d+\.conv2", 32, "relu"),
+    hidden(r"features\.transition1\.conv", 128, "relu"),
+    hidden(r"features\.transition2\.conv", 256, "relu"),
+    hidden(r"features\.transition3\.conv", 512, "relu"),
     stream("classifier", 1000),
 ]
 MIXER_S32 = [
@@ -185,5 +185,5 @@ def test_every_layer_is_as_written(name: str) -> None:
         unused.discard(pattern)
         found = (layer.n_units, layer.activation, int(layer.hidden.sum()))
         assert found == (units, activation, n_hidden), (layer.name, layer.reasons)
-        assert layer.z_site is not None and layer.g_site is not None, layer.name
+        assert layer.z_sites and layer.g_sites, layer.name
     assert not unused

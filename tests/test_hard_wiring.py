@@ -214,7 +214,7 @@ def spectral_norm() -> tuple[nn.Module, Tensor]:
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
-        (two_tied_layers, "its weight is used 2 times (6)"),
+        (two_tied_layers, "its weight is that of b, too (6)"),
         (tied_embedding, "whose weight is used more than once (6)"),
         (called_twice, "its weight is used 2 times (6)"),
         (weight_norm, "its weight is transformed before use (6)"),

@@ -424,7 +424,7 @@ def test_module_called_twice_sums_over_calls():
     model = Twice()
     units = torch.arange(4)
     place = site("fc", units=units)
-    graph = UnitGraph((layer("fc", 4, z_site=place, g_site=place),))
+    graph = UnitGraph((layer("fc", 4, z_sites=(place,), g_sites=(place,)),))
     x = torch.randn(5, 4)
     seen = observe(model, graph, lambda: model(x).sum().backward())
     stats = LayerStats(seen.table)
@@ -457,7 +457,7 @@ def test_layers_that_share_a_tensor_read_it_once(monkeypatch):
         tuple(
             layer(
                 name, units, activations=((0, units, "tanh"),),
-                z_site=Site("act", "input", -1, own), g_site=Site("act", "output", -1, own),
+                z_sites=(Site("act", "input", -1, own),), g_sites=(Site("act", "output", -1, own),),
             )
             for name, units, own in (("a", 2, first), ("b", 3, second))
         )
@@ -487,7 +487,7 @@ def test_layers_that_share_a_tensor_read_it_once(monkeypatch):
 def test_two_layers_in_the_same_channels(monkeypatch):
     model = nn.Sequential(nn.Linear(3, 4))
     place = site("0", units=torch.arange(4))
-    graph = UnitGraph(tuple(layer(name, 4, z_site=place, g_site=place) for name in "ab"))
+    graph = UnitGraph(tuple(layer(name, 4, z_sites=(place,), g_sites=(place,)) for name in "ab"))
     calls = []
     for name, function in (("activation", activation_stats), ("gradient", gradient_stats)):
         monkeypatch.setattr(
@@ -506,7 +506,7 @@ def test_two_axes_of_one_tensor():
     model = nn.Sequential(nn.Identity())
     graph = UnitGraph(
         tuple(
-            layer(f"axis {axis}", size, z_site=site("0", axis=axis, units=torch.arange(size)))
+            layer(f"axis {axis}", size, z_sites=(site("0", axis=axis, units=torch.arange(size)),))
             for axis, size in ((1, 4), (2, 4), (-2, 4))
         )
     )
@@ -522,7 +522,7 @@ def test_channels_of_one_unit_add_up():
     units = torch.tensor([1, 0, 2, 2, -1, 1, 0])
     functions = ((0, 2, "relu"), (2, 3, "tanh"))
     place = Site("0", "output", 1, units)
-    graph = UnitGraph((layer("0", 3, activations=functions, z_site=place, g_site=place),))
+    graph = UnitGraph((layer("0", 3, activations=functions, z_sites=(place,), g_sites=(place,)),))
     x = torch.randn(6, 3)
     seen = observe(model, graph, lambda: model(x).sum().backward())
     z = model[0](x)
@@ -548,7 +548,7 @@ def test_padding_is_left_out():
     x = torch.randn(3, 5, 4)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 1, 1, 0]])
     place = site("fc", units=torch.arange(6))
-    graph = UnitGraph((layer("fc", 6, z_site=place, g_site=place),))
+    graph = UnitGraph((layer("fc", 6, z_sites=(place,), g_sites=(place,)),))
 
     def run():
         model(x, attention_mask=mask).square().sum().backward()
@@ -576,7 +576,7 @@ def test_input_by_keyword():
             return self.fc(input=x)
 
     model = Named()
-    graph = UnitGraph((layer("fc", 3, z_site=site("fc", "input", units=torch.arange(3))),))
+    graph = UnitGraph((layer("fc", 3, z_sites=(site("fc", "input", units=torch.arange(3)),)),))
     x = torch.randn(4, 3)
     seen = observe(model, graph, lambda: model(x=x))
     like(seen.table[:9], activation_stats(x, 1))
@@ -585,9 +585,9 @@ def test_input_by_keyword():
 
 def test_tensor_that_does_not_fit_is_reported():
     model = net()
-    wrong = layer("fc1", 8, z_site=site("fc1", axis=1, units=torch.arange(9) % 8))
-    none = layer("fc2", 5, z_site=None)
-    right = layer("head", 3, z_site=site("head", units=torch.arange(3)))
+    wrong = layer("fc1", 8, z_sites=(site("fc1", axis=1, units=torch.arange(9) % 8),))
+    none = layer("fc2", 5, z_sites=())
+    right = layer("head", 3, z_sites=(site("head", units=torch.arange(3)),))
     skipped = (("extra", "not reached"),)
     graph = UnitGraph((wrong, none, right), skipped)
     monitor = Monitor(model, inputs(9, 2))
@@ -614,7 +614,7 @@ def test_layer_that_does_not_run_is_reported():
             return self.b(x) if other else self.a(x)
 
     model = Branches()
-    layers = tuple(layer(n, 4, z_site=site(n, units=torch.arange(4))) for n in "ab")
+    layers = tuple(layer(n, 4, z_sites=(site(n, units=torch.arange(4)),)) for n in "ab")
     observer = Observer(model, UnitGraph(layers))
     observer.attach()
     model(inputs(1))
@@ -622,7 +622,7 @@ def test_layer_that_does_not_run_is_reported():
     from fastplastic.profile import assemble
 
     profile = assemble(model, UnitGraph(layers), observer.observation(), seed=0)
-    assert profile.coverage.skipped == (("b", "it was not run on this data"),)
+    assert profile.coverage.skipped == (("b", "it was not run on this data in train mode"),)
 
 
 @pytest.mark.parametrize(
@@ -730,7 +730,7 @@ def test_weight_that_two_layers_share():
     x = torch.randn(5, 4)
     place = site("0", units=torch.arange(4))
     reader = Consumer("2", "0.weight", 1, 1, torch.arange(4))
-    graph = UnitGraph((layer("0", 4, z_site=place, consumers=(reader,)),))
+    graph = UnitGraph((layer("0", 4, z_sites=(place,), consumers=(reader,)),))
     observer = Observer(model, graph, parameters=True)
     observer.attach()
     model(x).square().sum().backward()
@@ -750,9 +750,13 @@ def test_transposed_convolution(groups):
     )
     reader = Consumer("2", "2.weight", 0, groups, torch.arange(4))
     up = layer(
-        "2", 6, kind="conv transpose", unit_dim=1, z_site=site("2", axis=1, units=torch.arange(6))
+        "2",
+        6,
+        kind="conv transpose",
+        unit_dim=1,
+        z_sites=(site("2", axis=1, units=torch.arange(6)),),
     )
-    down = layer("0", 4, z_site=site("0", axis=1, units=torch.arange(4)), consumers=(reader,))
+    down = layer("0", 4, z_sites=(site("0", axis=1, units=torch.arange(4)),), consumers=(reader,))
     observer = Observer(model, UnitGraph((down, up)), parameters=True)
     observer.attach()
     model(torch.randn(3, 2, 4, 4)).square().sum().backward()

@@ -281,7 +281,7 @@ def wired(unit_of_channel, n_units, activations):
     return UnitLayer(
         "a", "linear", "a.weight", None, 0, n_units, None, activations,
         torch.zeros(n_units, dtype=torch.bool),
-        z_site=Site("a", "output", 1, torch.tensor(unit_of_channel)),
+        z_sites=(Site("a", "output", 1, torch.tensor(unit_of_channel)),),
     )  # fmt: skip
 
 

@@ -35,10 +35,11 @@ def unit_layers(draw):
     names = st.text("ab.01_é", min_size=1, max_size=8)
     cut = draw(st.integers(0, units))
     runs = [(a, b, n) for a, b, n in ((0, cut, "relu"), (cut, units, "gelu")) if a < b]
-    site = st.none() | st.builds(
+    site = st.builds(
         Site, st.text("ab.", max_size=3), st.sampled_from(["input", "output"]),
         st.integers(-4, 4), maps,
     )  # fmt: skip
+    sites = st.lists(site, max_size=2)
     return UnitLayer(
         name=draw(names),
         kind=draw(
@@ -64,10 +65,12 @@ def unit_layers(draw):
                 )
             )
         ),
-        z_site=draw(site),
-        g_site=draw(site),
+        z_sites=tuple(draw(sites)),
+        g_sites=tuple(draw(sites)),
         transformed=draw(st.booleans()),
         head=draw(st.booleans()),
+        unknown=draw(st.dictionaries(st.text(max_size=5), st.integers(0, units), max_size=2)),
+        tied=tuple(draw(st.lists(names, max_size=2))),
     )
 
 
@@ -98,7 +101,7 @@ def chain_layer(**changes):
         "a", "conv", "a.weight", None, 0, 64, None, ((0, 64, "relu"),),
         torch.ones(64, dtype=torch.bool),
         consumers=(Consumer("b", "b.weight", 1, 1, torch.arange(64)),),
-        z_site=Site("a", "output", 1, torch.arange(64)),
+        z_sites=(Site("a", "output", 1, torch.arange(64)),),
     )  # fmt: skip
     return replace(layer, **changes)
 
@@ -132,6 +135,7 @@ def at(value, path, new):
 
 
 DELETE = object()
+ADDED = ("z_sites", "g_sites", "unknown", "tied")
 HIDDEN = ("hidden", "runs")
 COLUMNS = ("consumers", 0, "unit_of_column")
 
@@ -165,10 +169,13 @@ COLUMNS = ("consumers", 0, "unit_of_column")
         ((*COLUMNS, "runs"), [[0, 1, 64, 1]], r"units in 0\.\.63"),
         (("consumers", 0, "groups"), 0, "'groups' is 0"),
         (("consumers", 0), [], r"is \[\], expected an object"),
-        (("z_site", "where"), "left", "'where' is 'left', expected one of input, output"),
+        (("z_sites", 0, "where"), "left", "'where' is 'left', expected one of input, output"),
         (("transformed",), 1, "'transformed' is 1, expected true or false"),
         (("head",), None, "'head' is None, expected true or false"),
         (("reasons",), {"x": -1}, "'x' is -1"),
+        (("unknown",), {"x": 65}, "'x' is 65"),
+        (("unknown",), DELETE, "'unknown' is 'missing'"),
+        (("tied",), ["b", ""], r"'tied' is \['b', ''\], expected a list of names"),
     ],
 )
 def test_damaged_wiring_is_an_error(path, new, text):
@@ -193,6 +200,12 @@ def test_no_wiring_at_all(value):
         decode_layers(value)
 
 
+def test_wiring_of_files_that_name_one_site():
+    value = encode_layer(chain_layer(z_sites=()))
+    older = {key: v for key, v in value.items() if key not in ADDED} | {"z_site": None}
+    assert_same(decode_layer(older), chain_layer(z_sites=()))
+
+
 def test_two_layers_of_one_name():
     value = encode_layer(chain_layer())
     with pytest.raises(FileError, match="a layer name is 'a', expected different"):
@@ -211,7 +224,7 @@ def test_arbitrary_damage_is_a_file_error_or_harmless(data):
     value = encode_layer(chain_layer())
     paths = [(key,) for key in value]
     paths += [("consumers", 0, key) for key in value["consumers"][0]]
-    paths += [("z_site", key) for key in value["z_site"]]
+    paths += [("z_sites", 0, key) for key in value["z_sites"][0]]
     paths += [(*COLUMNS, "runs"), (*COLUMNS, "runs", 0), HIDDEN]
     paths += [(*COLUMNS, "runs", 0, i) for i in range(4)]
     damaged = at(value, data.draw(st.sampled_from(paths)), data.draw(json_values))

@@ -1,0 +1,277 @@
+"""Where the units of a layer meet their activation functions.
+
+Every path from a layer is followed until the units meet their first activation function, or what
+reads them. Usually there is one such point, and it is the same for all units. Where paths differ:
+
+- A path through a mean or the like (squeeze-excite, a statistic of a norm) does not count beside
+  one that keeps positions.
+- What enters a residual stream, or leaves the network, as it is has no activation function.
+- Several consumers behind norms and activation functions of their own (DenseNet) are several
+  points. The functions must be the same.
+- All else is unknown, with the reason.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from heapq import heappop, heappush
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ._flow import Layer
+from ._rules_elementwise import IDENTITY
+from ._rules_layout import LAYOUT, LAYOUT_AS
+from ._walk import Walk, base_name, op_name
+
+# These hand on some of the elements, as they are.
+MOVING = frozenset((*LAYOUT, *LAYOUT_AS, *IDENTITY))
+
+
+@dataclass(frozen=True)
+class Point:
+    """What some units of a layer meet at the end of a path.
+
+    Attributes:
+        function: Their activation function, or "identity" where something reads them without one.
+        z: The node whose value is the pre-activation.
+        h: The node of the activation function, or None.
+        norm: Module name of the last BatchNorm before, or None.
+        pooled: Positions were pooled on the path, or the activation goes into a mean over units or
+            the like only.
+        stream: The units are summed into a residual stream, or leave the network.
+        reason: Why the function is "unknown".
+    """
+
+    function: str
+    z: Node
+    h: Node | None
+    norm: str | None
+    pooled: bool
+    stream: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How units came to a node: the last node that made their values, the norm, and pooling."""
+
+    made_by: Node
+    norm: str | None
+    pooled: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Here:
+    """Numbers of the units of a layer, -1 for those that are not there, int32 [units].
+
+    Attributes:
+        ids: Those under which they stand in the value of a node.
+        origin: Those in the value of the node that made them last.
+    """
+
+    ids: Tensor
+    origin: Tensor
+
+    def joined(self, other: "_Here | None") -> "_Here":
+        """Return the units of both."""
+        if other is None:
+            return self
+        return _Here(torch.maximum(self.ids, other.ids), torch.maximum(self.origin, other.origin))
+
+
+@dataclass(frozen=True, eq=False)
+class Meeting:
+    """Units of a layer that have the same activation function.
+
+    Attributes:
+        units: bool [units of the layer].
+        function: Its name, "identity" for none, or "unknown".
+        reason: Why it is unknown.
+        points: Where they meet it, each with the number under which every unit stands in the
+            value of its node (-1 for none), int32 [units of the layer].
+    """
+
+    units: Tensor
+    function: str
+    reason: str
+    points: tuple[tuple[Point, Tensor], ...]
+
+
+class Points:
+    """Finds the points of the layers of one walk."""
+
+    def __init__(self, walk: Walk) -> None:
+        self.walk = walk
+        self._nodes = list(walk.order)
+        self._statistics: dict[Node, bool] = {}
+
+    def meetings(self, layer: Layer) -> list[Meeting]:
+        """Return which activation functions the units of a layer meet, every unit once."""
+        found = self._search(layer)
+        points, ids = list(found), torch.stack(list(found.values()))
+        taken, groups = torch.unique((ids >= 0).T, dim=0, return_inverse=True)
+        meetings = []
+        for number, row in enumerate(taken.tolist()):
+            units = groups == number
+            mine = [point for point, present in zip(points, row, strict=True) if present]
+            function, reason, chosen = _decide(mine)
+            places = [(p, torch.where(units, found[p], -1)) for p in chosen]
+            meetings.append(Meeting(units, function, reason, tuple(places)))
+        return self._without_overwritten(layer, meetings)
+
+    def _without_overwritten(self, layer: Layer, meetings: list[Meeting]) -> list[Meeting]:
+        """Give up the units that were written to through a view: by what, nobody sees here."""
+        units = torch.arange(layer.start, layer.stop)
+        gone = torch.isin(units, torch.tensor(sorted(self.walk.overwritten), dtype=torch.int64))
+        if not gone.any():
+            return meetings
+        kept = [
+            replace(m, units=m.units & ~gone,
+                    points=tuple((p, torch.where(gone, -1, ids)) for p, ids in m.points))
+            for m in meetings
+        ]  # fmt: skip
+        lost = Meeting(gone, "unknown", "written in place through a view", ())
+        return [*(meeting for meeting in kept if meeting.units.any()), lost]
+
+    def _search(self, layer: Layer) -> dict[Point, Tensor]:
+        """Return every point of a layer and the numbers of the units there."""
+        walk = self.walk
+        start = torch.arange(layer.start, layer.stop, dtype=torch.int32)
+        found: dict[Point, Tensor] = {}
+        states = {layer.node: {_Way(layer.node, None, False): _Here(start, start)}}
+        todo = [walk.order[layer.node]]
+        while todo:
+            node = self._nodes[heappop(todo)]
+            for way, here in states.pop(node).items():
+                for user in walk.reads[node]:
+                    goes_on = self._step(user, node, way, here, found)
+                    if goes_on is None:
+                        continue
+                    if user not in states:
+                        heappush(todo, walk.order[user])
+                    ways = states.setdefault(user, {})
+                    ways[goes_on[0]] = goes_on[1].joined(ways.get(goes_on[0]))
+        # Units that nothing reads.
+        left = torch.stack([*found.values(), torch.full_like(start, -1)]).amax(0) < 0
+        if left.any():
+            alone = Point("identity", layer.node, None, None, True)
+            _note(found, alone, torch.where(left, start, -1))
+        return found
+
+    def _step(
+        self, user: Node, node: Node, way: _Way, here: _Here, found: dict[Point, Tensor]
+    ) -> tuple[_Way, _Here] | None:
+        """Take units from a node to one that reads it; return how they go on, if they do."""
+        walk = self.walk
+        if user in walk.functions:
+            name = walk.functions[user]
+            reason = f"{op_name(user)} is no activation function that is known"
+            pooled = way.pooled or self._is_statistic(user)
+            reason = reason if name == "unknown" else ""
+            _note(found, Point(name, node, user, way.norm, pooled, reason=reason), here.ids)
+            return None
+        moved = _renamed(here.ids, walk.renamed.get(user))
+        stay = torch.isin(moved, walk.present(user)) & (moved >= 0)
+        gone = (here.ids >= 0) & ~stay
+        if bool(gone.any()) and base_name(op_name(user)) not in MOVING:
+            _note(found, self._last(user, way), torch.where(gone, here.origin, -1))
+        if not bool(stay.any()):
+            return None
+        pooled = way.pooled or user in walk.reductions
+        ids = torch.where(stay, moved, -1)
+        if user in walk.norms_at or user in walk.merges:
+            return _Way(user, walk.norms_at.get(user, way.norm), pooled), _Here(ids, ids)
+        return _Way(way.made_by, way.norm, pooled), _Here(ids, torch.where(stay, here.origin, -1))
+
+    def _last(self, user: Node, way: _Way) -> Point:
+        """Return the end of a path at a node that hands the units on to nobody."""
+        walk = self.walk
+        pooled = way.pooled or user in walk.reductions
+        if user in walk.opaque:
+            reason = f"its value goes through {walk.opaque[user]}"
+            return Point("unknown", way.made_by, None, way.norm, pooled, reason=reason)
+        stream = user.op == "output" or user in walk.sums
+        return Point("identity", way.made_by, None, way.norm, pooled, stream)
+
+    def _is_statistic(self, node: Node) -> bool:
+        """Tell whether a node's value is read by nothing but a mean over units or the like."""
+        if node not in self._statistics:
+            readers = self.walk.reads[node]
+            self._statistics[node] = bool(readers) and all(map(self._takes_statistic, readers))
+        return self._statistics[node]
+
+    def _takes_statistic(self, reader: Node) -> bool:
+        if reader in self.walk.reductions:
+            return not len(self.walk.present(reader))
+        return base_name(op_name(reader)) in MOVING and self._is_statistic(reader)
+
+
+def _note(found: dict[Point, Tensor], point: Point, ids: Tensor) -> None:
+    """Add units to those at a point."""
+    found[point] = torch.maximum(found[point], ids) if point in found else ids
+
+
+def _renamed(ids: Tensor, names: dict[int, int] | None) -> Tensor:
+    if not names:
+        return ids
+    return torch.tensor([names.get(unit, unit) for unit in ids.tolist()], dtype=ids.dtype)
+
+
+def _decide(points: list[Point]) -> tuple[str, str, list[Point]]:
+    """Return the activation function of units, why it is unknown, and the points that count."""
+    main = [point for point in points if not point.pooled] or points
+    streams = [point for point in main if point.stream]
+    if streams:
+        return "identity", "", streams
+    unknown = [point for point in main if point.function == "unknown"]
+    if unknown:
+        return "unknown", unknown[0].reason, unknown
+    functions = sorted({point.function for point in main})
+    if len(functions) > 1:
+        return "unknown", f"read behind several functions: {', '.join(functions)}", main
+    return functions[0], "", main
+
+
+def upstream(walk: Walk, node: Node, ids: Tensor, also: str = "") -> Iterator[Node]:
+    """Yield the node, and those before it with the same values of these units elsewhere.
+
+    Args:
+        walk: The walk.
+        node: Where to start.
+        ids: Numbers of units, -1 for none.
+        also: Operators with names that begin so are passed, too.
+    """
+    wanted = ids[ids >= 0]
+    found: Node | None = node
+    while found is not None:
+        yield found
+        name = base_name(op_name(found))
+        joins = name in ("cat", "concat", "concatenate", "stack")
+        passed = joins or name in MOVING or (also and name.startswith(also))
+        sources = walk.sources.get(found, []) if passed else []
+        found = next((s for s in sources if torch.isin(wanted, walk.present(s)).all()), None)
+
+
+def downstream(walk: Walk, node: Node, ids: Tensor, sole: bool) -> Iterator[Node]:
+    """Yield the node, and those behind it with the same values of these units elsewhere.
+
+    Args:
+        walk: The walk.
+        node: Where to start.
+        ids: Numbers of units, -1 for none.
+        sole: Only as long as nothing else reads them.
+    """
+    wanted = ids[ids >= 0]
+    todo = [node]
+    while todo:
+        found = todo.pop(0)
+        yield found
+        readers = walk.reads[found]
+        if not sole or len(readers) == 1:
+            todo += [
+                reader
+                for reader in readers
+                if base_name(op_name(reader)) in MOVING
+                and torch.isin(wanted, walk.present(reader)).all()
+            ]

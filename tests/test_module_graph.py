@@ -1,0 +1,508 @@
+"""What is found of models that cannot be traced: right activation functions or none."""
+
+import copy
+import random
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d, ConvNormAct
+from torch import Tensor, nn
+
+from fastplastic import profile
+from fastplastic._module_graph import module_graph
+from fastplastic.graph import build_graph
+from fastplastic.wiring import UnitGraph, UnitLayer
+
+UNITS, DEAD = 16, 8
+NO_FUNCTION = "the model could not be traced, and no activation module reads its output"
+SEVERAL = "the model could not be traced, and its output is read in several ways"
+NOT_CALLED = "the model could not be traced, and this module was not called"
+
+
+class Wild(nn.Module):
+    """A model that asks for the value of its input, from named layers and a function of both."""
+
+    def __init__(self, forward, **layers: nn.Module) -> None:
+        super().__init__()
+        self._forward = forward
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._forward(self, x) if float(x.abs().sum()) > 0 else x
+
+
+def wild(forward, **layers: nn.Module) -> Wild:
+    torch.manual_seed(0)
+    for layer in layers.values():
+        for module in layer.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+    return Wild(forward, **layers).eval()
+
+
+def rows(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def graph_of(model: nn.Module, x: object) -> UnitGraph:
+    return module_graph(model, x, "no reason", build_graph)
+
+
+def found(model: nn.Module, x: object, name: str = "a") -> UnitLayer:
+    return graph_of(model, x)[name]
+
+
+def is_unknown(layer: UnitLayer, reason: str) -> bool:
+    nothing = not layer.z_sites and not layer.g_sites
+    units = layer.n_units
+    return layer.activation == "unknown" and layer.unknown == {reason: units} and nothing
+
+
+def places(sites) -> list[tuple[str, str, int]]:
+    return [(site.module, site.where, site.unit_axis) for site in sites]
+
+
+@pytest.fixture
+def measured():
+    """Profile a model by its modules, over 64 samples."""
+
+    def measured(model: nn.Module, x: Tensor):
+        return profile(model, [(x, torch.arange(len(x)) % 3)])
+
+    return measured
+
+
+def dense(act: nn.Module, forward=lambda s, x: s.b(s.act(s.a(x)))):
+    layers = {"a": nn.Linear(6, UNITS), "act": act, "b": nn.Linear(UNITS, 3)}
+    return wild(forward, **layers), rows(64, 6)
+
+
+def with_norm():
+    def forward(s: Wild, x: Tensor) -> Tensor:
+        return s.b(s.act(s.bn(s.a(x))).mean((2, 3)))
+
+    layers = {"a": nn.Conv2d(3, UNITS, 3), "bn": nn.BatchNorm2d(UNITS), "act": nn.ReLU(True)}
+    return wild(forward, **layers, b=nn.Linear(UNITS, 3)), rows(64, 3, 6, 6)
+
+
+def norm_with_act():
+    layers = {"a": nn.Conv2d(3, UNITS, 3), "bn": BatchNormAct2d(UNITS), "b": nn.Linear(UNITS, 3)}
+    return wild(lambda s, x: s.b(s.bn(s.a(x)).mean((2, 3))), **layers), rows(64, 3, 6, 6)
+
+
+def block():
+    layers = {"a": ConvNormAct(3, UNITS, 3), "b": nn.Linear(UNITS, 3)}
+    return wild(lambda s, x: s.b(s.a(x).mean((2, 3))), **layers), rows(64, 3, 6, 6)
+
+
+def dropped():
+    def forward(s: Wild, x: Tensor) -> Tensor:
+        return s.b(s.act(s.drop(s.a(x))))
+
+    model, x = dense(nn.ReLU(), forward)
+    model.drop = nn.Dropout(0.5).eval()
+    return model, x
+
+
+def flattened():
+    def forward(s: Wild, x: Tensor) -> Tensor:
+        return s.b(s.act(s.flat(s.a(x))))
+
+    layers = {"a": nn.Conv2d(3, UNITS, 3), "flat": nn.Flatten(), "act": nn.ReLU()}
+    return wild(forward, **layers, b=nn.Linear(UNITS * 16, 3)), rows(64, 3, 6, 6)
+
+
+def shared_act():
+    def forward(s: Wild, x: Tensor) -> Tensor:
+        return s.b(s.act(s.second(s.act(s.a(s.act(s.first(x)))))))
+
+    layers = {"first": nn.Linear(6, UNITS), "a": nn.Linear(UNITS, UNITS), "act": nn.ReLU(True),
+              "second": nn.Linear(UNITS, UNITS), "b": nn.Linear(UNITS, 3)}  # fmt: skip
+    return wild(forward, **layers), rows(64, 6)
+
+
+RELU = {
+    "relu": lambda: dense(nn.ReLU()),
+    "in place": lambda: dense(nn.ReLU(inplace=True)),
+    "BatchNorm": with_norm,
+    "BatchNormAct2d": norm_with_act,
+    "ConvNormAct": block,
+    "dropout": dropped,
+    "flatten": flattened,
+    "shared": shared_act,
+}
+
+
+@pytest.mark.parametrize("build", RELU.values(), ids=RELU)
+def test_exactly_the_planted_dead_units_are_found(measured, build):
+    model, x = build()
+    layer = model.a.conv if isinstance(model.a, ConvNormAct) else model.a
+    norm = next((m for m in model.modules() if isinstance(m, nn.BatchNorm2d)), layer)
+    with torch.no_grad():
+        # Units 0 to 7 alive, 8 to 15 never above zero.
+        norm.bias.copy_(torch.where(torch.arange(UNITS) < DEAD, 0.5, -50))
+    result = measured(model, x)
+    name = "a.conv" if isinstance(model.a, ConvNormAct) else "a"
+    profiled = result[name]
+    expected = [False] * DEAD + [True] * DEAD
+    assert profiled.activation == "relu" and not profiled.hidden.any()
+    assert profiled.dead.tolist() == profiled.frozen.tolist() == expected
+    assert profiled.dormant.tolist() == expected
+    head = result["b"]
+    assert head.activation == "identity" and not head.dead.any() and head.wiring.head
+    assert result.notes[0].startswith("the model could not be traced (")
+
+
+def test_a_functional_activation_is_unknown_and_nothing_is_said_of_its_units(measured):
+    model, x = dense(nn.Identity(), lambda s, x: s.b(F.relu(s.a(x))))
+    with torch.no_grad():
+        model.a.bias[DEAD:] = -50
+    result = measured(model, x)
+    layer = result["a"]
+    assert is_unknown(layer.wiring, NO_FUNCTION)
+    assert not layer.dead.any() and not layer.frozen.any() and not layer.dormant.any()
+    assert result.coverage.skipped == (("a", NO_FUNCTION),)
+    assert result["b"].activation == "identity"
+
+
+@pytest.mark.parametrize(
+    ("act", "name"),
+    [
+        (nn.GELU(), "gelu"),
+        (nn.GELU("tanh"), "gelu_tanh"),
+        (nn.LeakyReLU(0.2), "leaky_relu:0.2"),
+        (nn.Hardtanh(0, 6), "relu6"),
+        (nn.SiLU(inplace=True), "silu"),
+        # Several layers deep, and still one function.
+        (nn.Sequential(nn.Identity(), nn.Sequential(nn.Tanh())), "tanh"),
+    ],
+    ids=str,
+)
+def test_the_rules_of_the_trace_name_the_function(act, name):
+    model, x = dense(act)
+    layer = found(model, x)
+    assert layer.activation == name and layer.unknown == {}
+    assert places(layer.z_sites) == [("a", "output", -1)]
+    assert len(layer.g_sites) == 1
+
+
+class Function(nn.Module):
+    """A module without parameters that computes any function."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *values: Tensor) -> Tensor:
+        return self.function(*values)
+
+
+class ReluLinear(nn.Linear):
+    """A layer that has its activation function inside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(super().forward(x))
+
+
+NO_ACTIVATION = {
+    "PReLU": nn.PReLU(),
+    "Softmax": nn.Softmax(-1),
+    "LayerNorm": nn.LayerNorm(UNITS),
+    "shifted": Function(lambda z: F.relu(z + 3)),
+    "negative": Function(lambda z: F.relu(-z)),
+    "square of a ReLU": Function(lambda z: F.relu(z) ** 2),
+    "with a shortcut": Function(lambda z: F.relu(z) + z),
+    "reversed": Function(lambda z: F.relu(z.flip(-1))),
+    "asks for values": Function(lambda z: F.relu(z) if float(z.sum()) > 0 else z),
+}
+
+
+@pytest.mark.parametrize("act", NO_ACTIVATION.values(), ids=NO_ACTIVATION)
+def test_what_is_no_known_function_is_unknown(act):
+    model, x = dense(act)
+    assert is_unknown(found(model, x), NO_FUNCTION)
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (lambda s, x: s.b((z := s.a(x)) + s.act(z)), NO_FUNCTION),
+        (lambda s, x: s.b(s.act(z := s.a(x))) + s.b(z), SEVERAL),
+        (lambda s, x: s.b(s.act(z := s.a(x))) + s.b(s.tanh(z)), SEVERAL),
+        (lambda s, x: s.b(s.act(s.a(x).mul_(-1))), NO_FUNCTION),
+        (lambda s, x: s.b((z := s.a(x), z.clamp_(min=0))[0]), NO_FUNCTION),
+        (lambda s, x: s.b((z := s.a(x), s.inplace(z.view(-1)))[0]), SEVERAL),
+        (lambda s, x: s.b(s.two(s.a(x), x.sum())), NO_FUNCTION),
+        (lambda s, x: s.b(s.cut(s.a(x)).repeat(1, 2)), NO_FUNCTION),
+        (lambda s, x: s.b(s.act(s.a(x)) + s.tanh(s.a(-x))), SEVERAL),
+        (lambda s, x: s.b(F.relu(s.a(x)) + s.act(s.a(-x))), NO_FUNCTION),
+        (lambda s, x: s.b((s.a(x), torch.ones(len(x), UNITS))[1]), NO_FUNCTION),
+        (lambda s, x: s.b(torch.ones(len(x), UNITS)), NOT_CALLED),
+        (lambda s, x: s.b(s.act(F.linear(x, s.a.weight))), NOT_CALLED),
+    ],
+    ids=("sum", "layer", "functions", "written", "clamped", "view", "two", "cut", "calls",
+         "one call", "unread", "never", "weight"),
+)  # fmt: skip
+def test_several_and_unseen_readers_are_unknown(forward, reason):
+    model, x = dense(nn.ReLU(), forward)
+    model.tanh, model.inplace = nn.Tanh(), nn.ReLU(inplace=True)
+    model.two = Function(lambda z, y=None: F.relu(z) if y is None else F.relu(z + y))
+    model.cut = Function(lambda z: F.relu(z)[:, : UNITS // 2])
+    assert is_unknown(found(model, x), reason)
+
+
+def test_a_layer_with_its_function_inside_is_not_taken_for_a_plain_one():
+    model, x = dense(nn.Identity())
+    model.a = ReluLinear(6, UNITS)
+    assert is_unknown(found(model, x), NO_FUNCTION)
+
+
+def test_a_norm_over_positions_is_none_of_units():
+    def forward(s: Wild, x: Tensor) -> Tensor:
+        return s.b(s.act(s.bn(s.a(x))))
+
+    layers = {"a": nn.Linear(6, UNITS), "bn": nn.BatchNorm1d(5), "act": nn.ReLU()}
+    model = wild(forward, **layers, b=nn.Linear(UNITS, 3))
+    assert is_unknown(found(model, rows(4, 5, 6)), NO_FUNCTION)
+
+
+def test_where_nothing_can_be_traced_no_function_is_known():
+    def refuse(model: nn.Module, x: Tensor) -> UnitGraph:
+        raise ValueError("no")
+
+    graph = module_graph(*dense(nn.ReLU()), "no reason", refuse)
+    assert is_unknown(graph["a"], NO_FUNCTION) and graph["b"].activation == "identity"
+
+
+def test_a_function_that_cannot_be_traced_is_not_looked_into_again():
+    traced = []
+
+    def fall_back(model: nn.Module, x: Tensor) -> UnitGraph:
+        traced.append(model)
+        return module_graph(model, x, "no reason", fall_back)
+
+    assert is_unknown(fall_back(*dense(nn.ReLU()))["a"], NO_FUNCTION)
+    assert len(traced) == 2
+
+
+def test_a_model_that_warns_is_run_all_the_same():
+    def forward(s: Wild, x: Tensor) -> Tensor:
+        warnings.warn("of nothing", stacklevel=1)
+        return s.b(s.act(s.a(x)))
+
+    assert found(*dense(nn.ReLU(), forward)).activation == "relu"
+
+
+def test_fused_layers_run_module_by_module():
+    layer = nn.TransformerEncoderLayer(8, 2, UNITS, batch_first=True, activation=nn.GELU()).eval()
+    assert found(layer, rows(2, 5, 8), "linear1").activation == "gelu"
+
+
+def test_modules_of_one_class_are_told_apart():
+    """What they print is equal, what they compute is not."""
+
+    def forward(s: Wild, x: Tensor) -> Tensor:
+        return s.b(s.tanh(s.second(s.act(s.a(x)))))
+
+    model, x = dense(Function(F.relu), forward)
+    model.second, model.tanh = nn.Linear(UNITS, UNITS), Function(torch.tanh)
+    graph = graph_of(model, x)
+    assert [layer.activation for layer in graph.layers] == ["relu", "identity", "tanh"]
+
+
+def test_norms_and_dropouts_do_not_train_while_one_looks():
+    model, x = dropped()
+    model.train()
+    assert found(model, x).activation == "relu"
+    model, x = with_norm()
+    model.train()
+    # One position in each channel, of which a BatchNorm that trains makes an error.
+    assert found(model, x[:1, :, :3, :3]).activation == "relu"
+
+
+def test_compiled_modules_are_looked_into():
+    model, x = dense(torch.compile(nn.ReLU(), backend="eager"))
+    with torch.no_grad():
+        model(x)
+    assert found(model, x).activation == "relu"
+
+
+def test_what_runs_on_other_threads_is_unknown():
+    def forward(s: Wild, x: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            return s.b(s.act(pool.submit(s.a, x).result()))
+
+    assert is_unknown(found(*dense(nn.ReLU(), forward)), NOT_CALLED)
+
+
+def test_sites():
+    layer = found(*with_norm())
+    assert (layer.norm, places(layer.z_sites)) == ("bn", [("bn", "output", -3)])
+    assert places(layer.g_sites) == [("act", "output", -3)]
+    layer = found(*norm_with_act())
+    assert (layer.norm, places(layer.z_sites)) == ("bn", [("bn.drop", "input", -3)])
+    assert places(layer.g_sites) == [("bn.act", "output", -3)]
+    shared = graph_of(*shared_act())
+    # What all calls of the shared module share is no place to look at.
+    assert places(shared["a"].z_sites) == [("a", "output", -1)]
+    assert places(shared["a"].g_sites) == [("second", "input", -1)]
+    head = shared["b"]
+    assert places(head.z_sites) == places(head.g_sites) == [("b", "output", -1)]
+    # The same elements in another shape: how units lie there is not known.
+    layer = found(*flattened())
+    assert places(layer.z_sites) == [("a", "output", -3)] and layer.g_sites == ()
+
+
+def test_layers_that_are_read_by_layers_alone_have_no_function():
+    def forward(s: Wild, x: Tensor) -> dict[str, Tensor]:
+        value = s.a(x)
+        return {"sum": s.b(value) * 2, "more": [s.c(value)]}
+
+    layers = {"a": nn.Linear(6, UNITS), "b": nn.Linear(UNITS, 3), "c": nn.Linear(UNITS, 3)}
+    graph = graph_of(wild(forward, **layers), {"x": rows(4, 6)})
+    assert [layer.activation for layer in graph.layers] == ["identity", "unknown", "identity"]
+
+
+def test_a_layer_that_is_called_twice_in_one_way_is_measured_in_both(measured):
+    def forward(s: Wild, x: Tensor) -> Tensor:
+        return s.b(s.act(s.a(x)) * s.act(s.a(-x)))
+
+    model, x = dense(nn.ReLU(), forward)
+    layer = measured(model, x)["a"]
+    assert layer.activation == "relu"
+    assert set(layer.stats["n"].tolist()) == set(layer.stats["n_g"].tolist()) == {128}
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(5, 4), nn.Conv1d(6, 4, 2), nn.Conv3d(6, 4, 1),
+                                   nn.ConvTranspose1d(6, 4, 2)], ids=str)  # fmt: skip
+def test_units_are_on_the_axis_of_the_layer(layer):
+    x = rows(2, 6, 5, 5, 5) if isinstance(layer, nn.Conv3d) else rows(2, 6, 5)
+    model = wild(lambda s, x: s.act(s.a(x)), a=layer, act=nn.ReLU())
+    (site,) = found(model, x).z_sites
+    assert layer(x).shape[site.unit_axis] == 4 == len(site.unit_of_channel)
+
+
+class Conv1D(nn.Module):
+    """A layer as Hugging Face has it: its weight is (in, out)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (*x.shape[:-1], len(self.bias))
+        return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(shape)
+
+
+def test_layers_of_hugging_face():
+    layers = {"a": Conv1D(6, UNITS), "act": nn.GELU(), "b": Conv1D(UNITS, 3)}
+    layer = found(wild(lambda s, x: s.b(s.act(s.a(x))), **layers), rows(2, 5, 6))
+    assert (layer.kind, layer.n_units, layer.unit_dim) == ("conv1d", UNITS, 1)
+    assert (layer.activation, places(layer.z_sites)) == ("gelu", [("a", "output", -1)])
+
+
+def test_kinds_and_tied_weights():
+    kinds = {"a": nn.Conv1d(4, 4, 1, groups=4), "b": nn.ConvTranspose1d(4, 4, 1)}
+    model = wild(lambda s, x: s.d(s.c(s.b(s.a(x)))), **kinds, c=nn.Linear(4, 4), d=nn.Linear(4, 4))
+    model.d.weight = model.c.weight
+    graph = graph_of(model, rows(2, 4, 4))
+    assert [layer.kind for layer in graph.layers] == [
+        "depthwise conv", "conv transpose", "linear", "linear",
+    ]  # fmt: skip
+    assert [layer.head for layer in graph.layers] == [False, False, False, True]
+    assert [layer.tied for layer in graph.layers] == [(), (), ("d",), ("c",)]
+
+
+def test_a_model_that_cannot_run_has_unknown_layers():
+    def forward(s: Wild, x: Tensor) -> Tensor:
+        s.a(x)
+        raise RuntimeError("out of luck\nand more")
+
+    model, x = dense(nn.ReLU(), forward)
+    graph = graph_of(model, x)
+    reason = "the model could not be traced, and running it failed (RuntimeError: out of luck)"
+    assert len(graph.layers) == 2 and all(is_unknown(layer, reason) for layer in graph.layers)
+    assert graph.note == "the model could not be traced (no reason)"
+    assert graph_of(dense(nn.ReLU())[0], rows(2, 5)).layers[0].activation == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("act", "reason"), [(nn.ReLU(), None), (F.relu, NO_FUNCTION)], ids=["module", "function"]
+)
+def test_an_exception_that_the_model_catches_does_no_harm(act, reason):
+    def forward(s: Wild, x: Tensor) -> Tensor:
+        value = s.a(x)
+        try:
+            return s.c(value)
+        except RuntimeError:
+            return s.b(act(value))
+
+    model, x = dense(act if reason is None else nn.Identity(), forward)
+    # It would read the units if it could.
+    model.c = nn.Linear(UNITS + 1, 3)
+    layer = found(model, x)
+    assert layer.activation == "relu" if reason is None else is_unknown(layer, reason)
+
+
+def raising(s: Wild, x: Tensor) -> Tensor:
+    x = s.act(s.bn(s.a(x)))
+    torch.rand(1), random.random(), numpy.random.rand()
+    s.bn.running_mean = s.bn.running_mean + 1
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("forward", [None, raising], ids=["returns", "is interrupted"])
+def test_the_model_is_left_as_found(forward):
+    model, x = with_norm()
+    model.train()
+    model.act.eval()
+    model.bn.register_forward_hook(lambda *values: None)
+    model.a.weight.grad = torch.ones_like(model.a.weight)
+    model._forward = forward or model._forward
+    before = copy.deepcopy(model.state_dict())
+    attributes = [
+        {key: copy.copy(value) for key, value in vars(m).items()} for m in model.modules()
+    ]
+    states = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
+    if forward is None:
+        assert found(model, x).activation == "relu"
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            graph_of(model, x)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (random.getstate(), numpy.random.get_state()[1].tolist()) == states[1:]
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(model.a.weight.grad, torch.ones_like(model.a.weight))
+    for module, kept in zip(model.modules(), attributes, strict=True):
+        assert all(value == kept[key] or value is kept[key] for key, value in vars(module).items()
+                   if not key.startswith(("_parameters", "_buffers")))  # fmt: skip
+        assert vars(module).keys() == kept.keys()
+
+
+def tiny() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.SiLU(True), nn.Conv2d(8, 8, 3, groups=8),
+        nn.Hardswish(), nn.Conv2d(8, 6, 1), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(),
+        nn.Linear(216, 10), nn.Dropout(), nn.Sigmoid(), nn.Linear(10, 4), nn.Linear(4, 3),
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("build", "known", "layers"),
+    [(tiny, 5, 6), (lambda: timm.create_model("resnet18", num_classes=5).eval(), 10, 21)],
+    ids=["tiny", "resnet18"],
+)
+def test_no_function_is_another_than_in_the_trace(build, known, layers):
+    model, x = build(), rows(2, 3, 16, 16)
+    traced = {layer.name: layer for layer in build_graph(model, x).layers}
+    by_modules = graph_of(model, x).layers
+    pairs = [(layer, traced[layer.name]) for layer in by_modules if layer.activation != "unknown"]
+    assert [(a.activation, a.norm) for a, _ in pairs] == [(b.activation, b.norm) for _, b in pairs]
+    assert (len(pairs), len(by_modules)) == (known, layers)
