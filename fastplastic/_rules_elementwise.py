@@ -91,7 +91,7 @@ def negate(walk: Walk, node: Node, args: list[Any]) -> Any:
     return Value(shape_of(node), args[0].ids, args[0].const, args[0].pristine)
 
 
-@rule(*IDENTITY, reads=None)
+@rule(*IDENTITY, shapes=(1,))
 def identity(walk: Walk, node: Node, args: list[Any]) -> Any:
     return Value(shape_of(node), args[0].ids, args[0].const, args[0].pristine)
 

@@ -283,7 +283,7 @@ def attention(walk: Walk, node: Node, args: list[Any]) -> Any:
     return Value(shape, cut.expand(shape))
 
 
-@rule("_assert_tensor_metadata", "_assert_scalar", "_assert_async", reads=None)
+@rule("_assert_tensor_metadata", "_assert_scalar", "_assert_async", reads=None, shapes=(0,))
 def check(walk: Walk, node: Node, args: list[Any]) -> Any:
     """Pass over run-time checks."""
     return None
@@ -293,6 +293,7 @@ def check(walk: Walk, node: Node, args: list[Any]) -> Any:
     "arange", "full", "zeros", "ones", "empty", "zeros_like", "ones_like", "new_zeros", "new_ones",
     "new_full", "full_like", "scalar_tensor", "eye", "linspace", "sym_size", "empty_like",
     "new_empty", "rand", "randn", "rand_like", "randn_like", "randperm", "randint",
+    shapes=(0,),
 )  # fmt: skip
 def constant(walk: Walk, node: Node, args: list[Any]) -> Any:
     """Make a tensor that depends on no value of its inputs."""

@@ -60,7 +60,7 @@ def layout(walk: Walk, node: Node, args: list[Any]) -> Any:
     return _revalue(packet(value.ids, *args[1:], **node.kwargs), value.pristine)
 
 
-@rule(*LAYOUT_AS, reads=None)
+@rule(*LAYOUT_AS, reads=(0,), shapes=(1,))
 def layout_as(walk: Walk, node: Node, args: list[Any]) -> Any:
     value, shape = args[0], list(args[1].shape)
     if value.ids is None:

@@ -22,6 +22,8 @@ Rule = Callable[["Walk", Node, list[Any]], Any]
 RULES: dict[str, Rule] = {}
 # {operator: positions of the arguments that its rule reads, or None for all}.
 OPERANDS: dict[str, frozenset[int] | None] = {}
+# {operator: positions of the arguments that give a shape or a dtype alone}.
+SHAPES: dict[str, frozenset[int]] = {}
 _SLICING = ("select", "slice", "narrow", "getitem")
 
 
@@ -134,20 +136,39 @@ class Walk(UnitFlow):
             self.reads[source].append(node)
 
 
-def rule(*names: str, reads: tuple[int, ...] | None = (0,)) -> Callable[[Rule], Rule]:
+def rule(
+    *names: str, reads: tuple[int, ...] | None = (0,), shapes: tuple[int, ...] = ()
+) -> Callable[[Rule], Rule]:
     """Register a rule for operators of these names.
 
     Args:
         names: Names without "_" at the end.
         reads: Positions of the arguments whose units the rule decides on; None for all of them.
+        shapes: Positions of those that give a shape or a dtype alone.
     """
 
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(names, function))
         OPERANDS.update(dict.fromkeys(names, None if reads is None else frozenset(reads)))
+        SHAPES.update(dict.fromkeys(names, frozenset(shapes)))
         return function
 
     return register
+
+
+def data_sources(node: Node, resolved: list[Node]) -> list[Node]:
+    """Return the nodes whose values the node reads, not those that give a shape alone.
+
+    Args:
+        node: The node.
+        resolved: What stands for each of `node.all_input_nodes`.
+    """
+    shapes = SHAPES.get(base_name(op_name(node)), frozenset())
+    needed: set[Node] = set()
+    data = [arg for at, arg in enumerate(node.args) if at not in shapes]
+    torch.fx.node.map_arg((data, dict(node.kwargs)), needed.add)
+    pairs = zip(node.all_input_nodes, resolved, strict=True)
+    return [source for raw, source in pairs if raw in needed]
 
 
 def values_in(args: Any) -> list[Value]:

@@ -27,10 +27,12 @@ from ._sites import module_calls
 from ._walk import (
     OPERANDS,
     RULES,
+    SHAPES,
     Program,
     Walk,
     base_name,
     branch_point,
+    data_sources,
     op_name,
     plain,
     unknown,
@@ -259,7 +261,7 @@ def _step(
     if node in regions:
         walk.made[node] = values[node] = _activation_module(walk, node, values, regions[node])
         return
-    walk.read(node, walk.sources[node])
+    walk.read(node, data_sources(node, walk.sources[node]))
     args = list(torch.fx.node.map_arg(node.args, lambda x: values.get(x)))
     kwargs = {
         key: torch.fx.node.map_arg(x, values.get)
@@ -285,7 +287,7 @@ def _apply(walk: Walk, node: Node, args: list[Any], kwargs: dict[str, Any]) -> A
     except Exception:  # operators have overloads that no rule foresees: then no unit is trusted
         return unknown(walk, node, everything)
     if read is not None:
-        left = [arg for at, arg in enumerate(args) if at not in read]
+        left = [arg for at, arg in enumerate(args) if at not in read | SHAPES[name]]
         for value in values_in([*left, *kwargs.values()]):
             if value.ids is not None:
                 walk.leak(value.ids, f"enters {name} at a place that no rule names")

@@ -74,6 +74,13 @@ LINEAR = {
     "by a constant norm": (lambda s, x: s.b(F.relu(s.a(x) / x.norm())), "relu"),
     "maximum": (lambda s, x: s.b(torch.maximum(s.a(x), torch.tensor(0.0))), "relu"),
     "maximum with zeros": (lambda s, x: s.b(torch.maximum(torch.zeros(16), s.a(x))), "relu"),
+    "maximum with zeros like itself": (
+        lambda s, x: s.b(torch.maximum(z := s.a(x), torch.zeros_like(z))), "relu"
+    ),
+    "asked for its shape and kind": (
+        lambda s, x: s.b(F.relu((z := s.a(x)).view(-1, 16).type_as(z).view_as(z)
+                                + torch.zeros_like(z))), "relu",
+    ),
     "max of two": (lambda s, x: s.b(torch.max(s.a(x), torch.zeros_like(x[:, :1]))), "relu"),
     "clamp": (lambda s, x: s.b(s.a(x).clamp(min=0)), "relu"),
     "clamped at nothing": (
@@ -144,6 +151,16 @@ def test_dead_channels_are_found(forward, function) -> None:
     found = measured(net, x)
     assert found.activation == function
     assert torch.equal(found.dead, DEAD) and torch.equal(found.dormant, DEAD)
+
+
+def test_who_gives_a_shape_alone_is_not_on_the_way() -> None:
+    """LeViT: the pre-activation is that behind the norm alone."""
+    net, x = planted(
+        lambda s, x: s.b(F.relu(s.n((z := s.a(x[:, None])).flatten(0, 1)).reshape_as(z))[:, 0]), True,
+        n=nn.BatchNorm1d(16),
+    )  # fmt: skip
+    layer = measured(net, x).wiring
+    assert layer.norm == "n" and [(s.module, s.where) for s in layer.z_sites] == [("n", "output")]
 
 
 UNKNOWN = {
