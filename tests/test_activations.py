@@ -156,8 +156,9 @@ def test_dead_channels_are_found(forward, function) -> None:
 def test_who_gives_a_shape_alone_is_not_on_the_way() -> None:
     """LeViT: the pre-activation is that behind the norm alone."""
     net, x = planted(
-        lambda s, x: s.b(F.relu(s.n((z := s.a(x[:, None])).flatten(0, 1)).reshape_as(z))[:, 0]), True,
-        n=nn.BatchNorm1d(16),
+        lambda s, x: s.b(
+            F.relu(s.n((z := s.a(x[:, None])).flatten(0, 1)).reshape_as(z))[:, 0]
+        ), True, n=nn.BatchNorm1d(16),
     )  # fmt: skip
     layer = measured(net, x).wiring
     assert layer.norm == "n" and [(s.module, s.where) for s in layer.z_sites] == [("n", "output")]
