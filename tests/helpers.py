@@ -1,4 +1,4 @@
-"""What several test files share: models of timm, and the two properties that prove a graph right.
+"""What several test files share: models, and the two properties that prove a graph right.
 
 (a) Zeroing the outgoing columns of units gives the same output as forcing their activation to zero.
 (b) With outgoing columns at zero, the output does not depend on the incoming weights.
@@ -26,6 +26,19 @@ FAMILIES = [
     "gmlp_ti16_224", "swin_tiny_patch4_window7_224", "densenet121", "mixer_s32_224",
     "hgnetv2_b0", "poolformerv2_s12", "mobileone_s0", "repvgg_a0",
 ]  # fmt: skip
+
+
+class Net(nn.Module):
+    """A model from named layers and a forward function of (self, x)."""
+
+    def __init__(self, forward, **layers: nn.Module) -> None:
+        super().__init__()
+        self._forward = forward
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._forward(self, x)
 
 
 def wake(model: nn.Module) -> None:

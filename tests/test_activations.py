@@ -8,24 +8,12 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import Net
 from torch import Tensor, nn
 
 from fastplastic import profile
 
 DEAD = torch.arange(16) % 2 == 0
-
-
-class Net(nn.Module):
-    """A model from named layers and a forward function of (self, x)."""
-
-    def __init__(self, forward, **layers: nn.Module) -> None:
-        super().__init__()
-        self._forward = forward
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._forward(self, x)
 
 
 def planted(forward, linear: bool, **layers: nn.Module) -> tuple[Net, Tensor]:

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import Net
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -19,19 +20,6 @@ H, G, W = slice(0, 9), slice(9, 13), slice(13, 21)
 # Weights are read as they were in each step with a gradient.
 OF_WEIGHTS = {"n_in", "sum_abs_w", "sum_sq_w", "n_out", "sum_abs_w_out", "sum_sq_w_out"}
 OTHERS = [row for row, name in enumerate(STATISTICS) if name not in OF_WEIGHTS]
-
-
-class Net(nn.Module):
-    """A model from named layers and a forward function of (self, x)."""
-
-    def __init__(self, forward, **layers: nn.Module) -> None:
-        super().__init__()
-        self._forward = forward
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._forward(self, x)
 
 
 def net(forward, **layers) -> Net:

@@ -5,23 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import Net
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from fastplastic import FastPlasticError, plan, profile, reinit_
-
-
-class Net(nn.Module):
-    """A model from named layers and a forward function of (self, x)."""
-
-    def __init__(self, forward, **layers: nn.Module) -> None:
-        super().__init__()
-        self._forward = forward
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._forward(self, x)
 
 
 def net(forward, **layers) -> Net:
