@@ -260,12 +260,7 @@ class ReinitOptions(SelectOptions):
     ] = "default"  # fmt: skip
     outgoing: Annotated[
         Literal["zero", "small", "fresh", "keep"],
-        _option(
-            "--outgoing",
-            panel=_SELECT,
-            help="What becomes of the outgoing weights. After zero and small, the criterion "
-            "gradient takes most of these units again if it is used soon.",
-        ),
+        _option("--outgoing", panel=_SELECT, help="What becomes of the outgoing weights (README)."),
     ] = "zero"
     compensate: Annotated[
         bool,

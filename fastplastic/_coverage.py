@@ -57,15 +57,7 @@ def notes_of(
     notes = []
     if graph.note is not None:
         notes.append(graph.note)
-    lost = [x for x in layers if x.wiring.unknown]
-    if lost:
-        units = sum(sum(x.wiring.unknown.values()) for x in lost)
-        reasons = "; ".join(dict.fromkeys(text for x in lost for text in x.wiring.unknown))
-        notes.append(
-            f"the activation function of {units} units is unknown, in "
-            f"{_names([x.name for x in lost])}: they are not counted as dead, frozen or dormant "
-            f"({reasons})"
-        )
+    notes += _unknown(layers)
     if observation.modes == {"mixed"} or len(observation.modes) > 1:
         notes.append("some modules were in train mode and some in eval mode")
     if observation.masked:
@@ -94,6 +86,20 @@ def notes_of(
     if unreached:
         notes.append(f"no gradient reached {_names(unreached)}: gradient scores are unknown there")
     return tuple(notes)
+
+
+def _unknown(layers: Iterable["LayerProfile"]) -> list[str]:
+    """Return a remark on units with an unknown activation function, if there are any."""
+    lost = [layer for layer in layers if layer.wiring.unknown]
+    if not lost:
+        return []
+    units = sum(sum(layer.wiring.unknown.values()) for layer in lost)
+    reasons = "; ".join(dict.fromkeys(text for layer in lost for text in layer.wiring.unknown))
+    return [
+        f"the activation function of {units} units is unknown, in "
+        f"{_names([layer.name for layer in lost])}: they are not counted as dead, frozen or "
+        f"dormant ({reasons})"
+    ]
 
 
 def _seen(layer: "LayerProfile") -> bool:

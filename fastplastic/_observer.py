@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fastplastic._padding import Tokens, unpadded
 from fastplastic._parameters import WeightReader
 from fastplastic._readers import Reader, Readers
 from fastplastic._sums import Sums, fold_weights
@@ -113,7 +114,7 @@ class Observer:
         self._hooked: set[str] = set()
         # Whether the current step is measured, and whether its forward pass is on.
         self._measuring = self._running = False
-        self._tokens: _Tokens | None = None
+        self._tokens: Tokens | None = None
         self._sums: dict[torch.device, Sums] = {}
         self.reset()
 
@@ -217,7 +218,7 @@ class Observer:
         if not in_backward():
             self._running = False
 
-    def _unpadded_tokens(self, kwargs: Mapping[str, Any]) -> "_Tokens | None":
+    def _unpadded_tokens(self, kwargs: Mapping[str, Any]) -> Tokens | None:
         """Return the tokens that count, or None for all."""
         mask = kwargs.get("attention_mask")
         # In an encoder-decoder the mask is for the encoder's tokens only.
@@ -231,7 +232,7 @@ class Observer:
         if positions.numel() == mask.numel():
             return None
         self._masked = True
-        return _Tokens(mask.shape, positions)
+        return Tokens(mask.shape, positions)
 
     def _hook_parameters(self) -> None:
         named = dict(self.model.named_parameters(remove_duplicate=False))
@@ -289,7 +290,7 @@ class Observer:
 
     def _read_activations(self, reader: Reader, tensor: Tensor) -> None:
         with self._lock:
-            x, axis = _unpadded(tensor.detach(), reader.axis, self._tokens)
+            x, axis = unpadded(tensor.detach(), reader.axis, self._tokens)
             sums = self._sums_on(x.device)
             for run in reader.activations:
                 size = run.stop - run.start
@@ -301,12 +302,12 @@ class Observer:
                 self._sample(reader.measured, x, axis)
 
     @untraced
-    def _see_gradient(self, reader: Reader, tokens: "_Tokens | None", gradient: Tensor) -> None:
+    def _see_gradient(self, reader: Reader, tokens: Tokens | None, gradient: Tensor) -> None:
         if self.paused or not self._handles:
             return
         assert reader.gradients is not None
         with self._lock:
-            g, axis = _unpadded(gradient.detach(), reader.axis, tokens)
+            g, axis = unpadded(gradient.detach(), reader.axis, tokens)
             out = self._sums_on(g.device).of_gradients(reader.gradients, reader.channels)
             gradient_stats(g, axis, out=out)
 
@@ -362,26 +363,6 @@ def _reading() -> Iterator[None]:
     """Compute without a graph, on tensors that can be written to later."""
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-@dataclass(frozen=True, eq=False)
-class _Tokens:
-    """The tokens that are no padding.
-
-    Attributes:
-        shape: (batch, tokens).
-        positions: int64, of those that count, with batch and tokens as one dimension.
-    """
-
-    shape: torch.Size
-    positions: Tensor
-
-
-def _unpadded(x: Tensor, axis: int, tokens: _Tokens | None) -> tuple[Tensor, int]:
-    """Return x and its axis; [batch, tokens, channels] without padding is [positions, channels]."""
-    if tokens is None or x.ndim != 3 or axis not in (2, -1) or x.shape[:2] != tokens.shape:
-        return x, axis
-    return x.flatten(0, 1).index_select(0, tokens.positions), 1
 
 
 def _hook_gradient(tensor: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
