@@ -40,7 +40,8 @@ def coverage_of(
             skipped.append((layer.name, _reason(layer, observation)))
     found = len(graph.layers) + len(graph.skipped)
     # Of a model that cannot be traced, gradients may be all that is known.
-    gradients = graph.note is not None and any(not layer.no_gradient for layer in layers)
+    untraced = graph.note is not None
+    gradients = untraced and any(not layer.no_gradient for layer in layers)
     if len(skipped) == found and not gradients:
         raise InputError(
             f"none of {found} weight layers was measured{_example(skipped)}: call the model itself "
@@ -82,6 +83,10 @@ def notes_of(
             f"the weights of {_names(computed)} are computed from others: gradient scores are "
             "unknown there"
         )
+    unseen = [x for x in layers if x.measured.any() and not x.wiring.g_sites and not x.no_gradient]
+    if unseen:
+        names = _names([x.name for x in unseen])
+        notes.append(f"no hook can see the gradients of activations of {names}: mean|g| is unknown")
     unreached = [x.name for x in cut if x.name not in computed]
     if unreached:
         notes.append(f"no gradient reached {_names(unreached)}: gradient scores are unknown there")

@@ -1,6 +1,7 @@
 """Which units to re-initialise: scores of statistics, ordered on the host."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -127,9 +128,13 @@ def _nothing_eligible(
     chosen: list["LayerProfile"], unknown: dict[str, int], rule: Criterion
 ) -> str:
     if not unknown:
+        reasons = Counter[str]()
+        for layer in chosen:
+            reasons.update(layer.wiring.reasons)
+        why = f" (mostly: {reasons.most_common(1)[0][0]})" if reasons else ""
         return (
-            f"none of the {len(chosen)} chosen layers has a hidden unit, expected at least one: "
-            "choose other layers with include and exclude"
+            f"none of the {len(chosen)} chosen layers has a hidden unit{why}, expected at least "
+            "one: choose other layers with include and exclude, or single weights"
         )
     return (
         f"none of the {sum(unknown.values())} hidden units of the chosen layers has a "

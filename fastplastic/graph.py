@@ -7,6 +7,8 @@ rules cannot decide is marked as not resettable with the reason.
 
 import contextlib
 import inspect
+import io
+import logging
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping
@@ -22,6 +24,7 @@ from ._finish import finish
 from ._flow import UnitFlow, Value, distinct
 from ._module_graph import module_graph
 from ._module_run import ALWAYS_EVAL, weight_modules
+from ._regions import activation_regions
 from ._rules_elementwise import activate
 from ._sites import module_calls
 from ._walk import (
@@ -40,13 +43,6 @@ from ._walk import (
 )
 from .wiring import UnitGraph, UnitLayer
 
-# Activation functions that libraries write as several operators in a module of their own.
-_ACTIVATION_CLASSES = {
-    "NewGELUActivation": "gelu_tanh", "FastGELUActivation": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh", "GELUTanh": "gelu_tanh", "QuickGELUActivation": "quick_gelu",
-    "QuickGELU": "quick_gelu", "Swish": "silu", "SiLUActivation": "silu",
-    "HardSwish": "hardswish", "HardSigmoid": "hardsigmoid",
-}  # fmt: skip
 _SHAPE_OPS = ("sym_size", "size", "sym_numel", "dim")
 _VIEW_OPS = frozenset(
     "view reshape permute transpose t flatten unflatten squeeze unsqueeze expand select slice "
@@ -84,12 +80,17 @@ def build_graph(
             _read(walk, model, program, mode, names)
     if len(failed) == len(modes):
         return module_graph(model, example_inputs, failed[modes[0]], build_graph)
+    note = None
     for mode, reason in failed.items():
         everything = torch.arange(len(walk.parent), dtype=torch.int32)
-        walk.leak(everything, f"the model could not be traced in {mode} mode ({reason[:80]})")
+        walk.leak(everything, f"the model could not be traced in {mode} mode")
+        note = (
+            f"the model could not be traced in {mode} mode: which layers read its units there is "
+            f"not known, and none can be re-initialised ({reason})"
+        )
     walk.settle()
     layers = finish(walk)
-    return UnitGraph(layers, _unreached(model, layers, names))
+    return UnitGraph(layers, _unreached(model, layers, names), note)
 
 
 def _export(model: nn.Module, example_inputs: Any, mode: str) -> ExportedProgram:
@@ -99,9 +100,25 @@ def _export(model: nn.Module, example_inputs: Any, mode: str) -> ExportedProgram
     if "use_cache" in inspect.signature(model.forward).parameters:
         # Decoders of Hugging Face return a cache, which torch.export does not take.
         kwargs.setdefault("use_cache", False)
-    with in_mode(model, mode), torch.no_grad(), warnings.catch_warnings():
+    with in_mode(model, mode), torch.no_grad(), _silent(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.export.export(model, args, kwargs, strict=False)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keep torch from printing the graph of what it cannot trace; the error says enough."""
+    names = [name for name in logging.root.manager.loggerDict if name.startswith("torch.")]
+    loggers = [(logger, logger.disabled) for logger in map(logging.getLogger, names)]
+    try:
+        for logger, _ in loggers:
+            logger.disabled = True
+        # Some of it is no log.
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, disabled in loggers:
+            logger.disabled = disabled
 
 
 @contextlib.contextmanager
@@ -188,7 +205,7 @@ def _read(
 ) -> None:
     """Read a traced program once, in execution order."""
     walk.program = _program(model, program, mode, names)
-    regions = _activation_regions(program)
+    regions = activation_regions(program, model)
     tensors = _Tensors()
     values = tensors.values
     inputs = set(program.graph_signature.user_inputs)
@@ -220,35 +237,6 @@ def _note_view_of_parameter(node: Node, parameters: dict[Node, tuple[str, bool]]
         parameters[node] = name, not turned
     elif op_name(node) in ("to", "_to_copy", "alias", "detach"):
         parameters[node] = name, turned
-
-
-def _activation_regions(program: ExportedProgram) -> dict[Node, tuple[Node, str] | None]:
-    """Return {last node: (input node, activation)} of modules that are one activation function.
-
-    The other nodes of such a module are there with None.
-    """
-    inside: dict[str, list[Node]] = defaultdict(list)
-    kinds: dict[str, str] = {}
-    for node in program.graph.nodes:
-        for call, entry in (node.meta.get("nn_module_stack") or {}).items():
-            kind = str(entry[1]).rpartition(".")[2]
-            if kind in _ACTIVATION_CLASSES:
-                inside[str(call)].append(node)
-                kinds[str(call)] = _ACTIVATION_CLASSES[kind]
-    regions: dict[Node, tuple[Node, str] | None] = {}
-    for call, nodes in inside.items():
-        own = set(nodes)
-        entries = {
-            x
-            for node in nodes
-            for x in node.all_input_nodes
-            if x not in own and x.op == "call_function"
-        }
-        exits = [node for node in nodes if any(user not in own for user in node.users)]
-        if len(nodes) > 1 and len(entries) == 1 and len(exits) == 1:
-            regions.update(dict.fromkeys(nodes))
-            regions[exits[0]] = entries.pop(), kinds[call]
-    return regions
 
 
 def _step(

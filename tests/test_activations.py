@@ -209,3 +209,30 @@ def test_what_is_not_known_has_no_figures(forward, reason: str) -> None:
     assert not (found.dead | found.frozen | found.dormant)[unknown].any()
     assert found.saturated_fraction[unknown].isnan().all()
     assert found.dormant_score[unknown].isnan().all()
+
+
+class Swish(nn.Module):
+    """A function with the name of another."""
+
+    def __init__(self, slope: float) -> None:
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z * torch.sigmoid(self.slope * z)
+
+
+@pytest.mark.parametrize(("slope", "function"), [(1.0, "silu"), (4.0, "unknown")])
+def test_a_class_is_not_taken_for_what_it_is_named(slope: float, function: str) -> None:
+    net, x = planted(lambda s, x: s.b(s.act(s.a(x))), True, act=Swish(slope))
+    assert measured(net, x).activation == function
+
+
+def test_gradients_that_nothing_shows_are_named() -> None:
+    net, x = planted(lambda s, x: s.e(F.relu(torch.cat([s.a(x), s.c(x)], 1)).mul(2)), True,
+                     c=nn.Linear(6, 16), e=nn.Linear(32, 4))  # fmt: skip
+    found = profile(net, [(x, torch.zeros(len(x), dtype=torch.int64))])
+    assert found["a"].measured.all() and found["a"].to_dict()["mean_abs_gradient"] is None
+    assert found.notes == (
+        "no hook can see the gradients of activations of 2 layers (a, c): mean|g| is unknown",
+    )

@@ -457,3 +457,9 @@ def test_tracing_leaves_what_a_forward_pass_sets() -> None:
     assert graph.note is None
     assert (net.calls, net.cache, net.seen) == (0, {}, []) and not hasattr(net, "new")
     assert net.last is buffer and not buffer.any() and net.training
+
+
+def test_a_model_that_cannot_be_traced_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    net = Net(lambda s, x: s.a(x) if float(x.sum()) > 0 else x, a=nn.Linear(6, 4))
+    assert build_graph(net, ROWS).note is not None
+    assert capfd.readouterr() == ("", "")
