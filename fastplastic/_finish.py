@@ -152,6 +152,8 @@ class _Finish:
             site = site or sites.first(pooled, ids)
         if site is None and point.h is None:
             site = sites.first(downstream(self.walk, point.z, ids, sole=False), ids)
+            # Of a sum that no hook sees, each row is known by what it adds.
+            site = site or sites.find(point.own, torch.where(ids >= 0, whole, -1))
         return site
 
     def _g_site(self, sites: Sites, point: Point, ids: Tensor) -> Site | None:

@@ -26,6 +26,8 @@ from ._walk import Walk, base_name, op_name
 
 # These hand on some of the elements, as they are.
 MOVING = frozenset((*LAYOUT, *LAYOUT_AS, *IDENTITY))
+# Which elements these hand on, numbers say that are not known here: no rule, but no function.
+PICKING = ("index", "index_select", "gather", "take_along_dim")
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,10 @@ class Point:
         z: The node whose value is the pre-activation.
         h: The node of the activation function, or None.
         norm: Module name of the last BatchNorm before, or None.
-        pooled: Positions were pooled on the path, or the activation goes into a mean over units or
-            the like only.
+        pooled: 0, or 1 where positions were pooled on the path, or 2 where the activation goes into
+            a mean over units or the like only.
+        own: Where rows of several layers are summed to one unit, the node that made those of this
+            layer; else `z`.
         stream: The units are summed into a residual stream, or leave the network.
         reason: Why the function is "unknown".
     """
@@ -47,16 +51,18 @@ class Point:
     z: Node
     h: Node | None
     norm: str | None
-    pooled: bool
+    pooled: int
+    own: Node
     stream: bool = False
     reason: str = ""
 
 
 @dataclass(frozen=True)
 class _Way:
-    """How units came to a node: the last node that made their values, the norm, and pooling."""
+    """How units came to a node: who made their values, alone and with others, norm and pooling."""
 
     made_by: Node
+    own: Node
     norm: str | None
     pooled: bool
 
@@ -139,7 +145,7 @@ class Points:
         walk = self.walk
         start = torch.arange(layer.start, layer.stop, dtype=torch.int32)
         found: dict[Point, Tensor] = {}
-        states = {layer.node: {_Way(layer.node, None, False): _Here(start, start)}}
+        states = {layer.node: {_Way(layer.node, layer.node, None, False): _Here(start, start)}}
         todo = [walk.order[layer.node]]
         while todo:
             node = self._nodes[heappop(todo)]
@@ -155,7 +161,7 @@ class Points:
         # Units that nothing reads.
         left = torch.stack([*found.values(), torch.full_like(start, -1)]).amax(0) < 0
         if left.any():
-            alone = Point("identity", layer.node, None, None, True)
+            alone = Point("identity", layer.node, None, None, 1, layer.node)
             _note(found, alone, torch.where(left, start, -1))
         return found
 
@@ -167,9 +173,10 @@ class Points:
         if user in walk.functions:
             name = walk.functions[user]
             reason = f"{op_name(user)} is no activation function that is known"
-            pooled = way.pooled or self._is_statistic(user)
+            pooled = 2 if self._is_statistic(user) else int(way.pooled)
             reason = reason if name == "unknown" else ""
-            _note(found, Point(name, node, user, way.norm, pooled, reason=reason), here.ids)
+            point = Point(name, node, user, way.norm, pooled, node, reason=reason)
+            _note(found, point, here.ids)
             return None
         moved = _renamed(here.ids, walk.renamed.get(user))
         stay = torch.isin(moved, walk.present(user)) & (moved >= 0)
@@ -180,19 +187,21 @@ class Points:
             return None
         pooled = way.pooled or user in walk.reductions
         ids = torch.where(stay, moved, -1)
-        if user in walk.norms_at or user in walk.merges:
-            return _Way(user, walk.norms_at.get(user, way.norm), pooled), _Here(ids, ids)
-        return _Way(way.made_by, way.norm, pooled), _Here(ids, torch.where(stay, here.origin, -1))
+        if user in walk.norms_at:
+            return _Way(user, user, walk.norms_at[user], pooled), _Here(ids, ids)
+        if user in walk.merges:
+            return _Way(user, way.own, way.norm, pooled), _Here(ids, ids)
+        origin = torch.where(stay, here.origin, -1)
+        return _Way(way.made_by, way.own, way.norm, pooled), _Here(ids, origin)
 
     def _last(self, user: Node, way: _Way) -> Point:
         """Return the end of a path at a node that hands the units on to nobody."""
         walk = self.walk
-        pooled = way.pooled or user in walk.reductions
-        if user in walk.opaque:
-            reason = f"its value goes through {walk.opaque[user]}"
-            return Point("unknown", way.made_by, None, way.norm, pooled, reason=reason)
-        stream = user.op == "output" or user in walk.sums
-        return Point("identity", way.made_by, None, way.norm, pooled, stream)
+        pooled = int(way.pooled or user in walk.reductions)
+        place = (way.made_by, None, way.norm, pooled, way.own)
+        if user in walk.opaque and walk.opaque[user] not in PICKING:
+            return Point("unknown", *place, reason=f"its value goes through {walk.opaque[user]}")
+        return Point("identity", *place, user.op == "output" or user in walk.sums)
 
     def _is_statistic(self, node: Node) -> bool:
         """Tell whether a node's value is read by nothing but a mean over units or the like."""
@@ -220,7 +229,8 @@ def _renamed(ids: Tensor, names: dict[int, int] | None) -> Tensor:
 
 def _decide(points: list[Point]) -> tuple[str, str, list[Point]]:
     """Return the activation function of units, why it is unknown, and the points that count."""
-    main = [point for point in points if not point.pooled] or points
+    least = min(point.pooled for point in points)
+    main = [point for point in points if point.pooled == least]
     streams = [point for point in main if point.stream]
     if streams:
         return "identity", "", streams

@@ -152,6 +152,31 @@ def test_who_gives_a_shape_alone_is_not_on_the_way() -> None:
     assert layer.norm == "n" and [(s.module, s.where) for s in layer.z_sites] == [("n", "output")]
 
 
+def test_rows_whose_sum_no_hook_sees_are_known_by_what_they_add() -> None:
+    """Heads whose outputs are averaged (distillation)."""
+    net, x = planted(lambda s, x: (s.a(x) + s.c(x)) / 2, True, c=nn.Linear(6, 16))
+    net.b = nn.Identity()
+    layer = measured(net, x).wiring
+    assert layer.activation == "identity"
+    assert [(site.module, site.where) for site in layer.z_sites] == [("a", "output")]
+
+
+def test_rows_that_are_picked_have_no_activation_function() -> None:
+    net, x = planted(lambda s, x: s.b(s.a(x)[torch.arange(len(x)).flip(0)]), True)
+    found = measured(net, x)
+    assert found.activation == "identity" and found.measured.all() and not found.hidden.any()
+
+
+def test_a_statistic_of_a_norm_does_not_count_beside_what_is_pooled() -> None:
+    def forward(s: Net, x: Tensor) -> Tensor:
+        z = s.a(x)
+        normed = z * torch.rsqrt(z.pow(2).mean(1, keepdim=True) + 1e-6)
+        return s.b(normed.mean((2, 3)))
+
+    net, x = planted(forward, False)
+    assert measured(net, x).activation == "identity"
+
+
 UNKNOWN = {
     "a function of its own": (lambda s, x: s.b(torch.erf(s.a(x))), "erf is no activation function"),
     "swish by hand": (lambda s, x: s.b((z := s.a(x)) * z.sigmoid()), "mul is no activation"),
