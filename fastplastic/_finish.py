@@ -143,8 +143,10 @@ class _Finish:
         Rather where all units of the layer are seen than where these are alone: one read for all.
         """
         before = list(upstream(self.walk, point.z, ids))
-        everywhere = [n for n in before if torch.isin(whole, self.walk.present(n)).all()]
-        site = _only(sites.first(everywhere, whole), ids == whole) or sites.first(before, ids)
+        # Not under the numbers of other units, as behind the product of a gated MLP.
+        own = bool(((ids == whole) | (ids < 0)).all())
+        everywhere = [n for n in before if own and torch.isin(whole, self.walk.present(n)).all()]
+        site = _only(sites.first(everywhere, whole), ids >= 0) or sites.first(before, ids)
         if site is None and point.h is not None and point.function in _SEEN_FROM_BEHIND:
             site = sites.first(downstream(self.walk, point.h, ids, sole=False), ids)
             # max_pool(f(z)) is f(max_pool(z)): these never fall.
@@ -238,7 +240,7 @@ class _Measured:
 
 def _only(site: Site | None, units: Tensor) -> Site | None:
     """Return a site of a whole layer for some of its units alone, bool [units]."""
-    if site is None or not bool(units.any()):
+    if site is None:
         return None
     known = (site.unit_of_channel >= 0) & units[site.unit_of_channel]
     return replace(site, unit_of_channel=torch.where(known, site.unit_of_channel, -1))
