@@ -31,10 +31,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fastplastic.kernels._definitions import ACTIVATIONS
-from fastplastic.kernels._law import Law
-from fastplastic.kernels._select_host import Query, Selection
-from fastplastic.kernels._triton_elements import operands_of
+from fastplastic.kernels import ACTIVATIONS
+from fastplastic.kernels.gpu.elements import operands_of
+from fastplastic.kernels.law import Law
+from fastplastic.kernels.selection import Query, Selection
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -165,7 +165,7 @@ def _launcher(name: str) -> Callable[..., Any]:
 
 
 def _module(name: str) -> Any:
-    return importlib.import_module(f"fastplastic.kernels.{name}")
+    return importlib.import_module(f"fastplastic.kernels.gpu.{name}")
 
 
 def compile_case(case: str, launch: Callable[[], object], target: str) -> list[Compiled]:

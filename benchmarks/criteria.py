@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 import fastplastic
-from fastplastic import checkpoint
 from fastplastic.criteria import CRITERIA, WEIGHT_CRITERIA
-from fastplastic.data import batches
 from fastplastic.errors import InputError
+from fastplastic.files import checkpoint
+from fastplastic.sources import batches
 
 MODEL = "tf_efficientnet_lite0"
 RATIO = 0.05

@@ -1,4 +1,4 @@
-"""Rebuild fastplastic/sample.npz, byte for byte, from the originals of Fashion-MNIST.
+"""Rebuild fastplastic/sources/sample.npz, byte for byte, from the originals of Fashion-MNIST.
 
     apt-get install dataset-fashion-mnist
     python benchmarks/make_sample.py -o sample.npz
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastplastic.checkpoint import atomic_write
+from fastplastic.files.checkpoint import atomic_write
 
 ORIGINALS = Path("/usr/share/datasets/fashion-mnist")
 PER_CLASS, CLASSES, SIDE, SEED = 32, 10, 28, 0
@@ -38,7 +38,7 @@ def choose(labels: np.ndarray) -> np.ndarray:
 def main() -> None:
     """Read the originals and write the sample."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-o", "--output", type=Path, default=Path("fastplastic/sample.npz"))
+    parser.add_argument("-o", "--output", type=Path, default=Path("fastplastic/sources/sample.npz"))
     parser.add_argument(
         "--originals", type=Path, default=ORIGINALS, help="folder with the IDX files"
     )

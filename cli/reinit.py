@@ -7,16 +7,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fastplastic.cli.options import DataOptions, ReinitOptions, arguments
-from fastplastic.cli.plan import choose, measure_for, plan_fact, plan_view
-from fastplastic.cli.profile import load, precision, source_of
+from fastplastic.cli.session import choose, load, measure_for, precision, source_of
 from fastplastic.cli.terminal import Counted, console, follow, progress
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fastplastic import Plan, ReinitReport
-    from fastplastic.data import DataSource
-    from fastplastic.models import LoadedModel
+    from fastplastic.sources import DataSource, LoadedModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +90,7 @@ def run(options: ReinitOptions) -> None:
     For example: fastplastic reinit resnet50 --plan plan.json -o resnet50-fresh.safetensors
     """
     options.check()
-    from fastplastic.checkpoint import save_state_dict
+    from fastplastic.files import save_state_dict
 
     job = _job(options)
     report = _apply(options, job)
@@ -101,6 +99,7 @@ def run(options: ReinitOptions) -> None:
     if options.quiet:
         return
     from fastplastic.cli import render
+    from fastplastic.cli.report import plan_fact, plan_view
 
     shown = (*job.facts, plan_fact(job.plan), *_written(options, job, report))
     view = plan_view(job.plan, shown, report.notes)

@@ -263,11 +263,6 @@ def summary(report: Report) -> Table:
     return facts(pair for pair in pairs if absent.get(pair[0]) != pair[1])
 
 
-def following(command: str) -> Text:
-    """Return the line that says what to type next."""
-    return Text.assemble(("next: ", "bold"), command)
-
-
 def _stacked(*parts: RenderableType) -> Group:
     spaced = [line for part in parts for line in (Text(), part)]
     return Group(*spaced[1:])

@@ -1,4 +1,4 @@
-"""From a profile to the values that `render` shows: counts per layer, reasons over all layers."""
+"""From profiles and plans to the values that `render` shows."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -6,9 +6,10 @@ from dataclasses import fields
 
 from torch import Tensor
 
-from fastplastic.cli.render import LayerRow, Report
+from fastplastic.cli.render import LayerRow, MaskRow, PlanRow, PlanView, Report
 from fastplastic.criteria import CRITERIA
-from fastplastic.profile import LayerProfile, Profile
+from fastplastic.measure import LayerProfile, Profile
+from fastplastic.planning import Plan
 
 # How the reason starts for rows that follow another layer's; which layer, the plan shows.
 _TOGETHER = "re-initialised together with"
@@ -71,3 +72,30 @@ def _fixed(layers: Iterable[LayerProfile]) -> tuple[tuple[str, int, int], ...]:
         units += reasons
         touched.update(reasons.keys())
     return tuple((reason, number, touched[reason]) for reason, number in units.most_common())
+
+
+def plan_fact(plan: Plan) -> tuple[str, str]:
+    """Return what a plan does, as a fact for the header."""
+    amount = f"ratio {plan.ratio:g}" if plan.ratio is not None else f"threshold {plan.threshold:g}"
+    share = f"{plan.count:,} of {plan.eligible:,} eligible {plan.granularity}s"
+    return "plan", f"{share}: {plan.criterion}, {amount}, {plan.scope}, seed {plan.seed}"
+
+
+def plan_view(
+    plan: Plan, facts: tuple[tuple[str, str], ...], notes: tuple[str, ...] = ()
+) -> PlanView:
+    """Return what to show of a plan, under these facts and with more notes."""
+    units = tuple(
+        PlanRow(
+            name=name,
+            units=plan.wiring[name].n_units,
+            hidden=int(plan.wiring[name].hidden.sum()),
+            chosen=len(units),
+            lowest=float(plan.scores[name].min()),
+            highest=float(plan.scores[name].max()),
+        )
+        for name, units in plan.units.items()
+    )
+    counts = plan.counts
+    masks = tuple(MaskRow(name, mask.numel(), counts[name]) for name, mask in plan.masks.items())
+    return PlanView(facts, units, masks, (*plan.notes, *notes))

@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
-
-from fastplastic.errors import InputError
 
 # From activations (kernels.activation_stats), in the order of its output rows.
 ACTIVATION_STATISTICS = (
@@ -23,9 +22,7 @@ ROW_STATISTICS = (
 COLUMN_STATISTICS = (
     "n_out", "sum_abs_w_out", "sum_sq_w_out", "n_dw_out", "sum_w_out_dw_out", "n_nonfinite_dw_out",
 )  # fmt: skip
-STATISTICS = (
-    ACTIVATION_STATISTICS + GRADIENT_STATISTICS + ROW_STATISTICS + COLUMN_STATISTICS
-)  # fmt: skip
+STATISTICS = ACTIVATION_STATISTICS + GRADIENT_STATISTICS + ROW_STATISTICS + COLUMN_STATISTICS
 
 _ROW = {name: row for row, name in enumerate(STATISTICS)}
 MIN_ROW = _ROW["min_h"]
@@ -69,11 +66,6 @@ class LayerStats:
         return self.table.shape[1]
 
     @property
-    def has_activations(self) -> bool:
-        """Whether any finite activation was seen."""
-        return bool((self["n"] > 0).any())
-
-    @property
     def has_gradients(self) -> bool:
         """Whether a gradient other than 0 reached the incoming weights."""
         return bool((self["sum_abs_dw"] > 0).any())
@@ -108,11 +100,6 @@ class LayerStats:
     def flat_share(self) -> Tensor:
         """Share of positions with abs(f'(z)) <= 0.01, in [0, 1]."""
         return self._mean("n_flat", "n")
-
-    @property
-    def zero_share(self) -> Tensor:
-        """Share of positions with h == 0, in [0, 1]."""
-        return self._mean("n_zero", "n")
 
     @property
     def mean_abs_g(self) -> Tensor:
@@ -156,44 +143,25 @@ class UnitStats:
 
     Attributes:
         table: float64 [statistics, units] on the CPU, rows as in `STATISTICS`.
-        layers: {layer name: (start, stop)}, its columns.
+        columns: {layer name: its columns}.
     """
 
     table: Tensor
-    layers: Mapping[str, tuple[int, int]]
+    columns: Mapping[str, slice]
 
-    @classmethod
-    def empty(cls, layers: Mapping[str, int]) -> "UnitStats":
-        """Return the table of nothing seen for layers with these numbers of units."""
-        ranges = {}
-        start = 0
-        for name, n_units in layers.items():
-            ranges[name] = (start, start + n_units)
-            start += n_units
-        return cls(empty_table(start), ranges)
-
-    def layer(self, name: str) -> LayerStats:
+    def __getitem__(self, name: str) -> LayerStats:
         """Return the statistics of one layer; KeyError when there is none of this name."""
-        start, stop = self.layers[name]
-        return LayerStats(self.table[:, start:stop])
-
-    def merged(self, other: "UnitStats") -> "UnitStats":
-        """Return the statistics of both, as if all batches had been seen in one go.
-
-        Raises:
-            InputError: The layers or their numbers of units differ.
-        """
-        if dict(self.layers) != dict(other.layers):
-            raise InputError(_difference(self.layers, other.layers))
-        table = self.table.clone()
-        merge_into(table, other.table)
-        return UnitStats(table, self.layers)
+        return LayerStats(self.table[:, self.columns[name]])
 
 
-def _difference(one: Mapping[str, tuple[int, int]], two: Mapping[str, tuple[int, int]]) -> str:
-    names = [name for name in {**one, **two} if one.get(name) != two.get(name)]
-    shown = names[0] if names else "their order"
-    return (
-        f"cannot merge statistics of {len(one)} and {len(two)} layers: they differ in {shown!r}; "
-        "both must be of the same model"
-    )
+def columns_of(sizes: Mapping[str, int]) -> dict[str, slice]:
+    """Return which columns of the table belong to each layer.
+
+    Args:
+        sizes: {layer name: number of its units}, in the order of the table.
+    """
+    stops = accumulate(sizes.values())
+    return {
+        name: slice(stop - size, stop)
+        for (name, size), stop in zip(sizes.items(), stops, strict=True)
+    }

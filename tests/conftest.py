@@ -55,5 +55,5 @@ def nothing_slow(monkeypatch):
     def load(*arguments, **keywords):
         raise AssertionError("a model was built")
 
-    monkeypatch.setattr("fastplastic.cli.profile.load", load)
+    monkeypatch.setattr("fastplastic.cli.session.load", load)
     monkeypatch.setattr("fastplastic.cli.reinit.load", load)

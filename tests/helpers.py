@@ -4,12 +4,17 @@
 (b) With outgoing columns at zero, the output does not depend on the incoming weights.
 """
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastplastic.graph import build_graph
+from fastplastic.kernels.dispatch import kernel_of
+from fastplastic.model import fingerprint
+from fastplastic.planning import Plan, Request
 from fastplastic.wiring import UnitGraph, UnitLayer
 
 # The smallest model of each timm family that runs quickly, and what is special about it.
@@ -228,3 +233,38 @@ def check_wiring(model: nn.Module, x: Any, at_consumers: bool = False) -> Case:
     )
     case.restore()
     return case
+
+
+class Twins:
+    """The kernels of one backend by their names, loaded when first needed."""
+
+    def __init__(self, backend: str) -> None:
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return kernel_of(self._backend, name)
+
+
+REFERENCE, NUMBA, TRITON = Twins("pytorch"), Twins("numba"), Twins("triton")
+
+
+def made_plan(**values: Any) -> Plan:
+    """Return a plan; values of its request are given by their own names."""
+    request = {
+        "criterion": "dead", "ratio": 0.1, "threshold": None, "granularity": "unit",
+        "scope": "global", "max_layer_fraction": 0.5, "seed": 0,
+    }  # fmt: skip
+    names = {item.name for item in fields(Request)}
+    request |= {name: value for name, value in values.items() if name in names}
+    others = {name: value for name, value in values.items() if name not in names}
+    return Plan(Request(**request), **{"units": {}, "scores": {}, "eligible": 10_000} | others)
+
+
+def plan_of_units(
+    model: nn.Module, layers: Iterable[UnitLayer], units: Mapping[str, Sequence[int]]
+) -> Plan:
+    """Return a plan that takes these units of a model."""
+    index = {name: torch.tensor(chosen, dtype=torch.int64) for name, chosen in units.items()}
+    scores = {name: torch.zeros(len(chosen)) for name, chosen in index.items()}
+    wiring = {layer.name: layer for layer in layers}
+    return made_plan(units=index, scores=scores, wiring=wiring, fingerprint=fingerprint(model))

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 import fastplastic
 from fastplastic import plan, reinit_
 from fastplastic.errors import InputError
-from fastplastic.planner import Plan
+from fastplastic.planning import Plan
 
 SOURCE = torch.Generator().manual_seed(1)
 IMAGES = [

@@ -15,15 +15,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastplastic import checkpoint
-from fastplastic.checkpoint import (
+from fastplastic.errors import FileError, InputError
+from fastplastic.files import checkpoint
+from fastplastic.files.checkpoint import (
     atomic_write,
     fingerprint,
     load_into,
     load_state_dict,
     save_state_dict,
 )
-from fastplastic.errors import FileError, InputError
 
 
 def small() -> nn.Sequential:
@@ -316,7 +316,7 @@ def test_a_failure_leaves_the_old_file(tmp_path, raised, expected):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from fastplastic.checkpoint import atomic_write
+from fastplastic.files import atomic_write
 os.fsync = {fsync}
 with atomic_write(Path(sys.argv[1]), force=True) as temporary:
     temporary.write_text("half of the new file")

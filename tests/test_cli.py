@@ -18,8 +18,8 @@ from fastplastic.cli.main import main
 from fastplastic.cli.options import DataOptions, PlanOptions, ProfileOptions, ReinitOptions
 from fastplastic.criteria import CRITERIA, WEIGHT_CRITERIA
 from fastplastic.errors import FileError, InputError
-from fastplastic.initializers import INITIALIZERS
-from fastplastic.planner import GRANULARITIES, Plan
+from fastplastic.initial import INITIALIZERS
+from fastplastic.planning import GRANULARITIES, Plan
 
 # A model that timm has for tests, on few and small images.
 MODEL = "test_resnet"
@@ -381,7 +381,7 @@ def weights_before(**keywords):
 
 
 def fastplastic_model(**keywords):
-    from fastplastic.models import create_model
+    from fastplastic.sources import create_model
 
     return create_model(MODEL, pretrained=False, img_size=32, **keywords).model
 

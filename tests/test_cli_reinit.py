@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastplastic.planner import Plan
+from fastplastic.planning import Plan
 
 # A model that timm has for tests, on few and small images, with a head for the sample's classes.
 MODEL = "test_resnet"

@@ -6,8 +6,8 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from fastplastic.models import create_model
-from fastplastic.planner import Plan
+from fastplastic.planning import Plan
+from fastplastic.sources import create_model
 
 # A model that timm has for tests, on few and small images.
 MODEL = "test_resnet"

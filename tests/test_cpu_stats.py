@@ -7,12 +7,14 @@ import threading
 
 import pytest
 import torch
-from torch.nn import functional
+from helpers import NUMBA as cpu
+from helpers import REFERENCE as reference
 
 from fastplastic import kernels
-from fastplastic.kernels import ACTIVATIONS, _cpu_tasks, cpu, reference
-from fastplastic.kernels._definitions import FLAT, ZERO_BELOW
+from fastplastic.kernels import ACTIVATIONS
+from fastplastic.kernels.cpu import tasks as _cpu_tasks
 
+ZERO_ENDS = [f.zero_below for f in ACTIVATIONS.values() if f.zero_below is not None]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What the error may be above that of plain torch in the same dtype, relative to max(1, |value|).
 # Half precision: torch rounds every h, the kernel does not.
@@ -24,7 +26,7 @@ def noise(*shape, dtype=torch.float32, scale=3.0):
     generator = torch.Generator().manual_seed(sum(shape))
     z = torch.randn(*shape, generator=generator) * scale
     # Where GELU becomes 0, torch itself is not monotone.
-    for end in ZERO_BELOW.values():
+    for end in ZERO_ENDS:
         z[(z - end).abs() < 0.1] = 0.5
     return z.to(dtype)
 
@@ -48,9 +50,7 @@ def check_activation(z, axis=1, name="identity"):
     assert found.dtype == torch.float64
     assert torch.equal(found[COUNTS], expected[COUNTS])
     units = units_of(z, axis)
-    base, slope = reference.parse_activation(name)
-    function = reference._FUNCTIONS[base]
-    h = function(units) if slope is None else functional.leaky_relu(units, slope)
+    h = kernels.activate(units, name)
     h = h.where(h.isfinite() & units.isfinite(), 0)
     plain = torch.stack([h.sum(1), h.abs().sum(1), (h * h).sum(1)])
     # Sums cancel; what each h may differ by does not.
@@ -158,10 +158,10 @@ def test_overflow_of_h_in_half_precision_is_counted(dtype):
         assert cpu.activation_stats(x, axis, "gelu")[8].sum() == 0
 
 
-@pytest.mark.parametrize("name", FLAT)
+@pytest.mark.parametrize("name", [name for name, f in ACTIVATIONS.items() if f.flat])
 def test_flat_is_decided_exactly(name):
     """At the float32 numbers on both sides of every end of an interval."""
-    ends = [end for ends in FLAT[name] for end in ends if math.isfinite(end)]
+    ends = [end for ends in ACTIVATIONS[name].flat for end in ends if math.isfinite(end)]
     z = torch.tensor(ends, dtype=torch.float32)
     z = torch.cat([z, z.nextafter(torch.tensor(9.0)), z.nextafter(torch.tensor(-9.0))])[None]
     assert torch.equal(
@@ -379,13 +379,13 @@ def test_no_folder_for_compiled_code():
     """Then every process compiles anew."""
     code = (
         "import torch\n"
-        "from fastplastic.kernels import cpu, Law\n"
+        "from fastplastic.kernels import Law, activation_stats, resample_\n"
         "from numba.core.caching import _CacheLocator\n"
         "def fail(self): raise OSError('read-only')\n"
         "_CacheLocator.ensure_cache_path = fail\n"
         "x = torch.ones(4, 3)\n"
-        "print(cpu.activation_stats(x, 1, 'relu')[1].tolist())\n"
-        "cpu.resample_([x], ['x'], [Law('uniform', 2.0, 0.0)])\n"
+        "print(activation_stats(x, 1, 'relu')[1].tolist())\n"
+        "resample_([x], ['x'], [Law('uniform', 2.0, 0.0)])\n"
         "print(x.unique().tolist())\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -396,12 +396,12 @@ def test_compiled_code_is_found_again(tmp_path):
     """In a second process nothing is compiled: kernels on disk are keyed by their sources."""
     code = (
         "import torch, numba.core.caching as c\n"
-        "from fastplastic.kernels import cpu\n"
+        "from fastplastic.kernels import activation_stats, gradient_stats, parameter_stats\n"
         "saved = []\n"
         "save = c.Cache.save_overload\n"
         "c.Cache.save_overload = lambda *a: saved.append(a[0]) or save(*a)\n"
         "x = torch.ones(4, 3)\n"
-        "cpu.activation_stats(x, 1, 'relu'); cpu.gradient_stats(x); cpu.parameter_stats([x], [x])\n"
+        "activation_stats(x, 1, 'relu'); gradient_stats(x); parameter_stats([x], [x])\n"
         "print(len(saved))\n"
     )
     counts = []

@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 import fastplastic
-from fastplastic.data import batches
 from fastplastic.errors import FileError, InputError
-from fastplastic.pictures import Sample, balanced
+from fastplastic.sources import batches
+from fastplastic.sources.images import Sample, balanced
 
 MODEL = timm.create_model("test_resnet")
 
@@ -72,7 +72,7 @@ def test_the_whole_sample_once():
 
 
 def test_sample_file_is_compact_and_licensed():
-    folder_ = Path(fastplastic.__file__).parent
+    folder_ = Path(fastplastic.__file__).parent / "sources"
     assert (folder_ / "sample.npz").stat().st_size < 300_000
     assert "Copyright (c) 2017 Zalando SE" in (folder_ / "sample.LICENSE").read_text()
     sample = Sample()
@@ -215,7 +215,7 @@ def test_folder(folder):
 def test_no_more_workers_than_processors(folder, monkeypatch, asked, started):
     options = {}
     monkeypatch.setattr(
-        "fastplastic.data.DataLoader", lambda *_, **given: options.update(given) or []
+        "fastplastic.sources.data.DataLoader", lambda *_, **given: options.update(given) or []
     )
     assert list(source(folder, workers=asked)) == []
     assert options["num_workers"] == started

@@ -181,21 +181,21 @@ def change(key, value):
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
-        (lambda ranks: ranks.update(fc9=ranks["fc1"]), "'ranks' of 'fc9': expected one of the lay"),
-        (lambda ranks: ranks.update(fc1=3), "'fc1': is 3, expected dict; the file is damaged"),
-        (lambda ranks: ranks["fc1"].pop("srank"), "'srank': is None, expected int"),
-        (change("srank", 1.5), "'srank': is 1.5, expected int"),
-        (change("effective_rank", "x" * 99), "'effective_rank': is 'xxx"),
-        (change("effective_rank", math.nan), "'ranks' of 'fc1': are Ranks(effective_rank=nan"),
+        (lambda ranks: ranks.update(fc9=ranks["fc1"]), "'ranks' is 'fc9', expected names of lay"),
+        (lambda ranks: ranks.update(fc1=3), "'fc1' is 3, expected an object; the file is damaged"),
+        (lambda ranks: ranks["fc1"].pop("srank"), "'srank' is 'missing', expected an integer"),
+        (change("srank", 1.5), "'srank' is 1.5, expected an integer"),
+        (change("effective_rank", "x" * 99), "'effective_rank' is 'xxx"),
+        (change("effective_rank", math.nan), "ranks of 'fc1' is Ranks(effective_rank=nan"),
         (change("stable_rank", -1.0), "expected 0 to rows or units; the file is damaged"),
-        (change("srank", 9), "'ranks' of 'fc1': are Ranks("),
-        (change("units", 9), "'ranks' of 'fc1': are Ranks("),
-        (change("rows", 0), "'ranks' of 'fc1': are Ranks("),
+        (change("srank", 9), "ranks of 'fc1' is Ranks("),
+        (change("units", 9), "ranks of 'fc1' is Ranks("),
+        (change("rows", 0), "ranks of 'fc1' is Ranks("),
         (
             lambda ranks: ranks["fc1"].update(
                 effective_rank=0.0, srank=0, stable_rank=0.0, rows=0
             ),
-            "'ranks' of 'fc1': are Ranks(effective_rank=0.0, srank=0, stable_rank=0.0, rows=0",
+            "ranks of 'fc1' is Ranks(effective_rank=0.0, srank=0, stable",
         ),
     ],
 )  # fmt: skip
@@ -220,7 +220,7 @@ def test_ranks_that_are_no_mapping(saved, tmp_path):
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     metadata["fastplastic"] = json.dumps(header)
     safetensors.torch.save_file(tensors, tmp_path / "damaged", metadata)
-    with pytest.raises(FileError, match=r"'ranks': is \[1\], expected dict"):
+    with pytest.raises(FileError, match=r"'ranks' is \[1\], expected an object"):
         Profile.load(tmp_path / "damaged")
 
 

@@ -5,7 +5,6 @@ some are driven deep into the negative, where activation functions are flat, and
 consumers' inputs tell which are constant there. A reset writes only to what the wiring names.
 """
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,9 +14,11 @@ import torch
 from helpers import FAMILIES, check_wiring
 from torch import Tensor, nn
 
-import fastplastic.graph
 from fastplastic import Profile, plan, profile, reinit_
-from fastplastic._walk import RULES, base_name, op_name
+from fastplastic.graph import build
+from fastplastic.graph.nodes import base_name, op_name
+from fastplastic.graph.rules import RULES
+from fastplastic.measure import run
 from fastplastic.wiring import UnitGraph, UnitLayer
 
 # Here a constant is added behind the activation function, or a gate reads units before it.
@@ -36,13 +37,13 @@ GIVEN_UP = {
 def given_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     """Return the operators that units are given up at, while models are traced."""
     names: set[str] = set()
-    unknown = fastplastic.graph.unknown
+    unknown = build.unknown
 
     def noting(walk: Any, node: Any, args: Any) -> Any:
         names.add(base_name(op_name(node)))
         return unknown(walk, node, args)
 
-    monkeypatch.setattr(fastplastic.graph, "unknown", noting)
+    monkeypatch.setattr(build, "unknown", noting)
     yield names
 
 
@@ -174,7 +175,7 @@ def test_timm_family(name: str, given_up: set[str], monkeypatch: pytest.MonkeyPa
     assert not GIVEN_UP & RULES.keys()
     model = model.float()
     # Traced once: the wiring depends on no number.
-    monkeypatch.setattr(sys.modules["fastplastic.profile"], "build_graph", lambda *_: graph)
+    monkeypatch.setattr(run, "build_graph", lambda *_: graph)
     with torch.no_grad():
         planted = {x.name: plant(model, x) for x in graph.layers if x.hidden.any()}
     names = {consumer.name for layer in graph.layers for consumer in layer.consumers}

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from fastplastic._walk import RULES
 from fastplastic.graph import build_graph
+from fastplastic.graph.rules import RULES
 from fastplastic.wiring import UnitGraph, UnitLayer
 
 

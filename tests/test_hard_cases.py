@@ -12,7 +12,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from fastplastic import FastPlasticError, Monitor, Profile, plan, profile, reinit_
-from fastplastic.kernels.reference import activation_stats, gradient_stats, parameter_stats
+from fastplastic.kernels.reference.activation_stats import activation_stats
+from fastplastic.kernels.reference.gradient_stats import gradient_stats
+from fastplastic.kernels.reference.parameter_stats import parameter_stats
 from fastplastic.stats import STATISTICS
 
 # What the rows of a layer's table are about: activations, their gradients, incoming weights.

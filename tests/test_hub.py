@@ -19,9 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fastplastic import hub
 from fastplastic.errors import FileError, InputError
-from fastplastic.models import create_model
+from fastplastic.sources import create_model, hub
 
 TINY = "test_resnet"
 REPOSITORY = "models--timm--test_resnet.r160_in1k"

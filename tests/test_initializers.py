@@ -7,9 +7,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fastplastic.errors import InputError
-from fastplastic.initializers import INITIALIZERS, Target, make_initializer
-from fastplastic.kernels._reference_resample import resample_
-from fastplastic.laws import Law, constant, uniform
+from fastplastic.initial import INITIALIZERS, Target, make_initializer
+from fastplastic.initial.laws import Law, constant, uniform
+from fastplastic.kernels.reference.resample import resample_
 from fastplastic.wiring import UnitLayer
 
 

@@ -6,9 +6,9 @@ import torch
 from timm.layers import lecun_normal_, trunc_normal_, trunc_normal_tf_
 from torch import nn
 
-from fastplastic.kernels._reference_resample import resample_
-from fastplastic.law_recorder import record_laws
-from fastplastic.laws import Law, constant, normal, then, truncated_normal, uniform
+from fastplastic.initial.laws import Law, constant, normal, then, truncated_normal, uniform
+from fastplastic.initial.recorder import record_laws
+from fastplastic.kernels.reference.resample import resample_
 
 
 def sample(law: Law, n: int = 20_000) -> torch.Tensor:

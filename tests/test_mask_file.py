@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
+from helpers import made_plan
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fastplastic.errors import FileError, InputError
-from fastplastic.planner import Plan
+from fastplastic.planning import Plan
 from fastplastic.wiring import UnitLayer
 
 SIMPLE = ("eligible", "criterion", "ratio", "threshold", "scope", "granularity",
@@ -33,7 +34,7 @@ def mask_plan(**changes) -> Plan:
         "granularity": "weight", "max_layer_fraction": 0.5, "seed": 7, "fingerprint": "f00d",
         "notes": ("a note",), **changes,
     }  # fmt: skip
-    return Plan(**values)
+    return made_plan(**values)
 
 
 def test_masks_survive_a_file_at_one_bit_each(tmp_path):

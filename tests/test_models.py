@@ -8,9 +8,10 @@ import timm
 import torch
 from torch import nn
 
-from fastplastic.checkpoint import save_state_dict
 from fastplastic.errors import FileError, InputError
-from fastplastic.models import create_model, loss_head
+from fastplastic.files.checkpoint import save_state_dict
+from fastplastic.model import LentHead, fingerprint, loss_head
+from fastplastic.sources import create_model
 
 TINY = "test_resnet"
 
@@ -155,9 +156,10 @@ def test_loss_head(name, heads):
         model = timm.create_model(name, drop_path_rate=0.0).eval()
     model.half()
     before, inputs = modules(model), torch.empty(2, *model.pretrained_cfg["input_size"])
-    with loss_head(model, 7) as names:
-        assert names == heads
-        for head in names:
+    own = fingerprint(model)
+    with loss_head(model, 7) as lent:
+        assert lent == LentHead(heads, own)
+        for head in heads:
             layer, old = model.get_submodule(head), before[head]
             assert id(layer) != old
             assert (layer.weight.device.type, layer.weight.dtype) == ("meta", torch.half)
@@ -194,8 +196,8 @@ def test_loss_head_is_taken_back_after_an_exception(raised):
 def test_a_head_that_stands_in_two_places():
     model = create_model(TINY, pretrained=False).model
     model.again = model.fc
-    with loss_head(model, 7) as names:
-        assert set(names) == {"fc", "again"}
+    with loss_head(model, 7) as lent:
+        assert set(lent.layers) == {"fc", "again"}
         assert model.again is model.fc
 
 

@@ -15,8 +15,8 @@ from timm.layers import BatchNormAct2d, ConvNormAct
 from torch import Tensor, nn
 
 from fastplastic import profile
-from fastplastic._module_graph import module_graph
 from fastplastic.graph import build_graph
+from fastplastic.graph.module_graph import module_graph
 from fastplastic.wiring import UnitGraph, UnitLayer
 
 UNITS, DEAD = 16, 8

@@ -10,10 +10,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastplastic
-from fastplastic import Monitor, _observer
-from fastplastic._observer import Observer
+from fastplastic import Monitor
 from fastplastic.errors import InputError
-from fastplastic.kernels.reference import activation_stats, gradient_stats, parameter_stats
+from fastplastic.kernels.reference.activation_stats import activation_stats
+from fastplastic.kernels.reference.gradient_stats import gradient_stats
+from fastplastic.kernels.reference.parameter_stats import parameter_stats
+from fastplastic.measure import observer as _observer
+from fastplastic.measure.observer import Observer
 from fastplastic.stats import STATISTICS, LayerStats
 from fastplastic.wiring import Consumer, Site, UnitGraph, UnitLayer
 
@@ -115,7 +118,7 @@ def observe(model, graph, run):
     observer.attach()
     run()
     observer.detach()
-    return observer.observation()
+    return observer.observation({})
 
 
 def layer(name, units, **changes):
@@ -427,7 +430,7 @@ def test_module_called_twice_sums_over_calls():
     graph = UnitGraph((layer("fc", 4, z_sites=(place,), g_sites=(place,)),))
     x = torch.randn(5, 4)
     seen = observe(model, graph, lambda: model(x).sum().backward())
-    stats = LayerStats(seen.table)
+    stats = LayerStats(seen.stats.table)
     z = model.fc(x)
     both = torch.cat([z, model.fc(z.relu())])
     like(stats.table[:9], activation_stats(both, 1))
@@ -480,8 +483,8 @@ def test_layers_that_share_a_tensor_read_it_once(monkeypatch):
     h = z.tanh()
     h.retain_grad()
     model.head(h).sum().backward()
-    like(seen.table[:9], activation_stats(z, 1, "tanh"))
-    like(seen.table[9:13], gradient_stats(h.grad, 1))
+    like(seen.stats.table[:9], activation_stats(z, 1, "tanh"))
+    like(seen.stats.table[9:13], gradient_stats(h.grad, 1))
 
 
 def test_two_layers_in_the_same_channels(monkeypatch):
@@ -498,8 +501,8 @@ def test_two_layers_in_the_same_channels(monkeypatch):
     x = torch.randn(5, 3)
     seen = observe(model, graph, lambda: model(x).sum().backward())
     assert calls == [activation_stats, gradient_stats]
-    assert torch.equal(seen.table[:, :4], seen.table[:, 4:])
-    like(seen.table[:9, :4], activation_stats(model[0](x), 1))
+    assert torch.equal(seen.stats.table[:, :4], seen.stats.table[:, 4:])
+    like(seen.stats.table[:9, :4], activation_stats(model[0](x), 1))
 
 
 def test_two_axes_of_one_tensor():
@@ -513,7 +516,7 @@ def test_two_axes_of_one_tensor():
     x = torch.randn(5, 4, 4)
     seen = observe(model, graph, lambda: model(x))
     expected = [activation_stats(x, axis) for axis in (1, 2, 1)]
-    torch.testing.assert_close(seen.table[:9], torch.cat(expected, 1))
+    torch.testing.assert_close(seen.stats.table[:9], torch.cat(expected, 1))
 
 
 def test_channels_of_one_unit_add_up():
@@ -529,8 +532,8 @@ def test_channels_of_one_unit_add_up():
     for unit in range(3):
         own = z[:, units == unit].reshape(-1, 1)
         expected = activation_stats(own, 1, "tanh" if unit == 2 else "relu")[:, 0]
-        like(seen.table[:9, unit], expected)
-    assert seen.table[9].tolist() == [12, 12, 12]
+        like(seen.stats.table[:9, unit], expected)
+    assert seen.stats.table[9].tolist() == [12, 12, 12]
 
 
 def test_padding_is_left_out():
@@ -555,12 +558,12 @@ def test_padding_is_left_out():
 
     seen = observe(model, graph, run)
     kept = model.fc(x)[mask.bool()]
-    like(seen.table[:9], activation_stats(kept, 1))
-    assert seen.table[9].tolist() == [10] * 6
+    like(seen.stats.table[:9], activation_stats(kept, 1))
+    assert seen.stats.table[9].tolist() == [10] * 6
     assert seen.masked
     images = torch.randn(3, 5, 7, 4)
     other = observe(model, graph, lambda: model(images, attention_mask=mask))
-    assert other.table[0].tolist() == [105] * 6
+    assert other.stats.table[0].tolist() == [105] * 6
     full = observe(model, graph, lambda: model(x, attention_mask=torch.ones(3, 5)))
     assert full.table[0].tolist() == [15] * 6
     assert not full.masked
@@ -579,7 +582,7 @@ def test_input_by_keyword():
     graph = UnitGraph((layer("fc", 3, z_sites=(site("fc", "input", units=torch.arange(3)),)),))
     x = torch.randn(4, 3)
     seen = observe(model, graph, lambda: model(x=x))
-    like(seen.table[:9], activation_stats(x, 1))
+    like(seen.stats.table[:9], activation_stats(x, 1))
     assert seen.samples == 4
 
 
@@ -619,9 +622,9 @@ def test_layer_that_does_not_run_is_reported():
     observer.attach()
     model(inputs(1))
     observer.detach()
-    from fastplastic.profile import assemble
+    from fastplastic.measure.run import assemble
 
-    profile = assemble(model, UnitGraph(layers), observer.observation(), seed=0)
+    profile = assemble(model, UnitGraph(layers), observer.observation({}), seed=0)
     assert profile.coverage.skipped == (("b", "it was not run on this data in train mode"),)
 
 
@@ -735,7 +738,7 @@ def test_weight_that_two_layers_share():
     observer.attach()
     model(x).square().sum().backward()
     observer.detach()
-    stats = LayerStats(observer.observation().table)
+    stats = LayerStats(observer.observation({}).stats.table)
     expected, _ = parameter_stats([model[0].weight], [model[0].weight.grad])
     torch.testing.assert_close(stats["sum_abs_dw"], expected[4])
     assert stats["n_dw"].tolist() == [4] * 4
@@ -761,7 +764,7 @@ def test_transposed_convolution(groups):
     observer.attach()
     model(torch.randn(3, 2, 4, 4)).square().sum().backward()
     observer.detach()
-    table = observer.observation().table
+    table = observer.observation({}).stats.table
     weight = model[2].weight.detach().double()
     torch.testing.assert_close(
         LayerStats(table[:, :4])["sum_abs_w_out"], weight.abs().sum((1, 2, 3))

@@ -9,9 +9,9 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn, optim
 
 import fastplastic
-import fastplastic._apply as apply_module
 from fastplastic import FastPlasticError, plan, reinit_
-from fastplastic._optimizer_state import OptimizerState
+from fastplastic.reinit import transaction as apply_module
+from fastplastic.reinit.optimizer_state import OptimizerState
 
 # Everything that keeps something for each weight in another way.
 OPTIMIZERS = {

@@ -9,9 +9,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import fastplastic
-import fastplastic._apply as apply_module
 from fastplastic import FastPlasticError, plan, reinit_
-from fastplastic.checkpoint import fingerprint
+from fastplastic.model import fingerprint
+from fastplastic.reinit import transaction as apply_module
 
 MODELS = {
     "linear": (lambda: [nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 40)], (6,)),

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import made_plan
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fastplastic.errors import FastPlasticError, FileError
-from fastplastic.planner import Plan
+from fastplastic.planning import Plan
 from fastplastic.wiring import Consumer, Coupling, Norm, UnitLayer
 
 
@@ -27,7 +28,7 @@ def example() -> Plan:
         coupled=(Coupling("depthwise", torch.tensor([0, 1, 2, 3, 4, -1])),),
         consumers=(Consumer("fc", "fc.weight", 1, 1, torch.arange(6).repeat_interleave(4)),),
     )  # fmt: skip
-    return Plan(
+    return made_plan(
         units={"conv": torch.tensor([1, 4]), "fc": torch.tensor([0])},
         scores={
             "conv": torch.tensor([0.1, 1 / 3], dtype=torch.float64),
@@ -79,7 +80,9 @@ def test_a_plan_comes_back_as_it_was(path):
 )
 def test_numbers_come_back_bit_for_bit(tmp_path_factory, scores, threshold, seed):
     path = tmp_path_factory.mktemp("plans") / "plan.json"
-    made = replace(example(), ratio=None, threshold=threshold, seed=seed)
+    made = example()
+    request = replace(made.request, ratio=None, threshold=threshold, seed=seed)
+    made = replace(made, request=request)
     made.scores["conv"][:] = torch.tensor(scores, dtype=torch.float64)
     made.save(path)
     loaded = Plan.load(path)
@@ -194,8 +197,8 @@ def edit(*keys):
         (edit("granularity", "weight"), "'granularity' is 'weight', expected 'unit'"),
         (edit("scope", None), "'scope' is None, expected 'layer' or 'global'"),
         (edit("ratio", 1.5), "'ratio' is 1.5, expected null or in (0, 1]"),
-        (edit("ratio", None), "ratio and threshold: expected exactly one of them"),
-        (edit("threshold", 1), "ratio and threshold: expected exactly one of them"),
+        (edit("ratio", None), "neither of ratio and threshold given, expected exactly one"),
+        (edit("threshold", 1), "both of ratio and threshold given, expected exactly one"),
         (edit("threshold", "low"), "'threshold' is 'low', expected null or a number"),
         (edit("max_layer_fraction", 0), "'max_layer_fraction' is 0, expected in (0, 1]"),
         (edit("eligible", 2), "'eligible' is 2, expected an integer from 3 on"),

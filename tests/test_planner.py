@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fastplastic.errors import InputError
-from fastplastic.planner import plan
+from fastplastic.planning import plan
 from fastplastic.stats import STATISTICS, LayerStats, empty_table
 from fastplastic.wiring import Coupling, UnitLayer
 

@@ -11,10 +11,10 @@ import timm
 import torch
 
 import fastplastic
-from fastplastic.checkpoint import fingerprint, save_state_dict
-from fastplastic.data import batches
 from fastplastic.errors import FileError
-from fastplastic.models import create_model, loss_head
+from fastplastic.files import save_state_dict
+from fastplastic.model import fingerprint, loss_head
+from fastplastic.sources import batches, create_model
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "pretrained.py"
 PULLOVER = 2

@@ -18,10 +18,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fastplastic import LayerProfile, Profile, plan, profile, reinit_
-from fastplastic._weights import Weights
 from fastplastic.criteria import CRITERIA
 from fastplastic.errors import FileError, InputError
-from fastplastic.kernels.reference import activation_stats, gradient_stats, parameter_stats
+from fastplastic.kernels.reference.activation_stats import activation_stats
+from fastplastic.kernels.reference.gradient_stats import gradient_stats
+from fastplastic.kernels.reference.parameter_stats import parameter_stats
+from fastplastic.model.weights import Weights
 from fastplastic.stats import STATISTICS
 
 
@@ -700,22 +702,22 @@ def put(*path_and_value):
     [
         (put("schema_version", 2), "is a profile of schema 2, expected 1: read it"),
         (put("statistics", ["n"]), "is a profile of schema 1, expected 1"),
-        (put("mode", 3), "'mode': is 3, expected str; the file is damaged"),
-        (put("samples", True), "'samples': is True, expected int"),
-        (put("samples", "x" * 999), "'samples': is 'xxxx"),
-        (put("notes", [1]), "'notes': expected a list of texts"),
-        (put("has_gradients", None), "'has_gradients': is None, expected bool"),
-        (put("coverage", []), "'coverage': is [], expected dict"),
-        (put("coverage", "skipped", [["a"]]), "'skipped': expected [name, reason]"),
+        (put("mode", 3), "'mode' is 3, expected a string; the file is damaged"),
+        (put("samples", True), "'samples' is True, expected an integer"),
+        (put("samples", "x" * 999), "'samples' is 'xxxx"),
+        (put("notes", [1]), "'notes' is [1], expected a list of strings"),
+        (put("has_gradients", None), "'has_gradients' is None, expected true or false"),
+        (put("coverage", []), "'coverage' is [], expected an object"),
+        (put("coverage", "skipped", [["a"]]), "'skipped' is [['a']], expected [name, reason]"),
         (put("layers", {}), "the list of layers is {}, expected a list"),
         (put("layers", []), "the table is torch.float64"),
         (
             lambda h, t: (h.update(layers=[]), t.update(statistics=t["statistics"][:, :0])),
-            "the table is torch.float64 (27, 0): expected",
+            "the table is torch.float64 (27, 0), expected",
         ),
         (put("layers", 0, "n_units", 7), "layer 'conv'"),
         (put("layers", 0, "hidden", "runs", [[0, 0, 9, 1]]), "layer 'conv' hidden: a run is"),
-        (lambda h, t: t.pop("statistics"), "the table is torch.float32 (0,): expected"),
+        (lambda h, t: t.pop("statistics"), "the table is torch.float32 (0,), expected"),
         (lambda h, t: t.update(statistics=t["statistics"][:, 1:].clone()), "the table is torch.fl"),
         (lambda h, t: t.update(statistics=t["statistics"].float()), "the table is torch.float32"),
     ],

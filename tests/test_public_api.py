@@ -1,7 +1,5 @@
-import subprocess
-import sys
 from importlib import import_module
-from types import FunctionType
+from importlib.util import find_spec
 
 import pytest
 
@@ -21,12 +19,6 @@ PUBLIC_NAMES = {
 }
 
 
-def run(code: str) -> str:
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
-
-
 def test_public_names():
     assert set(fastplastic.__all__) == PUBLIC_NAMES
     assert set(dir(fastplastic)) >= PUBLIC_NAMES
@@ -38,31 +30,9 @@ def test_every_public_name_is_there_and_documented(name):
     assert name == "__version__" or value.__doc__
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        "import fastplastic",
-        "import fastplastic.profile",
-        "import fastplastic.monitor, fastplastic.profile, fastplastic.reinit, fastplastic.planner",
-        "from fastplastic.profile import Profile",
-        "from fastplastic import Profile",
-        "import importlib; importlib.import_module('fastplastic.profile')",
-    ],
-)
-def test_profile_is_the_function_whatever_was_imported_first(first):
-    code = f"{first}\nimport fastplastic\nprint(type(fastplastic.profile).__name__)"
-    assert run(code) == "function"
-    assert run(f"{code}\nimport fastplastic.profile\nprint(fastplastic.profile.__name__)").endswith(
-        "profile"
-    )
-
-
-def test_profile_is_the_function_after_a_later_import_and_a_reload():
-    function = fastplastic.profile
-    module = import_module("fastplastic.profile")
-    assert isinstance(function, FunctionType)
-    assert fastplastic.profile is module.profile is function
-    assert fastplastic.Profile is module.Profile
+@pytest.mark.parametrize("name", sorted(PUBLIC_NAMES - {"__version__"}))
+def test_no_module_has_the_name_of_a_public_name(name):
+    assert find_spec(f"fastplastic.{name}") is None
 
 
 def test_public_names_can_be_replaced_by_a_test(monkeypatch):

@@ -16,9 +16,11 @@ from fastplastic.kernels import (
     PARAMETER_COLUMNS,
     PARAMETER_ROWS,
     backend,
-    reference,
 )
-from fastplastic.kernels.reference import activation_stats, gradient_stats, parameter_stats
+from fastplastic.kernels.reference import pieces
+from fastplastic.kernels.reference.activation_stats import activation_stats
+from fastplastic.kernels.reference.gradient_stats import gradient_stats
+from fastplastic.kernels.reference.parameter_stats import parameter_stats
 
 # Written out a second time, on purpose: the names are what the rest of the package relies on.
 TORCH = {
@@ -185,7 +187,7 @@ def test_pieces_cover_everything_with_any_number_of_threads(monkeypatch, threads
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     x = noise(3, 90, 16001).transpose(0, 1)
     same(activation_stats(x, 0, "relu"), naive(x, 0, "relu"))
-    sizes = [piece.numel() for _, (piece,) in reference._pieces((x,), 0)]
+    sizes = [piece.numel() for _, (piece,) in pieces.pieces((x,), 0)]
     assert sum(sizes) == x.numel()
     assert max(sizes) <= (2**15 - 1 if threads == 1 else 16 * 2**17)
     assert len(sizes) > 1
@@ -238,7 +240,7 @@ def test_a_device_that_must_not_wait_gives_the_same(monkeypatch):
     z = noise(30, 6)
     z[2, 3] = math.inf
     expected = [activation_stats(z, 1, "gelu"), gradient_stats(z, 1)]
-    monkeypatch.setattr(reference, "_all_finite", lambda x: False)
+    monkeypatch.setattr(pieces, "_all_finite", lambda x: False)
     same(activation_stats(z, 1, "gelu"), expected[0])
     same(gradient_stats(z, 1), expected[1])
 
@@ -378,7 +380,7 @@ def test_backend():
 
 def test_public_names():
     assert set(kernels.__all__) == {
-        "ACTIVATIONS", "ACTIVATION_ROWS", "GRADIENT_ROWS", "Law", "PARAMETER_COLUMNS",
-        "PARAMETER_ROWS", "Selection", "activation_stats", "backend", "gradient_stats",
-        "parameter_stats", "resample_", "select", "selection_masks",
+        "ACTIVATIONS", "ACTIVATION_ROWS", "DTYPES", "GRADIENT_ROWS", "Law", "PARAMETER_COLUMNS",
+        "PARAMETER_ROWS", "Selection", "activate", "activation_stats", "backend", "gradient_stats",
+        "parameter_stats", "resample_", "select", "selection_masks", "untraced",
     }  # fmt: skip

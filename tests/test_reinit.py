@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from helpers import plan_of_units
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-import fastplastic._apply as apply_module
-from fastplastic.checkpoint import fingerprint
-from fastplastic.planner import Plan
+from fastplastic.model import fingerprint
+from fastplastic.planning import Plan
 from fastplastic.reinit import reinit_
+from fastplastic.reinit import transaction as apply_module
 from fastplastic.wiring import Consumer, Coupling, Norm, UnitLayer
 
 EVERY = slice(None)
@@ -36,17 +37,6 @@ def consumer(name: str, unit_of_column: Tensor, column_dim: int = 1, groups: int
 
 def norm(name: str, channels: int) -> Norm:
     return Norm(name, torch.arange(channels))
-
-
-def plan_of(model: nn.Module, layers: list[UnitLayer], units: dict[str, list[int]]) -> Plan:
-    index = {name: torch.tensor(chosen, dtype=torch.int64) for name, chosen in units.items()}
-    return Plan(
-        units=index,
-        scores={name: torch.zeros(len(chosen)) for name, chosen in index.items()},
-        wiring={layer.name: layer for layer in layers},
-        eligible=100, criterion="dead", ratio=0.1, threshold=None, scope="global",
-        granularity="unit", max_layer_fraction=0.5, seed=0, fingerprint=fingerprint(model),
-    )  # fmt: skip
 
 
 @dataclass
@@ -92,7 +82,7 @@ class Concat(nn.Module):
 def mlp() -> Case:
     model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
     first = layer(model, "0", consumers=(consumer("2", torch.arange(8)),))
-    plan = plan_of(model, [first], {"0": [1, 4]})
+    plan = plan_of_units(model, [first], {"0": [1, 4]})
     rows = {"0.weight": [1, 4], "0.bias": [1, 4]}
     return Case(model, plan, torch.randn(7, 5), rows, {}, {"2.weight": (EVERY, [1, 4])})
 
@@ -104,7 +94,7 @@ def deep_mlp() -> Case:
     model = nn.Sequential(OrderedDict(zip(names, parts, strict=True)))
     a = layer(model, "a", consumers=(consumer("b", torch.arange(8)),))
     b = layer(model, "b", consumers=(consumer("c", torch.arange(6)),))
-    plan = plan_of(model, [a, b], {"b": [0, 5], "a": [2]})
+    plan = plan_of_units(model, [a, b], {"b": [0, 5], "a": [2]})
     rows = {"a.weight": [2], "a.bias": [2], "b.bias": [0, 5], "b.weight": [0, 5]}
     columns = {"b.weight": (EVERY, [2]), "c.weight": (EVERY, [0, 5])}
     return Case(model, plan, torch.randn(7, 5), rows, {}, columns)
@@ -120,7 +110,7 @@ def convnet() -> Case:
     # Columns of a grouped convolution: unit 1 is in group 0, unit 5 at column 2 of group 1.
     columns = {"3.weight": ([0, 1, 2, 3], [1, 1, 2, 2])}
     norms = {f"1.{key}": [1, 5] for key in ("weight", "bias", "running_mean", "running_var")}
-    plan = plan_of(model, [first], {"0": [1, 5]})
+    plan = plan_of_units(model, [first], {"0": [1, 5]})
     rows = {"0.weight": [1, 5], "0.bias": [1, 5]}
     return Case(model, plan, torch.randn(2, 3, 8, 8), rows, norms, columns)
 
@@ -144,7 +134,7 @@ def mbconv() -> Case:
     )  # fmt: skip
     keys = ("weight", "bias", "running_mean", "running_var")
     norms = {f"{bn}.{key}": [0, 3] for bn in ("bn1", "bn2") for key in keys}
-    plan = plan_of(model, [expand, depthwise], {"expand": [0, 3]})
+    plan = plan_of_units(model, [expand, depthwise], {"expand": [0, 3]})
     rows = {"expand.weight": [0, 3], "depthwise.weight": [0, 3]}
     columns = {"project.weight": (EVERY, [0, 3])}
     return Case(model, plan, torch.randn(2, 4, 6, 6), rows, norms, columns)
@@ -155,7 +145,7 @@ def swiglu() -> Case:
     down = (consumer("down", torch.arange(8)),)
     gate = layer(model, "gate", coupled=(Coupling("up", torch.arange(8)),), consumers=down)
     up = layer(model, "up", hidden=torch.zeros(8, dtype=torch.bool))
-    plan = plan_of(model, [gate, up], {"gate": [2, 7]})
+    plan = plan_of_units(model, [gate, up], {"gate": [2, 7]})
     rows = {f"{name}.{key}": [2, 7] for name in ("gate", "up") for key in ("weight", "bias")}
     return Case(model, plan, torch.randn(7, 5), rows, {}, {"down.weight": (EVERY, [2, 7])})
 
@@ -168,7 +158,7 @@ def packed_swiglu() -> Case:
         coupled=(Coupling("fc1", torch.cat([half + 8, none])),),
         consumers=(consumer("fc2", half),),
     )  # fmt: skip
-    plan = plan_of(model, [fc1], {"fc1": [2, 7]})
+    plan = plan_of_units(model, [fc1], {"fc1": [2, 7]})
     rows = {"fc1.weight": [2, 7, 10, 15], "fc1.bias": [2, 7, 10, 15]}
     return Case(model, plan, torch.randn(7, 5), rows, {}, {"fc2.weight": (EVERY, [2, 7])})
 
@@ -180,7 +170,7 @@ def concat() -> Case:
     second = torch.cat([torch.full((4,), -1), torch.arange(6)])
     a = layer(model, "a", kind="conv", consumers=(consumer("out", first),))
     b = layer(model, "b", kind="conv", consumers=(consumer("out", second),))
-    plan = plan_of(model, [a, b], {"a": [1], "b": [0, 5]})
+    plan = plan_of_units(model, [a, b], {"a": [1], "b": [0, 5]})
     rows = {"a.weight": [1], "a.bias": [1], "b.weight": [0, 5], "b.bias": [0, 5]}
     return Case(model, plan, torch.randn(2, 3, 4, 4), rows, {}, {"out.weight": (EVERY, [1, 4, 9])})
 
@@ -189,7 +179,7 @@ def flatten() -> Case:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
     repeated = torch.arange(4).repeat_interleave(4)
     conv = layer(model, "0", kind="conv", consumers=(consumer("3", repeated),))
-    plan = plan_of(model, [conv], {"0": [2]})
+    plan = plan_of_units(model, [conv], {"0": [2]})
     columns = {"3.weight": (EVERY, [8, 9, 10, 11])}
     rows = {"0.weight": [2], "0.bias": [2]}
     return Case(model, plan, torch.randn(2, 3, 4, 4), rows, {}, columns)
@@ -201,7 +191,7 @@ def hugging_face() -> Case:
         model, "0", kind="conv1d", unit_dim=1,
         consumers=(consumer("2", torch.arange(8), column_dim=0),),
     )  # fmt: skip
-    plan = plan_of(model, [first], {"0": [1, 4]})
+    plan = plan_of_units(model, [first], {"0": [1, 4]})
     rows = {"0.weight": (EVERY, [1, 4]), "0.bias": [1, 4]}
     return Case(model, plan, torch.randn(7, 5), rows, {}, {"2.weight": [1, 4]})
 

@@ -5,25 +5,13 @@ import math
 import pytest
 import timm
 import torch
+from helpers import plan_of_units
 from torch import Tensor, nn
 
-from fastplastic.checkpoint import fingerprint
 from fastplastic.errors import FileError
 from fastplastic.graph import build_graph
-from fastplastic.planner import Plan
 from fastplastic.reinit import reinit_
 from fastplastic.wiring import UnitGraph
-
-
-def plan_of(model: nn.Module, graph: UnitGraph, units: dict[str, list[int]]) -> Plan:
-    index = {name: torch.tensor(chosen) for name, chosen in units.items()}
-    return Plan(
-        units=index,
-        scores={name: torch.zeros(len(chosen)) for name, chosen in index.items()},
-        wiring={layer.name: layer for layer in graph.layers},
-        eligible=10_000, criterion="dead", ratio=0.1, threshold=None, scope="global",
-        granularity="unit", max_layer_fraction=0.5, seed=0, fingerprint=fingerprint(model),
-    )  # fmt: skip
 
 
 def traced(name: str, size: int, **options) -> tuple[nn.Module, UnitGraph, Tensor]:
@@ -50,7 +38,7 @@ MODELS = {
 def test_reset_units_of_a_real_model_have_no_effect_and_the_right_law(name):
     size, options = MODELS[name]
     model, graph, images = traced(name, size, **options)
-    plan = plan_of(model, graph, some_of_each(graph))
+    plan = plan_of_units(model, graph.layers, some_of_each(graph))
     report = reinit_(model, plan)
     assert report.notes == () and report.count == plan.count > 100
     fresh = timm.create_model(name, **options)
@@ -75,7 +63,7 @@ def test_resetting_dead_units_leaves_a_resnet_as_it_was():
         model.layer1[0].bn1.weight[:5] = 0
         model.layer1[0].bn1.bias[:5] = -1
         before = model(images)
-        plan = plan_of(model, graph, {"layer1.0.conv1": [0, 1, 2, 3, 4]})
+        plan = plan_of_units(model, graph.layers, {"layer1.0.conv1": [0, 1, 2, 3, 4]})
         reinit_(model, plan)
         assert torch.allclose(model(images), before, rtol=1e-5, atol=1e-5)
         assert (model.layer1[0].conv2.weight[:, :5] == 0).all()
@@ -89,7 +77,7 @@ def test_resetting_dead_units_leaves_a_transformer_as_it_was():
         model.blocks[1].mlp.fc1.weight[:7] = 0
         model.blocks[1].mlp.fc1.bias[:7] = -30
         before = model(images)
-        plan = plan_of(model, graph, {"blocks.1.mlp.fc1": list(range(7))})
+        plan = plan_of_units(model, graph.layers, {"blocks.1.mlp.fc1": list(range(7))})
         reinit_(model, plan)
         assert torch.allclose(model(images), before, rtol=1e-5, atol=1e-5)
         assert (model.blocks[1].mlp.fc1.bias[:7] == 0).all()
@@ -100,11 +88,11 @@ def test_value_channels_of_an_attention_are_reset_in_the_fused_projection():
     size, options = MODELS["vit_tiny_patch16_224"]
     model, graph, _ = traced("vit_tiny_patch16_224", size, **options)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    plan = plan_of(model, graph, {"blocks.0.attn.qkv": [384 + 5]})
+    plan = plan_of_units(model, graph.layers, {"blocks.0.attn.qkv": [384 + 5]})
     reinit_(model, plan)
     changed = {n: t != before[n] for n, t in model.state_dict().items() if (t != before[n]).any()}
     assert set(changed) == {"blocks.0.attn.qkv.weight", "blocks.0.attn.proj.weight"}
     assert changed["blocks.0.attn.qkv.weight"].any(1).nonzero().flatten().tolist() == [389]
     assert changed["blocks.0.attn.proj.weight"].any(0).nonzero().flatten().tolist() == [5]
     with pytest.raises(FileError, match=r"units of 'blocks\.0\.attn\.qkv' are not hidden"):
-        reinit_(model, plan_of(model, graph, {"blocks.0.attn.qkv": [5]}))
+        reinit_(model, plan_of_units(model, graph.layers, {"blocks.0.attn.qkv": [5]}))

@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastplastic.kernels import _reference_resample as reference
-from fastplastic.kernels._law import Law
+from fastplastic.kernels.law import Law
+from fastplastic.kernels.reference import resample as reference
 
 # Modules with `resample_`; each gives the same bits as the oracle.
-TWINS = ["_cpu_resample"]
-SELECTS = {"_cpu_resample": "_cpu_select", "_reference_resample": "_reference_select"}
+TWINS = ["cpu.resample"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INF = math.inf
 NORMAL, UNIFORM = Law("normal", 0.0, 1.0), Law("uniform", 0.0, 1.0)
@@ -34,7 +33,7 @@ def twin(request):
     return importlib.import_module(f"fastplastic.kernels.{request.param}")
 
 
-@pytest.fixture(params=[*TWINS, "_reference_resample"], scope="module")
+@pytest.fixture(params=[*TWINS, "reference.resample"], scope="module")
 def any_twin(request):
     return importlib.import_module(f"fastplastic.kernels.{request.param}")
 
@@ -179,7 +178,7 @@ def test_a_gap_between_the_elements_of_a_view_is_not_written(any_twin):
 @pytest.mark.parametrize("criterion", ["swr", "gradient", "magnitude", "random"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_was_selected_is_written(twin, criterion, dtype):
-    select = importlib.import_module(f"fastplastic.kernels.{SELECTS[twin.__name__.split('.')[-1]]}")
+    select = importlib.import_module(twin.__name__.replace("resample", "select"))
     torch.manual_seed(0)
     weights = [weight.copy_(torch.randn(weight.shape)) for weight in awkward(dtype)]
     gradients = [torch.randn(weight.shape) for weight in weights]
@@ -303,9 +302,7 @@ def test_arguments_that_do_not_fit_are_refused(any_twin, changes, text):
 
 
 def test_selections_that_do_not_fit_are_refused(any_twin):
-    select = importlib.import_module(
-        f"fastplastic.kernels.{SELECTS[any_twin.__name__.split('.')[-1]]}"
-    )
+    select = importlib.import_module(any_twin.__name__.replace("resample", "select"))
     weights, mask = [torch.ones(3)], [torch.ones(3, dtype=torch.bool)]
     selection = select.select(weights, weights, ["a"], 2)
     with pytest.raises(ValueError, match="masks and a selection are given, expected one of them"):

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastplastic.kernels import _reference_select as reference
-from fastplastic.kernels._cpu_elements import philox
+from fastplastic.kernels.cpu.elements import philox
 from fastplastic.kernels.philox import TIES, philox_key
+from fastplastic.kernels.reference import select as reference
 
 # Modules with `select` and `selection_masks`; each is compared with the oracle.
-TWINS = ["_cpu_select"]
+TWINS = ["cpu.select"]
 CRITERIA = ["swr", "gradient", "magnitude", "random"]
 INF, NAN = float("inf"), float("nan")
 
@@ -231,7 +231,7 @@ def test_exactly_the_smallest_within_caps(twin, case):
 
 
 def test_ten_million_elements():
-    twin = importlib.import_module("fastplastic.kernels._cpu_select")
+    twin = importlib.import_module("fastplastic.kernels.cpu.select")
     generator = torch.Generator().manual_seed(0)
     sizes = [4_000_000, 5_999_000, 1000]
     weights = [torch.randn(size, generator=generator) for size in sizes]
@@ -246,7 +246,7 @@ def test_ten_million_elements():
 
 
 def test_threads_do_not_change_the_result():
-    twin = importlib.import_module("fastplastic.kernels._cpu_select")
+    twin = importlib.import_module("fastplastic.kernels.cpu.select")
     weights, gradients = awkward()
     weights.append(torch.randn(500, 300))
     gradients.append(torch.randn(500, 300))
@@ -313,7 +313,7 @@ def test_parameters_with_gradients_are_not_changed(twin):
         ),
     ],
 )
-@pytest.mark.parametrize("module", [*TWINS, "_reference_select"])
+@pytest.mark.parametrize("module", [*TWINS, "reference.select"])
 def test_arguments_that_do_not_fit_are_refused(module, changes, text):
     twin = importlib.import_module(f"fastplastic.kernels.{module}")
     arguments = {
@@ -387,9 +387,9 @@ def test_keys_depend_on_seed_purpose_and_name():
 
 def test_the_host_part_loads_no_compiler():
     code = (
-        "import fastplastic.kernels.philox, fastplastic.kernels._law, "
-        "fastplastic.kernels._select_host, fastplastic.kernels._reference_select, "
-        "fastplastic.kernels._reference_resample, sys\n"
+        "import fastplastic.kernels.philox, fastplastic.kernels.law, "
+        "fastplastic.kernels.selection, fastplastic.kernels.reference.select, "
+        "fastplastic.kernels.reference.resample, sys\n"
         "print(*{'numba', 'triton'} & sys.modules.keys())"
     )
     result = subprocess.run(

@@ -2,18 +2,18 @@
 
 import pytest
 import torch
+from helpers import REFERENCE as reference
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fastplastic import kernels
-from fastplastic.errors import InputError
-from fastplastic.kernels import reference
 from fastplastic.stats import (
     ACTIVATION_STATISTICS,
     GRADIENT_STATISTICS,
     STATISTICS,
     LayerStats,
     UnitStats,
+    columns_of,
     empty_table,
     merge_into,
 )
@@ -42,11 +42,10 @@ def test_rows_are_those_of_the_kernels():
 
 def test_empty_is_neutral():
     table = measured(torch.randn(5, 3), torch.randn(5, 3))
-    filled = UnitStats(table, {"a": (0, 2), "b": (2, 3)})
-    empty = UnitStats.empty({"a": 2, "b": 1})
-    assert empty.layers == filled.layers
-    assert torch.equal(empty.merged(filled).table, table)
-    assert torch.equal(filled.merged(empty).table, table)
+    empty, filled = empty_table(3), table.clone()
+    merge_into(empty, table)
+    merge_into(filled, empty_table(3))
+    assert torch.equal(empty, table) and torch.equal(filled, table)
 
 
 @given(
@@ -64,28 +63,16 @@ def test_merging_is_seeing_all_at_once(sizes, units, seed):
     assert torch.equal(merged, measured(h, g))
 
 
-def test_merging_leaves_its_arguments():
-    one, two = (UnitStats(measured(torch.ones(2, 1), torch.ones(2, 1)), {"a": (0, 1)}),) * 2
-    before = one.table.clone()
-    assert one.merged(two).layer("a")["n"].item() == 4
-    assert torch.equal(one.table, before)
-
-
-@pytest.mark.parametrize("other", [{"a": 3}, {"b": 2}, {"a": 2, "b": 1}])
-def test_merging_other_layers_is_an_error(other):
-    with pytest.raises(InputError, match=r"differ in '[ab]'; both must be of the same model"):
-        UnitStats.empty({"a": 2}).merged(UnitStats.empty(other))
-
-
-def test_layer_is_a_view():
-    stats = UnitStats.empty({"a": 2, "b": 3})
+def test_a_layer_is_a_view_of_its_columns():
+    stats = UnitStats(empty_table(5), columns_of({"a": 2, "none": 0, "b": 3}))
     stats.table[0] = torch.arange(5)
-    assert stats.layer("b")["n"].tolist() == [2, 3, 4]
-    assert stats.layer("b").n_units == 3
+    assert stats["a"]["n"].tolist() == [0, 1]
+    assert stats["b"]["n"].tolist() == [2, 3, 4]
+    assert stats["b"].n_units == 3 and stats["none"].n_units == 0
     with pytest.raises(KeyError):
-        stats.layer("c")
+        stats["c"]
     with pytest.raises(KeyError):
-        stats.layer("a")["no such statistic"]
+        stats["a"]["no such statistic"]
 
 
 def test_means_against_plain_formulas():
@@ -96,9 +83,7 @@ def test_means_against_plain_formulas():
     torch.testing.assert_close(stats.std_h, active.std(0, correction=0))
     torch.testing.assert_close(stats.range_h, active.amax(0) - active.amin(0))
     torch.testing.assert_close(stats.flat_share, (h <= 0).double().mean(0))
-    torch.testing.assert_close(stats.zero_share, (active == 0).double().mean(0))
     torch.testing.assert_close(stats.mean_abs_g, g.abs().mean(0))
-    assert stats.has_activations
 
 
 def test_parameter_means():
@@ -117,7 +102,7 @@ def test_parameter_means():
 
 @pytest.mark.parametrize(
     "name",
-    ["mean_abs_h", "std_h", "range_h", "flat_share", "zero_share", "mean_abs_g", "mean_abs_dw",
+    ["mean_abs_h", "std_h", "range_h", "flat_share", "mean_abs_g", "mean_abs_dw",
      "mean_abs_w_out", "first_order"],
 )  # fmt: skip
 def test_unknown_is_nan(name):

@@ -1,15 +1,15 @@
 """What only a GPU can show: 64-bit offsets, no waiting, CUDA graphs, bits equal to the CPU's."""
 
-import importlib
-
 import pytest
 import torch
+from helpers import NUMBA as cpu
+from helpers import REFERENCE as reference
+from helpers import TRITON as gpu
 
-from fastplastic.kernels import Law, cpu, reference
+from fastplastic.kernels import Law
 
 pytestmark = pytest.mark.gpu
 
-gpu = importlib.import_module("fastplastic.kernels.gpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MANY = 2**31
 

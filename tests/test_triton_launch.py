@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from fastplastic import kernels
-from fastplastic.kernels import _triton_layout, _triton_runtime, launch
-from fastplastic.kernels._triton_math import flat_ends
+from fastplastic.kernels.gpu import launch
+from fastplastic.kernels.gpu import layout as _triton_layout
+from fastplastic.kernels.gpu import runtime as _triton_runtime
+from fastplastic.kernels.gpu.functions import flat_ends
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -72,5 +74,5 @@ def test_flat_ends_are_float32_inside_the_intervals():
 
 def test_modules_do_not_hide_the_functions_of_the_package():
     for name in ("activation_stats", "gradient_stats", "parameter_stats", "select"):
-        importlib.import_module(f"fastplastic.kernels.{name}")
+        importlib.import_module(f"fastplastic.kernels.gpu.{name}")
         assert callable(getattr(kernels, name))

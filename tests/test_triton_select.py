@@ -8,11 +8,11 @@ import pytest
 import torch
 import triton.language as tl
 
-from fastplastic.kernels import _reference_resample, _reference_select, _triton_runtime, launch
-from fastplastic.kernels._law import Law
-from fastplastic.kernels._select_host import CRITERIA, DIGITS, Query, Selection
-from fastplastic.kernels._triton_elements import words_of
-from fastplastic.kernels._triton_runtime import kernel
+from fastplastic.kernels.gpu import launch
+from fastplastic.kernels.gpu import runtime as _triton_runtime
+from fastplastic.kernels.gpu.elements import words_of
+from fastplastic.kernels.gpu.runtime import kernel
+from fastplastic.kernels.law import Law
 from fastplastic.kernels.philox import (
     INITIAL_VALUES,
     KEY_STEPS,
@@ -21,6 +21,9 @@ from fastplastic.kernels.philox import (
     TIES,
     philox_key,
 )
+from fastplastic.kernels.reference import resample as _reference_resample
+from fastplastic.kernels.reference import select as _reference_select
+from fastplastic.kernels.selection import CRITERIA, DIGITS, Query, Selection
 
 # NumPy says so of the interpreter of Triton 3.6.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
@@ -29,9 +32,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-triton_select = importlib.import_module("fastplastic.kernels.select")
-parameter = importlib.import_module("fastplastic.kernels.parameter_stats")
-triton_resample = importlib.import_module("fastplastic.kernels.resample")
+triton_select = importlib.import_module("fastplastic.kernels.gpu.select")
+parameter = importlib.import_module("fastplastic.kernels.gpu.parameter_stats")
+triton_resample = importlib.import_module("fastplastic.kernels.gpu.resample")
 
 
 @pytest.fixture(autouse=True)

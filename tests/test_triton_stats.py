@@ -6,14 +6,17 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import REFERENCE as reference
 
-from fastplastic.kernels import ACTIVATIONS, _triton_runtime, launch, reference
-from fastplastic.kernels._definitions import FLAT, ZERO_BELOW
+from fastplastic.kernels import ACTIVATIONS, activate
+from fastplastic.kernels.gpu import launch
+from fastplastic.kernels.gpu import runtime as _triton_runtime
 
 # NumPy says so of the interpreter of Triton 3.6.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ZERO_ENDS = [f.zero_below for f in ACTIVATIONS.values() if f.zero_below is not None]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What the error may be above that of plain torch in the same dtype, relative to max(1, |value|).
 # Half precision: an h that lies between two numbers may be rounded to the other one.
@@ -21,9 +24,9 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 COUNTS = [0, 6, 7, 8]
 
 
-activation = importlib.import_module("fastplastic.kernels.activation_stats")
-gradient = importlib.import_module("fastplastic.kernels.gradient_stats")
-parameter = importlib.import_module("fastplastic.kernels.parameter_stats")
+activation = importlib.import_module("fastplastic.kernels.gpu.activation_stats")
+gradient = importlib.import_module("fastplastic.kernels.gpu.gradient_stats")
+parameter = importlib.import_module("fastplastic.kernels.gpu.parameter_stats")
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +51,7 @@ def noise(*shape, dtype=torch.float32, scale=3.0):
     generator = torch.Generator().manual_seed(sum(shape))
     z = torch.randn(*shape, generator=generator) * scale
     # Where GELU becomes 0, torch itself is not monotone.
-    for end in ZERO_BELOW.values():
+    for end in ZERO_ENDS:
         z[(z - end).abs() < 0.1] = 0.5
     return z.to(device=DEVICE, dtype=dtype)
 
@@ -77,9 +80,7 @@ def check_activation(z, axis=1, name="identity"):
     assert found.dtype == torch.float64 and found.device == z.device
     assert torch.equal(found[COUNTS], expected[COUNTS])
     units = flat_units(z, axis)
-    base, slope = reference.parse_activation(name)
-    function = reference._FUNCTIONS[base]
-    h = function(units) if slope is None else torch.nn.functional.leaky_relu(units, slope)
+    h = activate(units, name)
     plain = plain_sums(h, h.isfinite() & units.isfinite())
     near(found[1:4], expected[1:4], plain, z.dtype)
     near(found[4:6], expected[4:6], expected[4:6], z.dtype)
@@ -136,10 +137,10 @@ def test_activations(name, dtype):
     check_activation(z, 1, name)
 
 
-@pytest.mark.parametrize("name", FLAT)
+@pytest.mark.parametrize("name", [name for name, f in ACTIVATIONS.items() if f.flat])
 def test_flat_is_decided_exactly(name):
     """At the float32 numbers on both sides of every end, where one step changes the answer."""
-    ends = [end for interval in FLAT[name] for end in interval if math.isfinite(end)]
+    ends = [end for interval in ACTIVATIONS[name].flat for end in interval if math.isfinite(end)]
     values = np.array(ends, dtype=np.float32)
     near_ends = [values, *(np.nextafter(values, np.float32(to)) for to in (-9e9, 9e9))]
     z = torch.from_numpy(np.concatenate(near_ends))[None].to(DEVICE)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastplastic
-from fastplastic._weights import Weights
 from fastplastic.errors import InputError
-from fastplastic.kernels._reference_select import philox_words
 from fastplastic.kernels.philox import TIES, philox_key
+from fastplastic.kernels.reference.select import philox_words
+from fastplastic.model.weights import Weights
 from fastplastic.stats import LayerStats, empty_table
 from fastplastic.wiring import UnitLayer
 

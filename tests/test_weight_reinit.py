@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+from helpers import made_plan
 from torch import Tensor, nn
 
-import fastplastic._apply as apply_module
 from fastplastic import FastPlasticError, Plan, reinit_
-from fastplastic.checkpoint import fingerprint
+from fastplastic.model import fingerprint
+from fastplastic.reinit import transaction as apply_module
 from fastplastic.wiring import UnitLayer
 
 
@@ -28,10 +29,10 @@ def layer(model: nn.Module, name: str, kind: str = "linear", unit_dim: int = 0) 
 
 
 def plan_of(model: nn.Module, masks: dict[str, Tensor], layers: list[UnitLayer] = ()) -> Plan:
-    return Plan(
-        units={}, scores={}, wiring={own.name: own for own in layers}, masks=masks,
-        eligible=10**9, criterion="swr", ratio=0.1, threshold=None, scope="global",
-        granularity="weight", max_layer_fraction=0.5, seed=0, fingerprint=fingerprint(model),
+    wiring = {own.name: own for own in layers}
+    return made_plan(
+        masks=masks, wiring=wiring, criterion="swr", granularity="weight",
+        fingerprint=fingerprint(model),
     )  # fmt: skip
 
 

@@ -56,15 +56,15 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     folders = {name.partition("/")[0] for name in names}
     assert {folder for folder in folders if not folder.endswith(".dist-info")} == {"fastplastic"}
     packaged = {
-        f"fastplastic/{inside}{file.name}"
+        f"fastplastic/{inside}{file.relative_to(REPOSITORY / folder)}"
         for folder, inside in (("fastplastic", ""), ("kernels", "kernels/"), ("cli", "cli/"))
-        for file in (REPOSITORY / folder).iterdir()
+        for file in (REPOSITORY / folder).rglob("*")
         if file.suffix in {".py", ".npz", ".typed", ".LICENSE"}
     }
     assert {name for name in names if name.startswith("fastplastic/")} == packaged
     assert {
-        "fastplastic/sample.npz",
-        "fastplastic/sample.LICENSE",
+        "fastplastic/sources/sample.npz",
+        "fastplastic/sources/sample.LICENSE",
         "fastplastic/py.typed",
     } <= packaged
 

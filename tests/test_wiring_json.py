@@ -10,8 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastplastic.errors import FileError
+from fastplastic.files.wiring_json import decode_layers, encode_layer
 from fastplastic.wiring import Consumer, Coupling, Norm, Site, UnitLayer
-from fastplastic.wiring_json import decode_layer, decode_layers, encode_layer
+
+
+def decode_one(value):
+    return decode_layers([value])[0]
 
 
 def index_maps(size, bound):
@@ -93,7 +97,7 @@ def assert_same(one, two):
 @given(layer=unit_layers())
 def test_wiring_survives_json(layer):
     text = json.dumps(encode_layer(layer), allow_nan=False)
-    assert_same(decode_layer(json.loads(text)), layer)
+    assert_same(decode_one(json.loads(text)), layer)
 
 
 def chain_layer(**changes):
@@ -181,7 +185,7 @@ COLUMNS = ("consumers", 0, "unit_of_column")
 def test_damaged_wiring_is_an_error(path, new, text):
     value = at(encode_layer(chain_layer()), path, new)
     with pytest.raises(FileError, match=text) as error:
-        decode_layer(value)
+        decode_one(value)
     assert "the file is damaged or from another program: write it again" in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -203,7 +207,7 @@ def test_no_wiring_at_all(value):
 def test_wiring_of_files_that_name_one_site():
     value = encode_layer(chain_layer(z_sites=()))
     older = {key: v for key, v in value.items() if key not in ADDED} | {"z_site": None}
-    assert_same(decode_layer(older), chain_layer(z_sites=()))
+    assert_same(decode_one(older), chain_layer(z_sites=()))
 
 
 def test_two_layers_of_one_name():
@@ -229,7 +233,7 @@ def test_arbitrary_damage_is_a_file_error_or_harmless(data):
     paths += [(*COLUMNS, "runs", 0, i) for i in range(4)]
     damaged = at(value, data.draw(st.sampled_from(paths)), data.draw(json_values))
     try:
-        layer = decode_layer(damaged)
+        layer = decode_one(damaged)
     except FileError:
         return
     assert layer.hidden.shape == (layer.n_units,)

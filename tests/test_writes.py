@@ -4,11 +4,12 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from helpers import plan_of_units
 from torch import Tensor, nn
 
-from fastplastic.checkpoint import fingerprint
 from fastplastic.errors import FileError, FingerprintError, InputError
-from fastplastic.planner import Plan
+from fastplastic.model import fingerprint
+from fastplastic.planning import Plan
 from fastplastic.reinit import reinit_
 from fastplastic.wiring import Consumer, Coupling, Norm, UnitLayer
 
@@ -34,17 +35,6 @@ def norm(name: str, channels: int) -> Norm:
     return Norm(name, torch.arange(channels))
 
 
-def plan_of(model: nn.Module, layers: list[UnitLayer], units: dict[str, list[int]]) -> Plan:
-    index = {name: torch.tensor(chosen, dtype=torch.int64) for name, chosen in units.items()}
-    return Plan(
-        units=index,
-        scores={name: torch.zeros(len(chosen)) for name, chosen in index.items()},
-        wiring={layer.name: layer for layer in layers},
-        eligible=100, criterion="dead", ratio=0.1, threshold=None, scope="global",
-        granularity="unit", max_layer_fraction=0.5, seed=0, fingerprint=fingerprint(model),
-    )  # fmt: skip
-
-
 @dataclass
 class Case:
     """A model and a plan for it."""
@@ -65,7 +55,7 @@ class SwiGLU(nn.Module):
 def mlp() -> Case:
     model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
     first = layer(model, "0", consumers=(consumer("2", torch.arange(8)),))
-    return Case(model, plan_of(model, [first], {"0": [1, 4]}))
+    return Case(model, plan_of_units(model, [first], {"0": [1, 4]}))
 
 
 def swiglu() -> Case:
@@ -73,7 +63,7 @@ def swiglu() -> Case:
     down = (consumer("down", torch.arange(8)),)
     gate = layer(model, "gate", coupled=(Coupling("up", torch.arange(8)),), consumers=down)
     up = layer(model, "up", hidden=torch.zeros(8, dtype=torch.bool))
-    return Case(model, plan_of(model, [gate, up], {"gate": [2, 7]}))
+    return Case(model, plan_of_units(model, [gate, up], {"gate": [2, 7]}))
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -109,7 +99,8 @@ def test_unknown_choices_are_refused():
     refused(mlp(), InputError, "seed 0.5 is not usable, expected an integer", seed=0.5)
     refused(mlp(), InputError, "init 'ones' is unknown, expected one of default,", init="ones")
     made = mlp()
-    made = replace(made, plan=replace(made.plan, granularity="layer"))
+    request = replace(made.plan.request, granularity="layer")
+    made = replace(made, plan=replace(made.plan, request=request))
     refused(made, InputError, "granularity 'layer' is unknown, expected 'unit' or 'weight'")
 
 
@@ -206,7 +197,7 @@ def test_shared_weights_are_refused(tie):
     shared = model[3].weight
     model[2].weight = shared if tie == "same" else nn.Parameter(shared.data.t())
     first = layer(model, "0", consumers=(consumer("2", torch.arange(8)),))
-    made = Case(model, plan_of(model, [first], {"0": [1]}))
+    made = Case(model, plan_of_units(model, [first], {"0": [1]}))
     refused(made, InputError, "'2.weight' shares its values with '3.weight', expected a tensor of")
 
 

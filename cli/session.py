@@ -1,0 +1,173 @@
+"""What the commands share: the model, the data and the device that options name, and a profile."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fastplastic.cli.options import DataOptions, SelectOptions
+from fastplastic.cli.terminal import progress, warn
+from fastplastic.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastplastic import Plan, Profile
+    from fastplastic.model import LentHead
+    from fastplastic.sources import DataSource, LoadedModel
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A model, its profile, the data, and the words for where the numbers come from."""
+
+    loaded: "LoadedModel"
+    profile: "Profile"
+    source: "DataSource"
+    facts: tuple[tuple[str, str], ...]
+
+
+def device_of(name: str | None) -> "torch.device":
+    """Return the torch device with this name, by default cuda where there is one; InputError."""
+    import torch
+
+    chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(chosen)
+        torch.empty(1, device=device)
+    # Torch raises these for a name it does not know and for a device that is not there.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0][:80]
+        raise InputError(
+            f"--device {chosen}: not usable here ({reason}): try --device cpu"
+        ) from None
+    return device
+
+
+def load(options: DataOptions, *, pretrained: bool | None) -> "LoadedModel":
+    """Build the model on its device, in eval mode; say on stderr when its weights are random."""
+    import torch
+
+    from fastplastic.sources import create_model
+
+    device = device_of(options.device)
+    loaded = create_model(
+        options.model,
+        pretrained=pretrained,
+        checkpoint=options.checkpoint,
+        num_classes=options.num_classes,
+        in_chans=options.in_chans,
+        img_size=options.img_size,
+        input_size=options.input_size,
+        model_kwargs=options.keywords(),
+        seed=options.seed,
+    )
+    if loaded.warning:
+        warn(loaded.warning)
+    layout = torch.channels_last if options.channels_last else torch.contiguous_format
+    loaded.model.to(device).to(memory_format=layout).eval()
+    return loaded
+
+
+def precision(options: DataOptions) -> AbstractContextManager[object]:
+    """Return the context in which the model runs."""
+    import torch
+
+    if not options.amp:
+        return nullcontext()
+    return torch.autocast(device_of(options.device).type, getattr(torch, options.amp_dtype))
+
+
+def source_of(options: DataOptions, loaded: "LoadedModel") -> "DataSource":
+    """Return the data that the options name, in the form that the model takes."""
+    from fastplastic.sources import batches
+
+    return batches(
+        options.data,
+        model=loaded.model,
+        batch_size=options.batch_size,
+        max_batches=options.batches,
+        img_size=options.img_size,
+        in_chans=options.in_chans,
+        input_size=options.input_size,
+        workers=options.workers,
+        seed=options.seed,
+    )
+
+
+def measure(
+    options: DataOptions,
+    *,
+    pretrained: bool | None,
+    gradients: bool = False,
+    ranks: bool = False,
+) -> Measured:
+    """Load model and data as the options say, and profile the one on the other."""
+    import torch
+
+    import fastplastic
+    from fastplastic.model import loss_head
+
+    loaded = load(options, pretrained=pretrained)
+    model = loaded.model
+    source = source_of(options, loaded)
+    head: AbstractContextManager[LentHead | None] = nullcontext()
+    if source.num_classes != model.num_classes:
+        head = loss_head(model, source.num_classes, options.seed)
+    # Random units of the model itself, such as dropout, draw from torch's own generator.
+    torch.manual_seed(options.seed)
+    with head as lent, precision(options), progress(len(source), quiet=options.quiet) as done:
+        profile = fastplastic.profile(
+            model, source, gradients=gradients, ranks=ranks, progress=done, lent_head=lent
+        )
+    return Measured(loaded, profile, source, _facts(options, loaded, source, profile))
+
+
+def _facts(
+    options: DataOptions, loaded: "LoadedModel", source: "DataSource", profile: "Profile"
+) -> tuple[tuple[str, str], ...]:
+    head = loaded.model.num_classes
+    batches = f"{profile.batches} batch{'es' * (profile.batches != 1)}"
+    amp = f" with amp {options.amp_dtype}" if options.amp else ""
+    pairs = [
+        ("model", options.model),
+        ("weights", loaded.weights),
+        ("data", f"{source.name} ({source.num_classes} classes)"),
+        ("samples", f"{profile.samples} in {batches}, seed {options.seed}"),
+        ("mode", f"{profile.mode}, {profile.dtype}{amp} on {profile.device}"),
+    ]
+    if loaded.weights == "random":
+        text = (
+            "the weights are not trained; where timm starts the last norm of a block at zero, its "
+            "layer shows as dead and the layers before it get no gradient"
+        )
+        pairs.append(("note", text))
+    if head != source.num_classes:
+        text = (
+            f"the model has {head} classes: a fresh head of {source.num_classes} was used for the "
+            "loss only, so gradients say little until a head is fitted"
+        )
+        pairs.append(("head", text))
+    return tuple(pairs)
+
+
+def measure_for(options: SelectOptions, *, pretrained: bool | None) -> Measured:
+    """Measure what the granularity needs."""
+    return measure(options, pretrained=pretrained, gradients=options.granularity == "weight")
+
+
+def choose(options: SelectOptions, measured: Measured) -> "Plan":
+    """Return the plan that the options ask for; InputError when the model cannot fulfil it."""
+    import fastplastic
+
+    return fastplastic.plan(
+        measured.profile,
+        criterion=options.criterion,
+        ratio=options.ratio,
+        threshold=options.threshold,
+        granularity=options.granularity,
+        scope=options.scope,
+        include=options.include,
+        exclude=options.exclude,
+        max_layer_fraction=options.max_layer_fraction,
+        seed=options.seed,
+    )

@@ -1,0 +1,211 @@
+"""Read and write weight files: the only code of the package that does.
+
+Files are read without ever executing code from them: safetensors, or `torch.load` with
+`weights_only=True`.
+"""
+
+import argparse
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastplastic.errors import FileError, InputError
+from fastplastic.files.atomic import atomic_write
+from fastplastic.model import fingerprint
+
+# Where timm, and most training scripts after it, put the weights inside a checkpoint; the averaged
+# weights come first, as in timm.
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+_EXPECTED = "expected a state dict in safetensors or PyTorch format"
+_SHOWN = 3
+
+
+def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read the weights of a checkpoint file to the CPU, without executing code from it.
+
+    Takes safetensors and PyTorch files. Weights inside a training checkpoint are found under timm's
+    keys ("state_dict_ema", "model_ema", "state_dict", "model"), and the prefixes that data-parallel
+    and compiled models put before names ("module.", "_orig_mod.") are removed, as in timm.
+
+    Raises:
+        FileError: The file is missing, corrupt, holds no weights, or more than plain tensors.
+    """
+    from timm.models import clean_state_dict
+
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "no such file"
+        raise FileError(f"{path}: {what}; {_EXPECTED}: check the path")
+    try:
+        checkpoint = load_file(path) if is_safetensors(path) else _load_pickled(path)
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read ({error.strerror or error}): check it") from error
+    except SafetensorError as error:
+        raise FileError(f"{path}: corrupt safetensors ({_line(error)}): get it anew") from error
+    return dict(clean_state_dict(_unwrap(checkpoint, path)))
+
+
+def load_into(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load a checkpoint file into the model: every tensor, or none when one does not fit.
+
+    A name that is missing from the file is filled where it is tied to one that is there. The
+    counters of BatchNorm ("num_batches_tracked"), which old files lack, may be missing.
+
+    Raises:
+        FileError: As in `load_state_dict`, or tensors are missing, unexpected or of another shape;
+            the first of each kind are named. The model is then as before.
+    """
+    state = load_state_dict(path)
+    own = model.state_dict()
+    missing = _missing(own, state)
+    unexpected = [name for name in state if name not in own]
+    mismatched = [
+        f"{name} {_shape(state[name])} instead of {_shape(own[name])}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    found = {"missing": missing, "unexpected": unexpected, "of another shape": mismatched}
+    problems = [f"{len(names)} {kind} ({_first(names)})" for kind, names in found.items() if names]
+    if problems:
+        raise FileError(
+            f"{path} does not fit the model: of {len(own)} tensors expected, "
+            f"{', '.join(problems)}: {_way_out(model, mismatched, missing + unexpected)}"
+        )
+    # Names were compared above: what strict loading would still refuse is tied or a counter.
+    model.load_state_dict(state, strict=False)
+
+
+def save_state_dict(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    force: bool = False,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write the model's weights and buffers as safetensors, under every name of its state dict.
+
+    Tensors that share memory (tied weights) are written once for each name, so that the file loads
+    with `strict=True`. The metadata hold "format": "pt", the fingerprint, and what is passed.
+
+    Args:
+        path: The file to write.
+        model: The model, on any device.
+        force: Replace an existing file.
+        metadata: More text to store with the weights.
+
+    Raises:
+        FileError: The file exists and `force` is not set, or cannot be written.
+        InputError: The model's state holds something that is not a tensor.
+    """
+    tensors = _separate(model.state_dict())
+    header = {"format": "pt", "fingerprint": fingerprint(model), **(metadata or {})}
+    with atomic_write(path, force) as temporary:
+        try:
+            save_file(tensors, temporary, header)
+        except SafetensorError as error:
+            raise FileError(f"{path}: cannot be written ({_line(error)}): free space?") from error
+
+
+def is_safetensors(path: Path) -> bool:
+    """Tell by the name or, whatever it is called, by the JSON after eight bytes of length."""
+    if path.suffix == ".safetensors":
+        return True
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size
+
+
+def _load_pickled(path: Path) -> Any:
+    try:
+        # timm's training script stores its arguments beside the weights; a Namespace runs no code.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # bytes that are no pickle can make the unpickler raise anything
+        if re.search(r"TorchScript|Unpickler error:\s+(?!\s|Unsupported operand)", str(error)):
+            raise FileError(
+                f"{path}: holds more than tensors and plain values, and could run code on loading: "
+                "save only the model's state_dict(), best as safetensors"
+            ) from error
+        raise FileError(f"{path}: corrupt or not a checkpoint; {_EXPECTED}: get it anew") from error
+
+
+def _unwrap(checkpoint: Any, path: Path) -> dict[str, Tensor]:
+    """Return the weights in what a file holds; FileError when there are none."""
+    if isinstance(checkpoint, Mapping):
+        inside = (checkpoint.get(key) for key in _WRAPPERS)
+        state = next((part for part in inside if isinstance(part, Mapping)), checkpoint)
+        others = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
+        if others:
+            raise FileError(
+                f"{path}: not weights: {_first(others)}; {_EXPECTED}, "
+                "bare or under the key 'state_dict' or 'model': save it that way"
+            )
+        if state:
+            return {str(key): value for key, value in state.items()}
+    raise FileError(f"{path}: holds no weights; {_EXPECTED}: save the model's state_dict()")
+
+
+def _way_out(model: nn.Module, mismatched: list[str], others: list[str]) -> str:
+    """Say how the file could fit: only the head differs, or it belongs to another model."""
+    head = getattr(model, "pretrained_cfg", {}).get("classifier")
+    heads = tuple(f"{name}." for name in ([head] if isinstance(head, str) else head or ()))
+    if heads and not others and all(name.startswith(heads) for name in mismatched):
+        classes = mismatched[0].partition("[")[2].partition("]")[0].partition(", ")[0]
+        return f"only the classifier differs: pass --num-classes {classes}"
+    return "pass the checkpoint of this very model"
+
+
+def _missing(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """Return the names that the model needs and the file lacks."""
+    present = {_storage(own[name]) for name in own.keys() & state.keys()}
+    return [
+        name
+        for name, tensor in own.items()
+        if name not in state
+        and _storage(tensor) not in present
+        and not name.endswith("num_batches_tracked")
+    ]
+
+
+def _separate(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors on the CPU, each with memory of its own; InputError for anything else."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise InputError(f"{name}: {kind} cannot be saved, expected a tensor: remove it first")
+        tensor = value.detach().cpu().contiguous()
+        if tensor.untyped_storage().data_ptr() in seen:  # safetensors refuses shared memory
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        tensors[name] = tensor
+    return tensors
+
+
+def _storage(tensor: Tensor) -> tuple[int, int, torch.Size]:
+    """Return a key that tied tensors share; empty and meta tensors have no address of their own."""
+    pointer = tensor.untyped_storage().data_ptr() or id(tensor)
+    return pointer, int(tensor.storage_offset()), tensor.shape
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(list(tensor.shape))
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,7 @@
+"""Run a model on data and sum up what its units do: profiles, and a monitor for training."""
+
+from fastplastic.measure.monitor import Monitor
+from fastplastic.measure.record import Coverage, LayerProfile, Profile, Totals
+from fastplastic.measure.run import profile
+
+__all__ = ["Coverage", "LayerProfile", "Monitor", "Profile", "Totals", "profile"]

@@ -1,0 +1,108 @@
+"""Which layers were measured, and what a reader of the numbers has to know."""
+
+from collections.abc import Iterable
+
+from fastplastic.errors import InputError
+from fastplastic.measure.observer import Observation
+from fastplastic.measure.record import Coverage, LayerProfile
+from fastplastic.wiring import UnitGraph
+
+_SHOWN = 3
+
+
+def coverage_of(
+    graph: UnitGraph, layers: Iterable[LayerProfile], observation: Observation
+) -> Coverage:
+    """Return the coverage; InputError when nothing at all was measured."""
+    skipped = list(graph.skipped)
+    layers = list(layers)
+    for layer in layers:
+        if not _seen(layer):
+            skipped.append((layer.name, _reason(layer, observation)))
+    found = len(graph.layers) + len(graph.skipped)
+    # Of a model that cannot be traced, gradients may be all that is known.
+    untraced = graph.note is not None
+    gradients = untraced and any(not layer.no_gradient for layer in layers)
+    if len(skipped) == found and not gradients:
+        raise InputError(
+            f"none of {found} weight layers was measured{_example(skipped)}: call the model itself "
+            "on data, and see that it has linear or convolution layers"
+        )
+    return Coverage(found, found - len(skipped), tuple(skipped))
+
+
+def notes_of(
+    graph: UnitGraph, layers: Iterable[LayerProfile], observation: Observation
+) -> tuple[str, ...]:
+    """Return remarks for the report, one line each."""
+    layers = list(layers)
+    notes = []
+    if graph.note is not None:
+        notes.append(graph.note)
+    notes += _unknown(layers)
+    if observation.modes == {"mixed"} or len(observation.modes) > 1:
+        notes.append("some modules were in train mode and some in eval mode")
+    if observation.masked:
+        notes.append("padding was left out by the attention mask")
+    if observation.dropped:
+        steps = f"{observation.dropped} of {observation.steps} steps"
+        notes.append(f"{steps} had gradients that are not finite under the loss scale: left out")
+    for what, row in (
+        ("activations", "n_nonfinite_h"),
+        ("gradients of activations", "n_nonfinite_g"),
+        ("gradients of weights", "n_nonfinite_dw"),
+    ):
+        bad = [x.name for x in layers if bool((x.stats[row] > 0).any())]
+        if bad:
+            count = int(sum(float(x.stats[row].sum()) for x in layers))
+            notes.append(f"{count} {what} are NaN or infinite and left out, in {_names(bad)}")
+    cut = [x for x in layers if x.no_gradient]
+    # Computed weights, as of weight_norm, are no parameters: they are not read at all.
+    computed = [x.name for x in cut if not x.stats["n_in"].any()]
+    if computed:
+        notes.append(
+            f"the weights of {_names(computed)} are computed from others: gradient scores are "
+            "unknown there"
+        )
+    unseen = [x for x in layers if x.measured.any() and not x.wiring.g_sites and not x.no_gradient]
+    if unseen:
+        names = _names([x.name for x in unseen])
+        notes.append(f"no hook can see the gradients of activations of {names}: mean|g| is unknown")
+    unreached = [x.name for x in cut if x.name not in computed]
+    if unreached:
+        notes.append(f"no gradient reached {_names(unreached)}: gradient scores are unknown there")
+    return tuple(notes)
+
+
+def _unknown(layers: Iterable[LayerProfile]) -> list[str]:
+    """Return a remark on units with an unknown activation function, if there are any."""
+    lost = [layer for layer in layers if layer.wiring.unknown]
+    if not lost:
+        return []
+    units = sum(sum(layer.wiring.unknown.values()) for layer in lost)
+    reasons = "; ".join(dict.fromkeys(text for layer in lost for text in layer.wiring.unknown))
+    return [
+        f"the activation function of {units} units is unknown, in "
+        f"{_names([layer.name for layer in lost])}: they are not counted as dead, frozen or "
+        f"dormant ({reasons})"
+    ]
+
+
+def _seen(layer: LayerProfile) -> bool:
+    return bool((layer.stats["n"] + layer.stats["n_nonfinite_h"] > 0).any())
+
+
+def _reason(layer: LayerProfile, observation: Observation) -> str:
+    if not layer.wiring.z_sites:
+        return "; ".join(layer.wiring.unknown) or "no hook can see its pre-activation"
+    modes = " and ".join(sorted(observation.modes))
+    return observation.problems.get(layer.name, f"it was not run on this data in {modes} mode")
+
+
+def _example(skipped: list[tuple[str, str]]) -> str:
+    return f" ({skipped[0][0]}: {skipped[0][1]})" if skipped else ""
+
+
+def _names(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{len(names)} layer{'s' * (len(names) > 1)} ({', '.join(names[:_SHOWN])}{more})"

@@ -1,0 +1,151 @@
+"""Watch a model while it is trained: the statistics of a profile, from the user's own loop."""
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from fastplastic.errors import InputError
+from fastplastic.graph import build_graph
+from fastplastic.measure.observer import Observer
+from fastplastic.measure.record import Profile
+from fastplastic.measure.run import assemble
+from fastplastic.model import check_built
+
+
+class Scaler(Protocol):
+    """What torch.amp.GradScaler offers."""
+
+    def get_scale(self) -> float:
+        """Return the factor on the loss."""
+
+
+class Monitor:
+    """Measure the units of a model over steps of a training loop, and leave the model as it is.
+
+    A step is one call of the model. While attached (in a `with` block, or between `attach` and
+    `detach`), activations are read in forward passes, gradients of activations and of weights in
+    the backward passes that follow. Gradients of weights are those of each single backward pass:
+    `.grad`, and what clips, scales or accumulates it, is neither read nor changed. Mean abs(dw) is
+    therefore a mean over steps, where `profile` has abs of the mean gradient.
+
+        with Monitor(model, images[:2], every=10) as monitor:
+            train_one_epoch(model)
+        monitor.compute().totals
+
+    A model that is compiled (torch.compile) has to be attached before its first call: later hooks
+    are not seen by the compiled code.
+
+    With activation checkpointing, what is recomputed is not counted twice. With an
+    `attention_mask` argument, padding is left out.
+
+    Args:
+        model: The model that the loop calls; for a wrapped one (DistributedDataParallel), the
+            module inside.
+        example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments to trace
+            the model with.
+        every: Measure the first of every so many steps.
+        grad_scale: The factor on the loss: a number, a function that returns it, or a GradScaler.
+            Gradients are divided by it, and those of a step that are not finite (which a
+            GradScaler skips) are dropped and counted in the notes.
+
+    Raises:
+        InputError: `every` is not a positive integer, or `grad_scale` not a positive number, or a
+            parameter or buffer has no values yet (lazy, or on the meta device).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        *,
+        every: int = 1,
+        grad_scale: float | Callable[[], float] | Scaler | None = None,
+    ) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise InputError(
+                f"every is {every!r}, expected a positive integer: use 1 for each step"
+            )
+        check_built(model)
+        self._model = model
+        scale = _scale_function(grad_scale)
+        self._graph = build_graph(model, example_inputs)
+        self._observer = Observer(model, self._graph, parameters=True, every=every, scale=scale)
+        self._seed = torch.initial_seed()
+
+    def __enter__(self) -> "Monitor":
+        self.attach()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+    def attach(self) -> None:
+        """Put the hooks on the model; what was seen before is kept."""
+        self._observer.attach()
+
+    def detach(self) -> None:
+        """Take all hooks off the model; `compute` still works."""
+        self._observer.detach()
+
+    def pause(self) -> "Pause":
+        """Stop measuring until `resume`, or to the end of `with monitor.pause():`."""
+        self._observer.paused = True
+        return Pause(self)
+
+    def resume(self) -> None:
+        """Measure again after `pause`."""
+        self._observer.paused = False
+
+    def reset(self) -> None:
+        """Forget what was seen and start anew."""
+        self._observer.reset()
+
+    def compute(self) -> Profile:
+        """Return the profile of what was seen since the start or the last `reset`.
+
+        Raises:
+            InputError: No layer was measured.
+        """
+        # Weights without any gradient so far are read as they are now.
+        observation = self._observer.observation({})
+        return assemble(self._model, self._graph, observation, seed=self._seed)
+
+
+class Pause:
+    """Ends a pause of a monitor when its `with` block ends."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor = monitor
+
+    def __enter__(self) -> Monitor:
+        return self._monitor
+
+    def __exit__(self, *_: object) -> None:
+        self._monitor.resume()
+
+
+def _scale_function(scale: object) -> Callable[[], float] | None:
+    if scale is None:
+        return None
+    read = getattr(scale, "get_scale", scale)
+    if isinstance(read, (int, float)) and not isinstance(read, bool):
+        number = float(read)
+        _check_scale(number)
+        return lambda: number
+    if not callable(read):
+        raise InputError(f"grad_scale is {scale!r}, expected a number, a function or a GradScaler")
+    return lambda: _check_scale(float(read()))
+
+
+def _check_scale(value: float) -> float:
+    if not 0 < value < float("inf"):
+        raise InputError(f"grad_scale is {value}, expected a positive number: check the scaler")
+    return value

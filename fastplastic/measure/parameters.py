@@ -1,0 +1,160 @@
+"""How the weights of a graph are read: all of them by one call of the kernel."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastplastic.kernels import PARAMETER_COLUMNS, PARAMETER_ROWS, parameter_stats
+from fastplastic.measure.slots import SlotMap
+from fastplastic.wiring import UnitGraph, UnitLayer
+
+
+@dataclass(frozen=True)
+class WeightPiece:
+    """A weight, or one group of it, as the kernel takes it: units along dimension 0.
+
+    Attributes:
+        name: Name of the weight.
+        part, parts: Which of how many equal ranges of dimension 0 of the weight.
+        transposed: Whether its units are along dimension 1.
+        groups: Groups of columns.
+        rows, columns: Numbers of slots, along dimension 0 and 1 of the transposed weight.
+        row, column: First slots.
+    """
+
+    name: str
+    part: int
+    parts: int
+    transposed: bool
+    groups: int
+    rows: int
+    columns: int
+    row: int
+    column: int
+
+    def view(self, weight: Tensor) -> Tensor:
+        """Return the part of the weight, or of its gradient, that the kernel reads."""
+        if self.parts > 1:
+            size = weight.shape[0] // self.parts
+            weight = weight.narrow(0, self.part * size, size)
+        return weight.transpose(0, 1) if self.transposed else weight
+
+    def of(self, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the parts of the tables of rows and of columns that its sums go to."""
+        rows, columns = tables
+        return (
+            rows[:, self.row : self.row + self.rows],
+            columns[:, self.column : self.column + self.columns],
+        )
+
+
+class WeightReader:
+    """Reads weights and their gradients into tables of slots.
+
+    Args:
+        graph: The wiring.
+        columns: {layer name: its columns of the statistics table}.
+        model: Its parameters give the shapes.
+
+    Attributes:
+        names: The names of the weights.
+        pieces: {name: what the kernel reads of the weight}.
+        rows: Slots of the sums over incoming rows.
+        columns: Slots of the sums over outgoing columns.
+    """
+
+    def __init__(self, graph: UnitGraph, columns: Mapping[str, slice], model: nn.Module) -> None:
+        self.rows, self.columns = SlotMap(), SlotMap()
+        self.pieces: dict[str, list[WeightPiece]] = {}
+        shapes = {
+            name: parameter.shape
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+        }
+        # A weight that is computed from other parameters is not among them.
+        for name, forms in _forms(graph, shapes).items():
+            if name in shapes:
+                self._reserve(name, shapes[name], *forms)
+        self.names = tuple(self.pieces)
+        for layer in graph.layers:
+            self._map(layer, columns[layer.name].start)
+
+    def add(
+        self,
+        tables: tuple[Tensor, Tensor],
+        weights: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+    ) -> None:
+        """Add the sums over some weights to the tables, by one call of the kernel.
+
+        Args:
+            tables: float64 [PARAMETER_ROWS, slots of rows] and [PARAMETER_COLUMNS, of columns].
+            weights: {name: weight}, on the device of the tables.
+            gradients: {name: gradient} of those that have one.
+        """
+        pieces = [piece for name in self.names if name in weights for piece in self.pieces[name]]
+        given = [piece.view(weights[piece.name].detach()) for piece in pieces]
+        steps = [
+            piece.view(gradients[piece.name]) if piece.name in gradients else None
+            for piece in pieces
+        ]
+        groups = [piece.groups for piece in pieces]
+        if len(weights) == len(self.names):
+            parameter_stats(given, steps, groups, out=tables)
+            return
+        rows, columns = parameter_stats(given, steps, groups)
+        tables[0][:, _slots((piece.row, piece.rows) for piece in pieces)] += rows
+        tables[1][:, _slots((piece.column, piece.columns) for piece in pieces)] += columns
+
+    def new_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return tables of zeros for `add`."""
+        sizes = (len(PARAMETER_ROWS), self.rows.size), (len(PARAMETER_COLUMNS), self.columns.size)
+        rows, columns = (torch.zeros(size, dtype=torch.float64, device=device) for size in sizes)
+        return rows, columns
+
+    def _reserve(
+        self, name: str, shape: torch.Size, transposed: bool, parts: int, groups: int
+    ) -> None:
+        """Make the pieces of a weight."""
+        rows, columns = shape[:2]
+        if transposed:
+            rows, columns = columns, rows // parts
+        self.pieces[name] = [
+            WeightPiece(
+                name, part, parts, transposed, groups, rows, groups * columns,
+                self.rows.reserve(rows), self.columns.reserve(groups * columns),
+            )
+            for part in range(parts)
+        ]  # fmt: skip
+
+    def _map(self, layer: UnitLayer, start: int) -> None:
+        """Say which units the slots of its weight and of the weights that read it belong to."""
+        units = torch.arange(start, start + layer.n_units)
+        for piece in self.pieces.get(layer.weight, ()):
+            self.rows.add(piece.row, units[piece.part * piece.rows :][: piece.rows])
+        for consumer in layer.consumers:
+            columns = torch.where(consumer.unit_of_column >= 0, consumer.unit_of_column + start, -1)
+            for piece in self.pieces.get(consumer.weight, ()):
+                first = piece.part * piece.columns
+                self.columns.add(piece.column, columns[first:][: piece.columns])
+
+
+def _forms(graph: UnitGraph, shapes: Mapping[str, torch.Size]) -> dict[str, tuple[bool, int, int]]:
+    """Return for each weight: whether units are on dimension 1, their groups, those of columns."""
+    forms: dict[str, tuple[bool, int, int]] = {}
+    for layer in graph.layers:
+        if layer.weight in shapes:
+            parts = layer.n_units // shapes[layer.weight][layer.unit_dim]
+            forms[layer.weight] = (layer.unit_dim == 1, parts, 1)
+    for consumer in (consumer for layer in graph.layers for consumer in layer.consumers):
+        transposed, parts, _ = forms.get(consumer.weight, (consumer.column_dim == 0, 1, 1))
+        # A layer and those that read it agree on the dimension of its columns.
+        assert transposed == (consumer.column_dim == 0), consumer.weight
+        groups = 1 if transposed else consumer.groups
+        forms[consumer.weight] = (transposed, parts, groups)
+    return forms
+
+
+def _slots(ranges: Iterable[tuple[int, int]]) -> Tensor:
+    return torch.cat([torch.arange(first, first + size) for first, size in ranges])

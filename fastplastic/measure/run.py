@@ -1,0 +1,188 @@
+"""Run batches through a model and return its plasticity profile."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fastplastic.errors import InputError
+from fastplastic.graph import build_graph
+from fastplastic.kernels import backend
+from fastplastic.measure.coverage import coverage_of, notes_of
+from fastplastic.measure.observer import Observation, Observer
+from fastplastic.measure.record import LayerProfile, Profile
+from fastplastic.model import (
+    Batch,
+    LentHead,
+    MeanGradient,
+    check_built,
+    device_of,
+    dtype_of,
+    fingerprint,
+    loss_of,
+    read_batches,
+    undisturbed,
+    weights_of,
+)
+from fastplastic.wiring import UnitGraph
+
+if TYPE_CHECKING:
+    from fastplastic.measure.row_samples import RowSamples
+
+
+def profile(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    loss_fn: Callable[[Any, Any], Tensor] = cross_entropy,
+    gradients: bool = False,
+    ranks: bool = False,
+    example_inputs: Any = None,
+    progress: Callable[[int], None] | None = None,
+    lent_head: LentHead | None = None,
+) -> Profile:
+    """Run batches forward and backward and return the plasticity profile; the model is unchanged.
+
+    The model is measured in the mode it is in (train or eval). Gradients of weights are means over
+    the batches, each of the same weight. A batch whose loss is not finite gives no gradient.
+
+    Args:
+        model: Any module with floating-point parameters.
+        batches: Yields (inputs, targets), where inputs is a tensor, a tuple of positional or a
+            mapping of keyword arguments; or yields mappings with "labels", as for Hugging Face
+            models. Tensors are moved to the model's device.
+        loss_fn: (output, targets) -> loss, one element. It gets the model's output as it is, and as
+            targets None where a mapping has no labels. The default takes the output's `logits`, or
+            the first of a tuple; a model's own loss takes precedence over it where a mapping is
+            passed.
+        gradients: Keep the mean gradient of every parameter (as much memory as the parameters), and
+            refer to the parameters: a plan of single weights needs both.
+        ranks: Also measure the ranks of `diagnostics` on a sample of 1,024 positions of each layer
+            (4 KiB of memory per unit).
+        example_inputs: What to trace the model with: a tensor, a tuple of positional or a mapping
+            of keyword arguments. By default up to two samples of the first batch.
+        progress: Called with the number of batches done after each.
+        lent_head: What `fastplastic.model.loss_head` gives, where a head stands in for the model's
+            own: its weights are not kept, and the profile is of the model with its own head.
+
+    Raises:
+        InputError: A parameter or buffer has no values yet (lazy, or on the meta device), there are
+            no batches, a batch has another form, there is nothing to compute a loss from, or no
+            layer could be measured.
+    """
+    check_built(model)
+    device = device_of(model)
+    seed = torch.initial_seed()
+    mean = MeanGradient(model)
+    with undisturbed(model), torch.inference_mode(False), torch.enable_grad():
+        stream = read_batches(batches, device)
+        first = next(stream, None)
+        if first is None:
+            raise InputError("there are no batches, expected at least one: check the data")
+        graph = build_graph(model, first.example() if example_inputs is None else example_inputs)
+        samples = _row_samples() if ranks else None
+        observer = Observer(model, graph, sample=None if samples is None else samples.read)
+        try:
+            observer.attach()
+            notes = _run(model, itertools.chain([first], stream), loss_fn, mean, progress)
+        finally:
+            observer.detach()
+        means = mean.take()
+        observation = observer.observation(means)
+    return assemble(
+        model, graph, observation, seed=seed, gradients=means if gradients else None,
+        notes=notes, samples=samples, lent_head=lent_head,
+    )  # fmt: skip
+
+
+def assemble(
+    model: nn.Module,
+    graph: UnitGraph,
+    observation: Observation,
+    *,
+    seed: int,
+    gradients: Mapping[str, Tensor] | None = None,
+    notes: tuple[str, ...] = (),
+    samples: "RowSamples | None" = None,
+    lent_head: LentHead | None = None,
+) -> Profile:
+    """Return the profile of what an observer has seen; InputError when it saw nothing."""
+    graph = _without_unforeseen(graph, observation)
+    layers = [
+        LayerProfile(
+            wiring,
+            observation.stats[wiring.name],
+            None if samples is None else samples.ranks(wiring.name),
+        )
+        for wiring in graph.layers
+    ]
+    device = device_of(model)
+    lent = lent_head.layers if lent_head else ()
+    return Profile(
+        layers=tuple(layers),
+        coverage=coverage_of(graph, layers, observation),
+        mode=next(iter(observation.modes)) if len(observation.modes) == 1 else "mixed",
+        samples=observation.samples,
+        batches=observation.steps,
+        backend=backend(device),
+        device=str(device),
+        dtype=dtype_of(model),
+        seed=seed,
+        fingerprint=lent_head.fingerprint if lent_head else fingerprint(model),
+        gradients=gradients,
+        weights=None if gradients is None else weights_of(model, but=lent),
+        notes=(*notes_of(graph, layers, observation), *notes),
+    )
+
+
+def _without_unforeseen(graph: UnitGraph, observation: Observation) -> UnitGraph:
+    """Hide nothing where a layer ran that no trace shows: which units it reads is not known."""
+    if not observation.unforeseen:
+        return graph
+    reason = f"{min(observation.unforeseen)} ran, which is not in the trace of the model"
+    layers = tuple(
+        replace(layer, hidden=torch.zeros_like(layer.hidden), reasons={reason: layer.n_units})
+        for layer in graph.layers
+    )
+    return replace(graph, layers=layers)
+
+
+def _row_samples() -> "RowSamples":
+    # Only here: who asks for no ranks does not load what makes them.
+    from fastplastic.measure.row_samples import RowSamples
+
+    return RowSamples()
+
+
+def _run(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    loss_fn: Callable[[Any, Any], Tensor],
+    mean: MeanGradient,
+    progress: Callable[[int], None] | None,
+) -> tuple[str, ...]:
+    """Run all batches; return what is to be said about their losses."""
+    done = dropped = 0
+    attached = True
+    for batch in batches:
+        loss = loss_of(model, batch, loss_fn)
+        attached = loss.requires_grad
+        if not math.isfinite(loss.item()):
+            dropped += 1
+        elif attached:
+            torch.autograd.backward(loss)
+            mean.add()
+        done += 1
+        if progress is not None:
+            progress(done)
+    notes = []
+    if dropped:
+        notes.append(f"the loss of {dropped} of {done} batches is not finite: no gradients of them")
+    if not attached:
+        notes.append("the loss depends on no parameter with requires_grad: there are no gradients")
+    return tuple(notes)

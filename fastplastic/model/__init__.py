@@ -1,0 +1,24 @@
+"""What is asked of any live model: its batches, weights and head, and how it is left as found."""
+
+from fastplastic.model.batches import Batch, loss_of, read_batches
+from fastplastic.model.checks import check_built, device_of, dtype_of, fingerprint, mode_of
+from fastplastic.model.left_as_found import undisturbed
+from fastplastic.model.lent_head import LentHead, loss_head
+from fastplastic.model.weights import MeanGradient, Weights, weights_of
+
+__all__ = [
+    "Batch",
+    "LentHead",
+    "MeanGradient",
+    "Weights",
+    "check_built",
+    "device_of",
+    "dtype_of",
+    "fingerprint",
+    "loss_head",
+    "loss_of",
+    "mode_of",
+    "read_batches",
+    "undisturbed",
+    "weights_of",
+]

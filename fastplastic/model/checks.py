@@ -1,0 +1,64 @@
+"""What is asked of a model: whether it has values, what it is made of, and in which mode it is."""
+
+import hashlib
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from fastplastic.errors import InputError
+
+
+def check_built(model: nn.Module) -> None:
+    """Refuse a model with a parameter or buffer that has no values yet.
+
+    Raises:
+        InputError: Names the first such tensor and says what to do.
+    """
+    tensors = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    for name, tensor in tensors:
+        if is_lazy(tensor):
+            raise InputError(
+                f"{name!r} is not built yet, expected a built model: run one forward pass first"
+            )
+        if tensor.is_meta:
+            raise InputError(
+                f"{name!r} is on the meta device, expected real values: load the weights first"
+            )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a name for the model's structure: the sha256 of its parameters' names, shapes, dtypes.
+
+    Values do not count: a model keeps its fingerprint while it is trained. Buffers do not count.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    lines = sorted(
+        f"{name} {tuple(parameter.shape)} {parameter.dtype}"
+        for name, parameter in model.named_parameters()
+    )
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the first parameter; InputError when there is none."""
+    for parameter in model.parameters():
+        return parameter.device
+    raise InputError("the model has no parameters, expected weight layers: nothing to profile")
+
+
+def dtype_of(model: nn.Module) -> str:
+    """Return the name of the type of the first floating-point parameter."""
+    types = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return str(next(types, torch.float32)).removeprefix("torch.")
+
+
+def mode_of(model: nn.Module) -> str:
+    """Return "train", "eval", or "mixed" when modules differ."""
+    flags = {module.training for module in model.modules()}
+    return "mixed" if len(flags) > 1 else "train" if flags == {True} else "eval"

@@ -1,0 +1,109 @@
+"""Lend a model a head for other classes, for the time of a measurement."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastplastic.errors import InputError
+from fastplastic.model.checks import fingerprint
+
+
+@dataclass(frozen=True)
+class LentHead:
+    """A head that is not the model's own.
+
+    Attributes:
+        layers: Dotted names of the layers that stand in the place of the model's own ones.
+        fingerprint: Fingerprint of the model with its own head.
+    """
+
+    layers: tuple[str, ...]
+    fingerprint: str
+
+
+@contextmanager
+def loss_head(model: nn.Module, num_classes: int, seed: int = 0) -> Iterator[LentHead]:
+    """Lend the model a fresh classifier with another number of outputs, for the time of the block.
+
+    Every classifier of a timm model (distilled models have two) is replaced by one of the same kind
+    with PyTorch's default initial weights; where it is a block, the layer that makes the outputs
+    is. Afterwards, also after an exception, the very same modules are back in their
+    place. The global RNG is not touched.
+
+    Yields:
+        What `fastplastic.profile` needs to know of it.
+
+    Raises:
+        InputError: The model has no classifier that can be replaced.
+    """
+    heads = _output_layers(model)
+    # A head can stand in two places: it is replaced in both.
+    modules = model.named_modules(remove_duplicate=False)
+    names = [name for name, module in modules if any(module is head for head in heads)]
+    if not names:
+        raise _no_classifier(model)
+    generator = torch.Generator().manual_seed(seed)
+    fresh = {id(head): _fresh(head, num_classes, generator) for head in heads}
+    lent = LentHead(tuple(names), fingerprint(model))
+    old = {name: model.get_submodule(name) for name in names}
+    try:
+        for name, head in old.items():
+            _place(model, name, fresh[id(head)])
+        yield lent
+    finally:
+        for name, head in old.items():
+            _place(model, name, head)
+
+
+def _output_layers(model: nn.Module) -> list[nn.Linear | nn.Conv2d]:
+    """Return the layers that make the model's outputs; more than one where heads are averaged."""
+    get = getattr(model, "get_classifier", None)
+    found = get() if get is not None else ()
+    blocks = list(found) if isinstance(found, tuple | list) else [found]
+    # VOLO adds up two heads and returns one: timm's configuration names both.
+    named = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    for name in (named,) if isinstance(named, str) else named:
+        with suppress(AttributeError):  # the model has lost this head, or never had it
+            blocks.append(model.get_submodule(name))
+    layers: list[nn.Linear | nn.Conv2d] = []
+    for block in blocks:
+        inside = [part for part in block.modules() if isinstance(part, nn.Linear | nn.Conv2d)]
+        layers += inside[-1:]
+    return layers
+
+
+def _no_classifier(model: nn.Module) -> InputError:
+    return InputError(
+        f"{type(model).__name__} has no classifier that could be replaced for these data, expected "
+        "a Linear or a convolution: give the model a head with --num-classes"
+    )
+
+
+def _fresh(
+    old: nn.Linear | nn.Conv2d, num_classes: int, generator: torch.Generator
+) -> nn.Linear | nn.Conv2d:
+    bias = old.bias is not None
+    new: nn.Linear | nn.Conv2d
+    # Made on the meta device, where the layer's own initialisation draws no random numbers.
+    if isinstance(old, nn.Linear):
+        new = nn.Linear(old.in_features, num_classes, bias, device="meta")
+    else:
+        kept = ("in_channels", "kernel_size", "stride", "padding", "dilation")
+        geometry: dict[str, Any] = {name: getattr(old, name) for name in kept}
+        new = nn.Conv2d(out_channels=num_classes, bias=bias, device="meta", **geometry)
+    new = new.to_empty(device="cpu")
+    # reset_parameters of both draws from this law, but from the global RNG.
+    bound = 1 / math.sqrt(max(1, new.weight[0].numel()))
+    for parameter in new.parameters():
+        nn.init.uniform_(parameter, -bound, bound, generator=generator)
+    return new.to(old.weight.device, old.weight.dtype).train(old.training)
+
+
+def _place(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)

@@ -1,0 +1,108 @@
+"""The weights of a model as a profile keeps them, and the mean gradients of all parameters."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastplastic.errors import InputError
+from fastplastic.kernels import DTYPES
+
+
+class Weights(Mapping[str, Tensor]):
+    """{name: tensor}, the tensors themselves and a sum over the bits of each.
+
+    Args:
+        tensors: What to keep; no copies are made.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        self._sums = {name: _sum_of_bits(tensor) for name, tensor in self._tensors.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def check(self) -> None:
+        """Refuse weights that are not as they were when they were profiled.
+
+        Raises:
+            InputError: One has changed since.
+        """
+        for name, tensor in self._tensors.items():
+            if _sum_of_bits(tensor) != self._sums[name]:
+                raise InputError(
+                    f"{name!r} has changed since it was profiled, expected the weights that the "
+                    "gradients are of: profile the model again"
+                )
+
+
+def weights_of(model: nn.Module, but: Sequence[str] = ()) -> Weights:
+    """Return the floating-point parameters of a model that have one name.
+
+    Args:
+        model: The model.
+        but: Names of modules whose parameters are left out.
+    """
+    left_out = tuple(f"{name}." for name in but)
+    names: dict[int, list[str]] = {}
+    tensors: dict[int, Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.dtype in DTYPES and parameter.numel():
+            names.setdefault(parameter.data_ptr(), []).append(name)
+            tensors[parameter.data_ptr()] = parameter
+    kept = {own[0]: tensors[key] for key, own in names.items() if len(own) == 1}
+    return Weights({name: x for name, x in kept.items() if not name.startswith(left_out)})
+
+
+def _sum_of_bits(tensor: Tensor) -> int:
+    """Return the sum of the bit patterns, which any one change changes; it wraps around."""
+    if tensor.element_size() == 2:
+        return int(tensor.view(torch.int16).sum(dtype=torch.int64))
+    integer = torch.int32 if tensor.element_size() == 4 else torch.int64
+    return int(tensor.view(integer).sum(dtype=integer))
+
+
+class MeanGradient:
+    """Gathers gradients over backward passes.
+
+    float32 and float64 gradients add up in `.grad` itself, at no extra memory; narrower ones are
+    added in float32, because a sum of many batches would be rounded away.
+
+    Args:
+        model: Its `.grad` are expected to be None, and are None again after `take`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = dict(model.named_parameters())
+        self._wide: dict[str, Tensor] = {}
+        self.batches = 0
+
+    def add(self) -> None:
+        """Note that one more backward pass is done."""
+        self.batches += 1
+        for name, parameter in self._parameters.items():
+            gradient = parameter.grad
+            if gradient is None or gradient.dtype not in (torch.float16, torch.bfloat16):
+                continue
+            parameter.grad = None
+            wide = gradient.float()
+            self._wide[name] = self._wide[name] + wide if name in self._wide else wide
+
+    def take(self) -> dict[str, Tensor]:
+        """Return the mean of each parameter that got a gradient, and clear `.grad`."""
+        means = {}
+        for name, parameter in self._parameters.items():
+            total = self._wide.get(name, parameter.grad)
+            parameter.grad = None
+            if total is not None and self.batches:
+                total = total.detach()
+                means[name] = (total.to_dense() if total.is_sparse else total).div_(self.batches)
+        self._wide.clear()
+        return means

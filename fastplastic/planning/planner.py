@@ -1,0 +1,207 @@
+"""What to re-initialise: a pure function from a profile to a plan. No model is seen here."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from fastplastic.errors import FileError, InputError
+from fastplastic.files import StoredPlan, read_plan, write_plan
+from fastplastic.planning.request import DEFAULT_CRITERIA, Request, patterns, stored_checks
+from fastplastic.planning.units import choose_units
+from fastplastic.planning.weights import choose_weights
+from fastplastic.wiring import UnitLayer
+
+if TYPE_CHECKING:
+    from fastplastic.measure import Profile
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Plan:
+    """Which units or single weights to re-initialise, and why.
+
+    Made by `plan`, applied by `reinit_`.
+
+    Attributes:
+        request: What was asked for. Its fields are attributes of the plan, too: criterion, ratio,
+            threshold, scope, granularity, max_layer_fraction, seed.
+        units: Layer name -> the selected units, int64, ascending; no layer is empty.
+        scores: Layer name -> the score of each selected unit, float64.
+        wiring: Layer name -> how its units are wired, of every layer in `units` and of those whose
+            rows are coupled to them; of masks, the layers that own the weights, without consumers.
+        eligible: Number of units (or weights) there were to choose from.
+        fingerprint: Fingerprint of the model that was profiled.
+        masks: Parameter name -> bool mask of the selected weights, on the CPU; no mask is empty.
+            There are none for granularity "unit".
+        notes: What a reader should know, one sentence each.
+    """
+
+    request: Request
+    units: Mapping[str, Tensor]
+    scores: Mapping[str, Tensor]
+    wiring: Mapping[str, UnitLayer]
+    eligible: int
+    fingerprint: str
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        amount = f"ratio {self.ratio:g}" if self.ratio is not None else f"up to {self.threshold:g}"
+        where = f"{len(self.units)} layers" if self.units else f"{len(self.masks)} tensors"
+        return (
+            f"Plan({self.criterion}, {amount}: {self.count} of {self.eligible} "
+            f"{self.granularity}s in {where})"
+        )
+
+    @property
+    def criterion(self) -> str:
+        """Name in `criteria.CRITERIA`, or of weights, in `criteria.WEIGHT_CRITERIA`."""
+        return self.request.criterion
+
+    @property
+    def ratio(self) -> float | None:
+        """Share of the eligible units that was asked for, or None."""
+        return self.request.ratio
+
+    @property
+    def threshold(self) -> float | None:
+        """Score that was asked for, or None; one of ratio and threshold is given."""
+        return self.request.threshold
+
+    @property
+    def scope(self) -> str:
+        """Whether the ratio holds for each layer or for all together."""
+        return self.request.scope
+
+    @property
+    def granularity(self) -> str:
+        """Whether whole units or single weights are selected: "unit" or "weight"."""
+        return self.request.granularity
+
+    @property
+    def max_layer_fraction(self) -> float:
+        """Largest share of the eligible units of any layer."""
+        return self.request.max_layer_fraction
+
+    @property
+    def seed(self) -> int:
+        """Seed of the ties and of the criterion `random`."""
+        return self.request.seed
+
+    @property
+    def count(self) -> int:
+        """Number of units (or weights) selected."""
+        return sum(self.counts.values())
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of units selected in each layer, or of weights in each parameter."""
+        chosen = {name: len(units) for name, units in self.units.items()}
+        return chosen | {name: int(mask.count_nonzero()) for name, mask in self.masks.items()}
+
+    def save(self, path: str | Path, *, force: bool = False) -> None:
+        """Write the plan; an unfinished file never shows.
+
+        Units are written as JSON that a person can read, masks as safetensors, one bit for each
+        weight.
+
+        Raises:
+            FileError: The path cannot be written, or exists and `force` is false.
+            InputError: Masks are to be written to a file whose name does not end in .safetensors,
+                or units to one whose name does.
+        """
+        stored = StoredPlan(
+            request=self.request.stored(), fingerprint=self.fingerprint, eligible=self.eligible,
+            wiring=self.wiring, units=self.units, scores=self.scores, masks=self.masks,
+            notes=self.notes,
+        )  # fmt: skip
+        write_plan(stored, path, force=force)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Read a plan that `save` wrote, perhaps edited by hand since.
+
+        Raises:
+            FileError: The file is missing, not a plan, of another version, or inconsistent.
+        """
+        stored = read_plan(path, stored_checks)
+        request = Request(**stored.request)
+        try:
+            request.check()
+        except InputError as error:
+            raise FileError(f"{path}: {error}") from None
+        return cls(
+            request.plain(), stored.units, stored.scores, stored.wiring, stored.eligible,
+            stored.fingerprint, stored.masks, tuple(stored.notes),
+        )  # fmt: skip
+
+
+def plan(
+    profile: "Profile",
+    *,
+    criterion: str | None = None,
+    ratio: float | None = None,
+    threshold: float | None = None,
+    granularity: str = "unit",
+    scope: str = "global",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    max_layer_fraction: float = 0.5,
+    seed: int = 0,
+) -> Plan:
+    """Choose the units, or the single weights, to re-initialise.
+
+    Units: eligible are the hidden units of the chosen layers with a known score. A unit made by
+    several rows is as healthy as its weakest row. Weights: eligible are the elements of the weights
+    of the chosen layers, but for NaN scores; a layer that no gradient reaches is left out, and so
+    is what makes the output. Biases, norms, embeddings, class tokens and the head are chosen only
+    if `include` has their full name. After Hernandez-Garcia et al. (SWR), arXiv 2508.00212.
+
+    Equal scores are ordered by a hash of (seed, name, unit or element), so the choice depends
+    neither on the order of layers nor on which others are looked at.
+
+    Args:
+        profile: What `fastplastic.profile` or a `Monitor` measured; for weights, what `profile`
+            measured with gradients=True, of a model whose weights are still the same.
+        criterion: Name in `criteria.CRITERIA`, or `criteria.WEIGHT_CRITERIA` for weights; formulas
+            and sources stand there. By default "dormant" for units and "swr" for weights.
+        ratio: Select exactly floor(ratio * eligible units), in (0, 1].
+        threshold: Select the units whose score is at most (for `frozen` and `saturated`: at least)
+            this, or the weights whose score is at most this times the mean score of their tensor.
+            Give either this or `ratio`.
+        granularity: "unit" or "weight".
+        scope: "global" compares the scores of all layers, "layer" takes the ratio of each layer
+            (largest remainders get the units left over, so that the total is exact).
+        include: Patterns (fnmatch) of layer names to choose from; empty for all.
+        exclude: Patterns of layer names whose rows stay as they are.
+        max_layer_fraction: Never more than floor(this * eligible units) of a layer, in (0, 1].
+        seed: Any integer.
+
+    Raises:
+        InputError: An argument is unusable, nothing is eligible, or `max_layer_fraction` leaves
+            too few units for `ratio`. The profile holds no gradients, or the weights have changed.
+    """
+    request = Request(
+        criterion=criterion or DEFAULT_CRITERIA.get(granularity, ""),
+        ratio=ratio,
+        threshold=threshold,
+        granularity=granularity,
+        scope=scope,
+        include=patterns(include),
+        exclude=patterns(exclude),
+        max_layer_fraction=max_layer_fraction,
+        seed=seed,
+    )
+    request.check()
+    if not profile.layers:
+        raise InputError(
+            "the profile has no layers, expected at least one: profile the model again"
+        )
+    chosen = (choose_units if granularity == "unit" else choose_weights)(profile, request)
+    nothing = () if chosen.units or chosen.masks else (f"no {granularity} is selected",)
+    return Plan(
+        request.plain(), chosen.units, chosen.scores, chosen.wiring, chosen.eligible,
+        profile.fingerprint, chosen.masks, (*chosen.notes, *nothing),
+    )  # fmt: skip

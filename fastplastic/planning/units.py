@@ -1,0 +1,152 @@
+"""Which units to re-initialise: scores of statistics, ordered on the host."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastplastic.criteria import CRITERIA, Criterion, Layer
+from fastplastic.errors import InputError
+from fastplastic.planning.counts import Pool, counts_by_ratio, counts_by_threshold, take
+from fastplastic.planning.request import Choice, Request, criterion_among, matching, some_of
+from fastplastic.randomness import unit_noise
+from fastplastic.wiring import UnitLayer
+
+if TYPE_CHECKING:
+    from fastplastic.measure import LayerProfile, Profile
+
+_WITHOUT_GRADIENT = ", or trained weights (random ones often begin with norms of zero)"
+
+
+def choose_units(profile: "Profile", request: Request) -> Choice:
+    """Choose units as `planning.plan` describes."""
+    rule = CRITERIA[criterion_among(request.criterion, CRITERIA, "unit")]
+    notes: list[str] = []
+    layers = _chosen_layers(profile.layers, request)
+    pools = _pools(profile, layers, rule, request, notes)
+    if request.threshold is not None:
+        limit = request.threshold if rule.candidate == "small" else -request.threshold
+        counts = counts_by_threshold(pools, limit, notes)
+    else:
+        assert request.ratio is not None
+        counts = counts_by_ratio(pools, request.ratio, request.scope, request.max_layer_fraction)
+    units, scores = take(pools, counts)
+    return Choice(
+        eligible=sum(len(pool.units) for pool in pools),
+        wiring=_wiring_of(profile, units),
+        units=units,
+        scores=scores,
+        notes=notes,
+    )
+
+
+def _chosen_layers(layers: Iterable["LayerProfile"], request: Request) -> list["LayerProfile"]:
+    """Return the layers that may lose units; exclusion holds for coupled rows too."""
+    layers = list(layers)
+    names = [layer.name for layer in layers]
+    included = matching(names, request.include, "include") if request.include else set(names)
+    excluded = matching(names, request.exclude, "exclude")
+    return [
+        layer
+        for layer in layers
+        if layer.name in included
+        and excluded.isdisjoint({layer.name, *(member.name for member in layer.wiring.coupled)})
+    ]
+
+
+def _pools(
+    profile: "Profile",
+    chosen: list["LayerProfile"],
+    rule: Criterion,
+    request: Request,
+    notes: list[str],
+) -> list[Pool]:
+    pools = []
+    unknown: dict[str, int] = {}
+    for layer in chosen:
+        scores = _unit_scores(profile, layer, rule, request.seed)
+        hidden = layer.wiring.hidden
+        eligible = hidden & scores.isfinite()
+        if (hidden & ~eligible).any():
+            unknown[layer.name] = int((hidden & ~eligible).sum())
+        if eligible.any():
+            pools.append(_pool(layer, scores, eligible, rule, request))
+    if unknown:
+        notes.append(_unknown_note(unknown, rule))
+    if not pools:
+        raise InputError(_nothing_eligible(chosen, unknown, rule))
+    return pools
+
+
+def _unit_scores(profile: "Profile", layer: "LayerProfile", rule: Criterion, seed: int) -> Tensor:
+    """Return the score of each unit, the most extreme one over the rows that make it."""
+    scores = _own_scores(layer, rule, seed)
+    if rule.needs == "nothing":
+        # The minimum of several random numbers would prefer units with many rows.
+        return scores
+    extreme = torch.fmin if rule.candidate == "small" else torch.fmax
+    for member in layer.wiring.coupled:
+        of_rows = _own_scores(profile[member.name], rule, seed)
+        known = member.row_of_unit >= 0
+        of_units = torch.full_like(scores, torch.nan)
+        of_units[known] = of_rows[member.row_of_unit[known]]
+        scores = extreme(scores, of_units)
+    return scores
+
+
+def _own_scores(layer: "LayerProfile", rule: Criterion, seed: int) -> Tensor:
+    return rule.score(layer.stats, Layer(layer.name, layer.wiring.activations, seed))
+
+
+def _pool(
+    layer: "LayerProfile", scores: Tensor, eligible: Tensor, rule: Criterion, request: Request
+) -> Pool:
+    units = np.flatnonzero(eligible.numpy())
+    own = scores.numpy()[units]
+    return Pool.ordered(
+        layer.name,
+        units,
+        own,
+        keys=own if rule.candidate == "small" else -own,
+        ties=unit_noise(request.seed, "ties", layer.name, layer.n_units).numpy()[units],
+        cap=math.floor(request.max_layer_fraction * len(units)),
+    )
+
+
+def _unknown_note(unknown: dict[str, int], rule: Criterion) -> str:
+    return (
+        f"{sum(unknown.values())} hidden units have no {rule.name} score and are left out "
+        f"({rule.unknown}): {some_of(unknown)}"
+    )
+
+
+def _nothing_eligible(
+    chosen: list["LayerProfile"], unknown: dict[str, int], rule: Criterion
+) -> str:
+    if not unknown:
+        reasons = Counter[str]()
+        for layer in chosen:
+            reasons.update(layer.wiring.reasons)
+        why = f" (mostly: {reasons.most_common(1)[0][0]})" if reasons else ""
+        return (
+            f"none of the {len(chosen)} chosen layers has a hidden unit{why}, expected at least "
+            "one: choose other layers with include and exclude, or single weights"
+        )
+    return (
+        f"none of the {sum(unknown.values())} hidden units of the chosen layers has a "
+        f"{rule.name} score ({rule.unknown}), expected at least one: take another criterion"
+        f"{_WITHOUT_GRADIENT if rule.needs == 'gradients' else ''}"
+    )
+
+
+def _wiring_of(profile: "Profile", units: Mapping[str, Tensor]) -> dict[str, UnitLayer]:
+    wiring: dict[str, UnitLayer] = {}
+    for name in units:
+        wiring[name] = profile[name].wiring
+        for member in wiring[name].coupled:
+            wiring[member.name] = profile[member.name].wiring
+    return wiring

@@ -1,0 +1,342 @@
+"""Batches of images and labels for a model: the shipped sample, noise, folders, timm's datasets.
+
+Images are resized and normalised as the model's own timm data configuration says. The same seed
+gives the same batches, as often as they are asked for, and the global RNG is not touched.
+"""
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from fastplastic.errors import FileError, InputError
+from fastplastic.sources.hub import quiet, reason
+from fastplastic.sources.images import (
+    Chosen,
+    Files,
+    Indexed,
+    Pictures,
+    Pipeline,
+    Sample,
+    balanced,
+    checked,
+    collate,
+)
+
+Batch = tuple[Tensor, Tensor]
+
+# Prefixes that timm.data.create_dataset knows; other names are folders.
+_LIBRARIES = ("torch", "hfds", "hfids", "tfds", "wds")
+# Small enough to be downloaded unasked, once.
+_SMALL = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
+_CHOICES = "expected a folder of class folders, 'sample', 'noise' or a name such as hfds/NAME"
+
+
+@dataclass(frozen=True, eq=False)
+class DataSource:
+    """Batches that can be iterated over any number of times, each time the same.
+
+    Iterating yields (images, labels): float32 [batch, channels, height, width], normalised, and
+    int64 [batch] in 0 .. num_classes - 1, both on the CPU. The last batch may be smaller.
+
+    Attributes:
+        name: The data as they were asked for.
+        num_classes: Number of classes.
+        class_names: Their names in the order of the labels, or None where unknown.
+        samples: Number of images that one iteration yields (at most, for a stream).
+        batch_size: Images in a batch.
+        make: Starts one iteration.
+    """
+
+    name: str
+    num_classes: int
+    class_names: tuple[str, ...] | None
+    samples: int
+    batch_size: int
+    make: Callable[[], Iterator[Batch]]
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return -(-self.samples // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Start again. Raises FileError, with the file's name, when an image cannot be read."""
+        return self.make()
+
+
+def batches(
+    spec: str | os.PathLike[str],
+    *,
+    model: nn.Module,
+    batch_size: int = 16,
+    max_batches: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    in_chans: int | None = None,
+    input_size: tuple[int, int, int] | None = None,
+    workers: int = 0,
+    seed: int = 0,
+) -> DataSource:
+    """Return batches of data in the form that a model expects.
+
+    Which images are taken is drawn from the seed, with as many of each class as possible: of a
+    folder that is sorted by class, the first batches would show one class only.
+
+    Args:
+        spec: "sample" (320 Fashion-MNIST images shipped with the package), "noise" (normal noise
+            with random labels), a folder of class folders or a tar of one, or a name with prefix
+            for `timm.data.create_dataset`, such as "hfds/NAME" or "torch/cifar10"; "@FOLDER" after
+            a name says where it lies or shall be kept.
+        model: The model; a timm model knows its data configuration.
+        batch_size: Images in a batch.
+        max_batches: Stop after so many; None takes all.
+        img_size: Side of the images, or (height, width), in pixels; by default the model's.
+        in_chans: Channels; by default the model's. Grey images are repeated to them.
+        input_size: (channels, height, width) in one.
+        workers: Processes that read files; no more than there are processors are started.
+        seed: Of the selection, and of noise.
+
+    Raises:
+        InputError: A number that is not usable, or a dataset's library is not installed.
+        FileError: The folder or dataset does not exist, is empty or cannot be read.
+    """
+    if batch_size < 1 or (max_batches is not None and max_batches < 1):
+        raise InputError(
+            f"batch size {batch_size}, batches {max_batches}: expected 1 or more: correct them"
+        )
+    wanted = _Wanted(str(spec), batch_size, max_batches, workers, seed)
+    shape = _Shape.of(model, img_size, in_chans, input_size)
+    if wanted.name == "noise":
+        return _noise(wanted, shape, model)
+    if wanted.name == "sample":
+        return _pictured(wanted, shape, Sample(), Sample.CLASSES)
+    return _from_timm(wanted, shape, model)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What was asked for."""
+
+    name: str
+    batch_size: int
+    max_batches: int | None
+    workers: int
+    seed: int
+
+    def samples(self, available: int) -> int:
+        limit = available if self.max_batches is None else self.max_batches * self.batch_size
+        return min(limit, available)
+
+
+@dataclass(frozen=True, eq=False)
+class _Shape:
+    """How an image becomes a tensor: timm's data configuration and the number of channels."""
+
+    channels: int
+    config: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        img_size: int | tuple[int, int] | None,
+        in_chans: int | None,
+        input_size: tuple[int, int, int] | None,
+    ) -> "_Shape":
+        own = _own_input_size(model)
+        channels, *side = input_size or own
+        if img_size is not None:
+            side = [img_size, img_size] if isinstance(img_size, int) else list(img_size)
+        channels = in_chans or (channels if input_size else own[0])
+        if min(channels, *side) < 1:
+            raise InputError(
+                f"input size {[channels, *side]}: expected numbers above 0: correct it"
+            )
+        args = {"input_size": (channels, *side)}
+        known = getattr(model, "pretrained_cfg", {})
+        return cls(channels, _timm_data().resolve_data_config(args, pretrained_cfg=known))
+
+    def pipeline(self) -> "Pipeline":
+        config = dict(self.config)
+        if self.channels != 3:  # one channel, repeated: the statistics of the three are averaged
+            config["input_size"] = (1, *config["input_size"][1:])
+            for key in ("mean", "std"):
+                config[key] = (sum(config[key]) / len(config[key]),)
+        return Pipeline(_timm_data().create_transform(**config, is_training=False), self.channels)
+
+
+def _timm_data() -> Any:
+    import timm.data
+
+    return timm.data
+
+
+def _own_input_size(model: nn.Module) -> tuple[int, ...]:
+    """Return the model's (channels, height, width), which may differ from the pretrained one's."""
+    import timm.models
+
+    get = getattr(timm.models, "get_model_input_config", None)  # newer versions of timm
+    if get is not None:
+        return tuple(get(model)["input_size"])
+    size = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
+    return (getattr(model, "in_chans", size[0]), *size[1:])
+
+
+def _pictured(
+    wanted: _Wanted, shape: _Shape, pictures: Pictures, class_names: tuple[str, ...]
+) -> DataSource:
+    """Return the source for images that can be read by index."""
+    samples = wanted.samples(len(pictures))
+    indices = balanced(pictures.labels, len(pictures), samples, wanted.seed)
+    chosen = Chosen(pictures, indices, shape.pipeline(), len(class_names))
+
+    def make() -> Iterator[Batch]:
+        loader = DataLoader(
+            chosen,
+            batch_size=wanted.batch_size,
+            num_workers=min(wanted.workers, os.cpu_count() or 1),
+            collate_fn=collate,
+            # Without one, the loader draws the seeds of its workers from the global RNG.
+            generator=torch.Generator().manual_seed(wanted.seed),
+        )
+        try:
+            for batch in loader:
+                yield _raised(batch)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise InputError(
+                f"{wanted.workers} worker processes: one ended unexpectedly, expected enough "
+                "(shared) memory for all: pass --workers 0"
+            ) from error
+
+    return DataSource(wanted.name, len(class_names), class_names, samples, wanted.batch_size, make)
+
+
+def _noise(wanted: _Wanted, shape: _Shape, model: nn.Module) -> DataSource:
+    if wanted.max_batches is None:
+        raise InputError("noise has no end: expected a number of batches: pass max_batches")
+    size, number = tuple(shape.config["input_size"]), wanted.max_batches
+    # A model without a head has no classes of its own.
+    num_classes = getattr(model, "num_classes", 0) or 10
+
+    def make() -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(wanted.seed)
+        for _ in range(number):
+            images = torch.randn(wanted.batch_size, *size, generator=generator)
+            yield images, torch.randint(num_classes, (wanted.batch_size,), generator=generator)
+
+    samples = number * wanted.batch_size
+    return DataSource(wanted.name, num_classes, None, samples, wanted.batch_size, make)
+
+
+def _from_timm(wanted: _Wanted, shape: _Shape, model: nn.Module) -> DataSource:
+    """Return the source for everything that `timm.data.create_dataset` opens."""
+    dataset = _open(wanted)
+    reader = getattr(dataset, "reader", None)
+    if isinstance(dataset, IterableDataset):
+        return _streamed(wanted, shape, dataset, model)
+    names = _class_names(reader or dataset)
+    pictures = Files(reader) if reader is not None else Indexed(dataset)
+    found = names or tuple(str(label) for label in range(1 + max(pictures.labels or [-1])))
+    if len(found) < 2:
+        raise FileError(
+            f"{wanted.name}: has {len(found)} class{'es' * (not found)} ({', '.join(found)}), "
+            "expected at least two class folders with images in each: rearrange the images"
+        )
+    return _pictured(wanted, shape, pictures, found)
+
+
+def _open(wanted: _Wanted) -> Any:
+    prefix, slash, rest = wanted.name.partition("/")
+    library = prefix.lower() if slash and prefix.lower() in _LIBRARIES else None
+    options: dict[str, Any] = {"split": "validation", "batch_size": wanted.batch_size}
+    if library and not Path(wanted.name).exists():
+        name, _, root = wanted.name.partition("@")
+        options |= {"name": name, "root": root or None}
+        if library == "torch":
+            options["root"] = root or str(Path(torch.hub.get_dir()).with_name("datasets"))
+            options["download"] = rest.partition("@")[0].lower() in _SMALL
+    else:
+        options |= {"name": "", "root": _existing(wanted.name)}
+        if options["root"].endswith(".tar"):
+            options["cache_tarinfo"] = False  # timm would unpickle the cache, with all code in it
+    try:
+        with quiet(), redirect_stdout(io.StringIO()):
+            return _timm_data().create_dataset(**options)
+    except ImportError as error:
+        raise InputError(f"{wanted.name}: needs a library ({reason(error)}): install it") from error
+    except Exception as error:  # many libraries stand behind this call, each with its own errors
+        if not library and "Found 0 images" in str(error):
+            raise FileError(
+                f"{wanted.name}: no images found, expected class folders with .jpg, .jpeg or .png "
+                "files: check the folder"
+            ) from error
+        raise FileError(
+            f"{wanted.name}: cannot be opened ({reason(error)}), {_CHOICES}: check the name"
+        ) from error
+
+
+def _existing(name: str) -> str:
+    path = Path(name)
+    if path.is_dir() or (path.is_file() and path.suffix == ".tar"):
+        return str(path)
+    what = "is a file" if path.exists() else "no such folder"
+    raise FileError(f"{name}: {what}, {_CHOICES}: check the path")
+
+
+def _class_names(holder: Any) -> tuple[str, ...] | None:
+    classes = getattr(holder, "classes", None)
+    if isinstance(classes, list | tuple):  # first: torchvision's ImageNet maps synonyms too
+        return tuple(str(name) for name in classes)
+    names = getattr(holder, "class_to_idx", None) or getattr(holder, "class_name_to_idx", None)
+    if isinstance(names, dict) and names:
+        return tuple(str(name) for name in sorted(names, key=names.__getitem__))
+    return None
+
+
+def _streamed(wanted: _Wanted, shape: _Shape, dataset: Any, model: nn.Module) -> DataSource:
+    """Return the source for a dataset that can only be read from its start."""
+    if wanted.max_batches is None:
+        raise InputError(f"{wanted.name}: a stream: expected a number of batches: pass max_batches")
+    names = _class_names(dataset.reader)
+    num_classes = len(names) if names else int(getattr(model, "num_classes", 0) or 1000)
+    pipeline, samples = shape.pipeline(), wanted.max_batches * wanted.batch_size
+
+    def make() -> Iterator[Batch]:
+        stream, left = _tensors(dataset, wanted.name, pipeline, num_classes), samples
+        while items := list(islice(stream, min(wanted.batch_size, left))):
+            left -= len(items)
+            yield _raised(collate(items))
+
+    return DataSource(wanted.name, num_classes, names, samples, wanted.batch_size, make)
+
+
+def _tensors(
+    dataset: Any, name: str, pipeline: Pipeline, num_classes: int
+) -> Iterator[tuple[Tensor, int] | FileError]:
+    pairs = iter(dataset)
+    for position in count():
+        try:
+            image, label, *_ = next(pairs)
+        except StopIteration:
+            return
+        except Exception as error:  # many libraries stand behind a stream
+            raise FileError(
+                f"{name}: broke off at image {position} ({reason(error)}): try again"
+            ) from error
+        tensor = pipeline.tensor(image)
+        yield checked(tensor, label, num_classes, f"image {position} of {name}")
+
+
+def _raised(batch: Batch | FileError) -> Batch:
+    if isinstance(batch, FileError):
+        raise batch
+    return batch

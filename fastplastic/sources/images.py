@@ -1,0 +1,207 @@
+"""Images that are read by index: which are taken, and how they become tensors."""
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fastplastic.errors import FileError
+from fastplastic.sources.hub import reason
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Pictures(Protocol):
+    """Images that can be read by index.
+
+    Attributes:
+        labels: The label of each, or None where they are not known before the image is read.
+    """
+
+    labels: Sequence[int] | None
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> "tuple[Image, Any]":
+        """Return an image and its label; any exception when it cannot be read."""
+
+    def describe(self, index: int) -> str:
+        """Return what to call the image in an error."""
+
+
+class Sample:
+    """The images shipped with the package: 320 of Fashion-MNIST, 32 of each class."""
+
+    FILE = Path(__file__).with_name("sample.npz")
+    CLASSES = (
+        "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
+        "Ankle boot",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        import numpy as np
+
+        with np.load(self.FILE, allow_pickle=False) as file:
+            self.images = file["images"]
+            self.labels: Sequence[int] | None = file["labels"].tolist()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> "tuple[Image, Any]":
+        """Return an image of 28 x 28 grey pixels and its label."""
+        from PIL import Image
+
+        return Image.fromarray(self.images[index]), self.labels[index] if self.labels else None
+
+    def describe(self, index: int) -> str:
+        """Return what to call the image in an error."""
+        return f"sample image {index}"
+
+
+class Files:
+    """What a reader of timm finds: folders, tar files, Hugging Face datasets."""
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+        self.labels: Sequence[int] | None = _labels(reader)
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def read(self, index: int) -> "tuple[Image, Any]":
+        """Return a decoded image and its label."""
+        from PIL import Image
+
+        # Not through timm's dataset, which takes the next image in place of one it cannot read.
+        file, label, *_ = self.reader[index]
+        with file:
+            image = Image.open(file)
+            image.load()
+        return image, label
+
+    def describe(self, index: int) -> str:
+        """Return the name of the file."""
+        return str(self.reader.filename(index, absolute=True))
+
+
+class Indexed:
+    """A dataset of torchvision."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        targets = getattr(dataset, "targets", None)
+        known = None if targets is None else [int(target) for target in targets]
+        self.labels: Sequence[int] | None = known
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, index: int) -> "tuple[Image, Any]":
+        """Return a decoded image and its label."""
+        image, label = self.dataset[index]
+        return image, label
+
+    def describe(self, index: int) -> str:
+        """Return what to call the image in an error."""
+        return f"image {index} of {type(self.dataset).__name__}"
+
+
+@dataclass(frozen=True, eq=False)
+class Pipeline:
+    """Decode, resize and normalise one image.
+
+    Attributes:
+        transform: Makes a tensor of an image in colour, or a grey one when `channels` is not 3.
+        channels: Number of channels; a grey image is repeated to them.
+    """
+
+    transform: Callable[["Image"], Tensor]
+    channels: int
+
+    def tensor(self, image: "Image") -> Tensor:
+        """Return float32 [channels, height, width]."""
+        tensor = self.transform(image.convert("RGB" if self.channels == 3 else "L"))
+        return tensor.expand(self.channels, -1, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen(Dataset[Any]):
+    """The chosen images as (tensor, label), in order; an error is returned in place of a pair.
+
+    Raised in a worker process, it would come out wrapped, with the worker's traceback in its text.
+    """
+
+    pictures: Pictures
+    indices: list[int]
+    pipeline: Pipeline
+    num_classes: int
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int] | FileError:
+        index = self.indices[position]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of decoders, on metadata that do not matter here
+                image, label = self.pictures.read(index)
+                tensor = self.pipeline.tensor(image)
+        except Exception as error:  # decoders answer corrupt bytes with exceptions of every kind
+            return FileError(
+                f"{self.pictures.describe(index)}: cannot be read as an image ({reason(error)}): "
+                "repair or remove the file"
+            )
+        return checked(tensor, label, self.num_classes, self.pictures.describe(index))
+
+
+def checked(
+    tensor: Tensor, label: Any, num_classes: int, name: str
+) -> tuple[Tensor, int] | FileError:
+    """Return the pair, or an error when the label is not one of the classes."""
+    if label is None or not 0 <= int(label) < num_classes:
+        return FileError(
+            f"{name}: label {label}, expected 0 to {num_classes - 1}: correct the labels"
+        )
+    return tensor, int(label)
+
+
+def collate(items: list[tuple[Tensor, int] | FileError]) -> tuple[Tensor, Tensor] | FileError:
+    """Return images [batch, channels, height, width] and int64 [batch], or the first error."""
+    images, labels = [], []
+    for item in items:
+        if isinstance(item, FileError):
+            return item
+        images.append(item[0])
+        labels.append(item[1])
+    return torch.stack(images), torch.tensor(labels)
+
+
+def balanced(labels: Sequence[int] | None, available: int, count: int, seed: int) -> list[int]:
+    """Draw `count` of the images: one of each class in random order, then one more of each, ..."""
+    shuffled = torch.randperm(available, generator=torch.Generator().manual_seed(seed)).tolist()
+    if labels is not None:
+        seen: Counter[int] = Counter()
+        rounds = {}
+        for index in shuffled:
+            rounds[index] = seen[labels[index]]
+            seen[labels[index]] += 1
+        shuffled.sort(key=rounds.__getitem__)
+    return [int(index) for index in shuffled[:count]]
+
+
+def _labels(reader: Any) -> list[int] | None:
+    """Return all labels without reading an image, or None where that is not possible."""
+    targets = getattr(reader, "targets", None)
+    if targets is None and isinstance(getattr(reader, "samples", None), list):
+        targets = [label for _, label in reader.samples]
+    if targets is None and hasattr(reader, "label_key"):
+        targets = reader.dataset[reader.label_key]
+    return None if targets is None else [int(target) for target in targets]

@@ -1,0 +1,112 @@
+"""What `select`, `selection_masks` and `resample_` refuse, in the same words on every device."""
+
+from collections.abc import Sequence
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
+from fastplastic.kernels.law import Law
+from fastplastic.kernels.selection import CRITERIA, Selection
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+Tensors = Sequence[Tensor]
+Gradients = Sequence[Tensor | None] | None
+
+
+def check_select(
+    weights: Tensors,
+    gradients: Gradients,
+    names: Sequence[str],
+    count: int,
+    criterion: str,
+    caps: Sequence[int] | None,
+) -> None:
+    """Refuse arguments of `select` that do not fit together."""
+    if criterion not in CRITERIA:
+        raise ValueError(
+            f"criterion {criterion!r} is unknown, expected one of {', '.join(CRITERIA)}"
+        )
+    _check_weights(weights)
+    _check_length("names", names, weights)
+    if not isinstance(count, Integral) or count < 0:
+        raise ValueError(f"count is {count}, expected an integer that is 0 or more")
+    if caps is not None:
+        _check_length("caps", caps, weights)
+        if any(not isinstance(cap, Integral) or cap < 0 for cap in caps):
+            raise ValueError(f"caps are {list(caps)}, expected integers that are 0 or more")
+    _check_gradients(weights, gradients, criterion)
+
+
+def check_selection(selection: Selection, weights: Tensors, gradients: Gradients) -> None:
+    """Refuse weights that the selection cannot be of."""
+    _check_weights(weights)
+    _check_length("names of the selection", selection.names, weights)
+    _check_gradients(weights, gradients, selection.criterion)
+
+
+def check_resample(
+    weights: Tensors,
+    names: Sequence[str],
+    laws: Sequence[Law],
+    masks: Gradients,
+    selection: Selection | None,
+    gradients: Gradients,
+) -> None:
+    """Refuse arguments of `resample_` that do not fit together."""
+    _check_weights(weights)
+    _check_length("names", names, weights)
+    _check_length("laws", laws, weights)
+    if masks is not None and selection is not None:
+        raise ValueError("masks and a selection are given, expected one of them or none")
+    if selection is not None:
+        check_selection(selection, weights, gradients)
+    for i, weight in enumerate(weights):
+        # A value written once would show in several elements.
+        if any(
+            step == 0 and size > 1 for step, size in zip(weight.stride(), weight.shape, strict=True)
+        ):
+            raise ValueError(f"weight {i} is expanded, expected elements of its own: clone it")
+    if masks is None:
+        return
+    _check_length("masks", masks, weights)
+    for i, (mask, weight) in enumerate(zip(masks, weights, strict=True)):
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != weight.shape):
+            raise ValueError(
+                f"mask {i} is {mask.dtype} {tuple(mask.shape)}, expected torch.bool "
+                f"{tuple(weight.shape)} like the weight: expand it"
+            )
+
+
+def _check_weights(weights: Tensors) -> None:
+    for i, weight in enumerate(weights):
+        if weight.dtype not in DTYPES:
+            raise ValueError(
+                f"weight {i} is {weight.dtype}, expected float32, bfloat16, float16 or float64"
+            )
+
+
+def _check_length(what: str, values: Sequence[object], weights: Tensors) -> None:
+    if len(values) != len(weights):
+        raise ValueError(
+            f"there are {len(values)} {what} for {len(weights)} weights, expected one for each"
+        )
+
+
+def _check_gradients(weights: Tensors, gradients: Gradients, criterion: str) -> None:
+    if criterion not in ("swr", "gradient"):
+        return
+    if gradients is None:
+        raise ValueError(f"there are no gradients, expected them for criterion {criterion!r}")
+    _check_length("gradients", gradients, weights)
+    for i, (gradient, weight) in enumerate(zip(gradients, weights, strict=True)):
+        if gradient is None:
+            raise ValueError(
+                f"gradient {i} is missing, expected one for criterion {criterion!r}: leave the "
+                "weight out"
+            )
+        if gradient.dtype not in DTYPES or gradient.shape != weight.shape:
+            raise ValueError(
+                f"gradient {i} is {gradient.dtype} {tuple(gradient.shape)}, expected a "
+                f"floating-point tensor {tuple(weight.shape)} like the weight"
+            )

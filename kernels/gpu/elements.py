@@ -1,0 +1,224 @@
+"""What the Triton kernels of `select` and `resample_` share: reading elements of many weights.
+
+A weight, its gradient and its mask are walked through together (see `_elements.py`). A program
+owns a task: a range of positions of one walk. The table of a weight tells the addresses, whether
+the walk is dense (one dimension, every stride 1, aligned: positions are elements, and are read
+wide), then the sizes and, operand by operand, the strides of its dimensions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from fastplastic.kernels.checks import Gradients
+from fastplastic.kernels.elements import Operands, walks
+from fastplastic.kernels.gpu import launch
+from fastplastic.kernels.gpu.runtime import check_devices, device_function, table
+from fastplastic.kernels.philox import TIES, philox_key
+from fastplastic.kernels.selection import Selection
+
+# Columns of the table of a weight before its sizes: addresses, dense.
+_N_HEAD = tl.constexpr(4)
+# Columns of a task, and of the thresholds of a weight.
+N_TASK, N_CHOICE = tl.constexpr(3), tl.constexpr(4)
+# Columns of the strides.
+WEIGHT, GRADIENT, MASK, ELEMENT = (tl.constexpr(operand) for operand in range(4))
+
+
+class Kind(NamedTuple):
+    """Dtypes of a weight and its gradient: what makes another variant of a kernel."""
+
+    w_dtype: torch.dtype
+    dw_dtype: torch.dtype
+
+    @property
+    def vector(self) -> int:
+        """Return how many elements are read at once."""
+        return launch.vector_width(max(self.w_dtype.itemsize, self.dw_dtype.itemsize))
+
+
+@dataclass(frozen=True, eq=False)
+class Elements:
+    """Weights as the kernels take them.
+
+    Attributes:
+        weights: int64 [n_weights, ...], the tables.
+        tasks: int64 [n_tasks, 3]: weight, first position, end.
+        launches: First task of each kind and the end of its tasks.
+        ranges: int64 [n_weights, 2], the first task of each weight and the end of its tasks.
+        depth: Number of dimensions of the walks.
+    """
+
+    weights: Tensor
+    tasks: Tensor
+    launches: dict[Kind, tuple[int, int]]
+    ranges: Tensor
+    depth: int
+
+
+def elements(operands: Sequence[Operands]) -> Elements:
+    """Describe weights; the caller keeps the tensors alive.
+
+    Args:
+        operands: Weight, gradient or None, mask or None, of one shape, for each weight, at least
+            one, all on one device.
+
+    Raises:
+        ValueError: They are not on one device.
+    """
+    device = operands[0][0].device
+    check_devices((tensor for tensors in operands for tensor in tensors), device)
+    walk = walks(operands)
+    counts = walk.counts.tolist()
+    kinds = [Kind(w.dtype, w.dtype if dw is None else dw.dtype) for w, dw, _ in operands]
+    size = launch.element_task(sum(counts))
+    rows: list[tuple[int, ...]] = []
+    tasks: list[tuple[int, int, int]] = []
+    launches: dict[Kind, tuple[int, int]] = {}
+    ranges = [(0, 0)] * len(counts)
+    for kind in dict.fromkeys(kinds):
+        begin = len(tasks)
+        for i in (i for i, own in enumerate(kinds) if own == kind):
+            first = len(tasks)
+            tasks += [(i, at, min(at + size, counts[i])) for at in range(0, counts[i], size)]
+            ranges[i] = (first, len(tasks))
+        launches[kind] = (begin, len(tasks))
+    for i, kind in enumerate(kinds):
+        addresses = walk.addresses[i].tolist()
+        dense = (walk.sizes[i, :-1] == 1).all() and (walk.strides[i, :, -1] == 1).all()
+        dense &= counts[i] % kind.vector == 0 and all(at % 16 == 0 for at in addresses)
+        sizes, strides = walk.sizes[i].tolist(), walk.strides[i].ravel().tolist()
+        rows.append((*addresses, int(dense), *sizes, *strides))
+    return Elements(
+        table(rows, len(rows[0]), device),
+        table(tasks, N_TASK.value, device),
+        {kind: (begin, end) for kind, (begin, end) in launches.items() if end > begin},
+        table(ranges, 2, device),
+        walk.sizes.shape[1],
+    )
+
+
+def operands_of(
+    criterion: str,
+    weights: Sequence[Tensor],
+    gradients: Gradients,
+    masks: Sequence[Tensor | None] | None = None,
+) -> list[Operands]:
+    """Return what is walked through: the gradients only where the criterion reads them."""
+    none = [None] * len(weights)
+    read = none if gradients is None or criterion in ("magnitude", "random") else gradients
+    return list(zip(weights, read, masks or none, strict=True))
+
+
+def signed(number: int) -> int:
+    """Return an unsigned 64-bit number as the signed one with its bits."""
+    return number - (1 << 64) if number >> 63 else number
+
+
+def choice_table(selection: Selection, device: torch.device) -> Tensor:
+    """Return the thresholds of each weight and the Philox key of its words."""
+    ties = (signed(philox_key(selection.seed, TIES, name)) for name in selection.names)
+    rows = list(zip(selection.keys, selection.words, selection.elements, ties, strict=True))
+    return table(rows, N_CHOICE.value, device)
+
+
+@device_function
+def range_of(  # type: ignore[no-untyped-def]
+    task_ptr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, DENSE: tl.constexpr
+):
+    """Return the first position of a task and its end, with what divides them."""
+    end = tl.load(task_ptr + 2)
+    if DENSE:
+        end = end // VECTOR * VECTOR
+    return tl.load(task_ptr + 1) // BLOCK * BLOCK, end
+
+
+@device_function
+def offset_of(  # type: ignore[no-untyped-def]
+    weight_ptr, position, OPERAND: tl.constexpr, DEPTH: tl.constexpr, DENSE: tl.constexpr
+):
+    """Return where positions of a walk are in an operand, in elements."""
+    if DENSE:
+        return position
+    else:
+        stride_ptr = weight_ptr + _N_HEAD + (1 + OPERAND) * DEPTH
+        offset = position * 0
+        rest = position
+        for i in tl.static_range(DEPTH - 1):
+            size = tl.load(weight_ptr + _N_HEAD + (DEPTH - 1 - i))
+            offset += rest % size * tl.load(stride_ptr + (DEPTH - 1 - i))
+            rest = rest // size
+        return offset + rest * tl.load(stride_ptr)
+
+
+@device_function
+def pointer_of(  # type: ignore[no-untyped-def]
+    weight_ptr, OPERAND: tl.constexpr, TYPE: tl.constexpr, DENSE: tl.constexpr
+):
+    """Return the address of an operand."""
+    pointer = tl.load(weight_ptr + OPERAND).to(tl.pointer_type(TYPE))
+    if DENSE:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@device_function
+def size_of(  # type: ignore[no-untyped-def]
+    weight_ptr,
+    position,
+    inside,
+    OPERAND: tl.constexpr,
+    TYPE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    DENSE: tl.constexpr,
+):
+    """Return the absolute values of an operand in float32, NaN outside."""
+    pointer = pointer_of(weight_ptr, OPERAND, TYPE, DENSE)
+    offset = offset_of(weight_ptr, position, OPERAND, DEPTH, DENSE)
+    return tl.abs(tl.load(pointer + offset, mask=inside, other=float("nan")).to(tl.float32))
+
+
+@device_function
+def keys_of(  # type: ignore[no-untyped-def]
+    weight_ptr,
+    position,
+    inside,
+    CRITERION: tl.constexpr,
+    W_TYPE: tl.constexpr,
+    DW_TYPE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    DENSE: tl.constexpr,
+):
+    """Return the keys of positions, int32, and which are eligible."""
+    if CRITERION == "random":
+        return (position * 0).to(tl.int32), inside
+    else:
+        if CRITERION == "gradient":
+            score = size_of(weight_ptr, position, inside, GRADIENT, DW_TYPE, DEPTH, DENSE)
+        else:
+            score = size_of(weight_ptr, position, inside, WEIGHT, W_TYPE, DEPTH, DENSE)
+        if CRITERION == "swr":
+            score *= size_of(weight_ptr, position, inside, GRADIENT, DW_TYPE, DEPTH, DENSE)
+        key = score.to(tl.int32, bitcast=True)
+        return key, inside & (score >= 0.0)
+
+
+@device_function
+def words_of(key, element):  # type: ignore[no-untyped-def]
+    """Return Philox word 0 of elements, uint32."""
+    low, high = element.to(tl.uint32), (element >> 32).to(tl.uint32)
+    word, _, _, _ = tl.philox(key, low, high, low * 0, low * 0)
+    return word
+
+
+@device_function
+def chosen_of(choice_ptr, key, element):  # type: ignore[no-untyped-def]
+    """Return which eligible elements are selected."""
+    last_key, last_word = tl.load(choice_ptr), tl.load(choice_ptr + 1)
+    word = words_of(tl.load(choice_ptr + 3), element).to(tl.int64)
+    tied = (word < last_word) | ((word == last_word) & (element <= tl.load(choice_ptr + 2)))
+    return (key < last_key) | ((key == last_key) & tied)

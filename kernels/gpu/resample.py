@@ -1,0 +1,223 @@
+"""Fresh initial values, written in place at the selected elements only, on a GPU.
+
+    resample_  w[element] = value(law, Philox word 0 of (seed, "initial values", name, element))
+
+The formulas, operation by operation, are in `_law.py`; the words in `philox.py`. No operation here
+may be fused or reordered: the bits are the same on every backend. One launch writes all weights of
+a dtype; nothing is stored at elements that are not selected.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from fastplastic.kernels.checks import Gradients, check_resample
+from fastplastic.kernels.gpu import launch
+from fastplastic.kernels.gpu.elements import (
+    ELEMENT,
+    MASK,
+    N_CHOICE,
+    N_TASK,
+    WEIGHT,
+    choice_table,
+    chosen_of,
+    elements,
+    keys_of,
+    offset_of,
+    operands_of,
+    pointer_of,
+    range_of,
+    signed,
+    words_of,
+)
+from fastplastic.kernels.gpu.functions import rounded
+from fastplastic.kernels.gpu.runtime import TYPES, device_function, kernel, launching, send, table
+from fastplastic.kernels.law import CENTRE, LEAST, LOG, LOG_HIGH, LOG_LOW, SQRT_2, TAIL, Law
+from fastplastic.kernels.philox import INITIAL_VALUES, philox_key
+from fastplastic.kernels.selection import Selection
+
+_LOG, _CENTRE, _TAIL = tl.constexpr(LOG), tl.constexpr(CENTRE), tl.constexpr(TAIL)
+_LOG_LOW, _LOG_HIGH = tl.constexpr(LOG_LOW), tl.constexpr(LOG_HIGH)
+_LEAST, _SQRT_2 = tl.constexpr(LEAST), tl.constexpr(SQRT_2)
+_UNIT = tl.constexpr(2.0**-23)
+# Numbers of a law.
+_N_NUMBERS = tl.constexpr(6)
+
+
+@device_function
+def _polynomial(x, COEFFICIENTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    total = x * COEFFICIENTS[0] + COEFFICIENTS[1]
+    for i in tl.static_range(2, 9):
+        total = total * x + COEFFICIENTS[i]
+    return total
+
+
+@device_function
+def _log(a):  # type: ignore[no-untyped-def]
+    bits = a.to(tl.int32, bitcast=True)
+    m = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+    large = m > _SQRT_2
+    m = tl.where(large, m * 0.5, m)
+    e = ((bits >> 23) - 127 + large.to(tl.int32)).to(tl.float32)
+    f = m - 1.0
+    z = f * f
+    y = f * z * _polynomial(f, _LOG)
+    y = y + e * _LOG_LOW
+    y = y - z * 0.5
+    return (f + y) + e * _LOG_HIGH
+
+
+@device_function
+def _erfinv(x):  # type: ignore[no-untyped-def]
+    w = -_log(tl.maximum((1.0 - x) * (1.0 + x), _LEAST))
+    centre = _polynomial(w - 2.5, _CENTRE)
+    tail = _polynomial(tl.math.sqrt_rn(w) - 3.0, _TAIL)
+    return tl.where(w < 5.0, centre, tail) * x
+
+
+@device_function
+def _values(word, number_ptr, is_normal):  # type: ignore[no-untyped-def]
+    """Return the values of a law for words."""
+    location, scale = tl.load(number_ptr), tl.load(number_ptr + 1)
+    p_low, p_width = tl.load(number_ptr + 2), tl.load(number_ptr + 3)
+    low, high = tl.load(number_ptr + 4), tl.load(number_ptr + 5)
+    u = ((word >> 9).to(tl.float32) + 0.5) * _UNIT
+    s = tl.where((p_low == 0.0) & (p_width == 1.0), u, p_low + u * p_width)
+    if is_normal:
+        s = _erfinv(s * 2.0 - 1.0) * _SQRT_2
+    value = location + scale * s
+    value = tl.where(value < low, low, value)
+    return tl.where(value > high, high, value)
+
+
+@device_function
+def _write(  # type: ignore[no-untyped-def]
+    weight_ptr,
+    task_ptr,
+    choice_ptr,
+    source_ptr,
+    number_ptr,
+    BY: tl.constexpr,
+    CRITERION: tl.constexpr,
+    W_TYPE: tl.constexpr,
+    DW_TYPE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    DENSE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the selected elements of a task."""
+    begin, end = range_of(task_ptr, BLOCK, VECTOR, DENSE)
+    w_ptr = pointer_of(weight_ptr, WEIGHT, W_TYPE, DENSE)
+    mask_ptr = pointer_of(weight_ptr, MASK, tl.int8, DENSE)
+    # Where there is no mask, none of it is read.
+    masked_end = tl.where(tl.load(weight_ptr + MASK) != 0, end, begin)
+    philox, is_normal = tl.load(source_ptr), tl.load(source_ptr + 1) != 0
+    for first in range(begin, end, BLOCK):
+        position = first + tl.arange(0, BLOCK).to(tl.int64)
+        chosen = position < end
+        element = offset_of(weight_ptr, position, ELEMENT, DEPTH, DENSE)
+        if BY == "masks":
+            offset = offset_of(weight_ptr, position, MASK, DEPTH, DENSE)
+            flag = tl.load(mask_ptr + offset, mask=position < masked_end, other=1)
+            chosen &= flag != 0
+        if BY == "selection":
+            key, chosen = keys_of(
+                weight_ptr, position, chosen, CRITERION, W_TYPE, DW_TYPE, DEPTH, DENSE
+            )
+            chosen &= chosen_of(choice_ptr, key, element)
+        value = _values(words_of(philox, element), number_ptr, is_normal)
+        if W_TYPE == tl.bfloat16:
+            value = rounded(value, W_TYPE)
+        offset = offset_of(weight_ptr, position, WEIGHT, DEPTH, DENSE)
+        tl.store(w_ptr + offset, value.to(W_TYPE), mask=chosen)
+
+
+# This program owns one task: a range of elements of one weight.
+@kernel
+def _resample_kernel(  # type: ignore[no-untyped-def]
+    weights_ptr,
+    tasks_ptr,
+    choices_ptr,
+    sources_ptr,
+    numbers_ptr,
+    weight_columns: tl.int64,
+    first_task: tl.int64,
+    BY: tl.constexpr,
+    CRITERION: tl.constexpr,
+    W_TYPE: tl.constexpr,
+    DW_TYPE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    task_ptr = tasks_ptr + (first_task + tl.program_id(0)) * N_TASK
+    weight = tl.load(task_ptr)
+    weight_ptr = weights_ptr + weight * weight_columns
+    choice_ptr = choices_ptr + weight * N_CHOICE
+    source_ptr = sources_ptr + weight * 2
+    number_ptr = numbers_ptr + weight * _N_NUMBERS
+    if tl.load(weight_ptr + 3) != 0:
+        _write(
+            weight_ptr, task_ptr, choice_ptr, source_ptr, number_ptr, BY, CRITERION, W_TYPE,
+            DW_TYPE, DEPTH, True, VECTOR, BLOCK,
+        )  # fmt: skip
+    else:
+        _write(
+            weight_ptr, task_ptr, choice_ptr, source_ptr, number_ptr, BY, CRITERION, W_TYPE,
+            DW_TYPE, DEPTH, False, 1, BLOCK,
+        )  # fmt: skip
+
+
+def resample_(
+    weights: Sequence[Tensor],
+    names: Sequence[str],
+    laws: Sequence[Law],
+    *,
+    seed: int = 0,
+    masks: Sequence[Tensor | None] | None = None,
+    selection: Selection | None = None,
+    gradients: Gradients = None,
+) -> None:
+    """Write fresh initial values into the selected elements of weights, in place.
+
+    See `fastplastic.kernels.resample_`.
+    """
+    check_resample(weights, names, laws, masks, selection, gradients)
+    if not any(weight.numel() for weight in weights):
+        return
+    device = weights[0].device
+    criterion = "random" if selection is None else selection.criterion
+    by = "masks" if masks is not None else "all" if selection is None else "selection"
+    with launching(device):
+        found = elements(operands_of(criterion, weights, gradients, masks))
+        keys = [signed(philox_key(seed, INITIAL_VALUES, name)) for name in names]
+        normal = [int(law.kind == "normal") for law in laws]
+        sources = table(list(zip(keys, normal, strict=True)), 2, device)
+        numbers = torch.empty(len(laws), _N_NUMBERS.value, dtype=torch.float32, device=device)
+        send([number for law in laws for number in law.numbers], numbers)
+        choices = sources if selection is None else choice_table(selection, device)
+        for kind, (begin, end) in found.launches.items():
+            _resample_kernel[(end - begin,)](
+                found.weights,
+                found.tasks,
+                choices,
+                sources,
+                numbers,
+                found.weights.shape[1],
+                begin,
+                BY=by,
+                CRITERION=criterion,
+                W_TYPE=TYPES[kind.w_dtype],
+                DW_TYPE=TYPES[kind.dw_dtype],
+                DEPTH=found.depth,
+                VECTOR=kind.vector,
+                BLOCK=launch.ELEMENT_BLOCK,
+                **(launch.OPTIONS | {"enable_fp_fusion": False}),
+            )
+    for weight in weights:
+        # What autograd saved of it is out of date.
+        if not weight.is_inference():
+            torch.autograd.graph.increment_version(weight)

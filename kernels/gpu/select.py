@@ -1,0 +1,320 @@
+"""Exact selection of the smallest scores over many weights by histograms, on a GPU.
+
+    select           the `count` elements with the smallest (key, word, weight, element); the key is
+                     the bit pattern of the float32 score, the word Philox word 0 of the element
+    selection_masks  which elements those are, bool in the shape of each weight
+
+What to count and what it means is in `_select_host.py`. Stage one makes the scores in registers and
+writes the histogram of each task, int32 [n_tasks, 2048]; stage two adds them up for each weight,
+int64 [n_weights, 2048], which goes to the host: every pass waits for the GPU once.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from fastplastic.kernels.checks import Gradients, check_select, check_selection
+from fastplastic.kernels.elements import Operands
+from fastplastic.kernels.gpu import launch
+from fastplastic.kernels.gpu.elements import (
+    ELEMENT,
+    MASK,
+    N_CHOICE,
+    N_TASK,
+    Elements,
+    choice_table,
+    chosen_of,
+    elements,
+    keys_of,
+    offset_of,
+    operands_of,
+    pointer_of,
+    range_of,
+    signed,
+    words_of,
+)
+from fastplastic.kernels.gpu.runtime import (
+    TYPES,
+    device_function,
+    kernel,
+    launching,
+    scratch,
+    table,
+)
+from fastplastic.kernels.philox import TIES, philox_key
+from fastplastic.kernels.selection import DIGITS, Query, Selection, Table, select_with
+
+# Columns of the table of a query: prefix, key, word, Philox key.
+_N_QUERY = tl.constexpr(4)
+
+
+@device_function
+def _count(  # type: ignore[no-untyped-def]
+    weight_ptr,
+    task_ptr,
+    query_ptr,
+    shift,
+    bits,
+    NUMBER: tl.constexpr,
+    CRITERION: tl.constexpr,
+    W_TYPE: tl.constexpr,
+    DW_TYPE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    DENSE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Return the histogram of a task."""
+    begin, end = range_of(task_ptr, BLOCK, VECTOR, DENSE)
+    prefix = tl.load(query_ptr)
+    last_key, last_word = tl.load(query_ptr + 1), tl.load(query_ptr + 2)
+    philox = tl.load(query_ptr + 3)
+    counts = tl.zeros((BINS,), tl.int32)
+    for first in range(begin, end, BLOCK):
+        position = first + tl.arange(0, BLOCK).to(tl.int64)
+        key, counted = keys_of(
+            weight_ptr, position, position < end, CRITERION, W_TYPE, DW_TYPE, DEPTH, DENSE
+        )
+        number = key.to(tl.int64)
+        if NUMBER != "key":
+            counted &= key == last_key
+            element = offset_of(weight_ptr, position, ELEMENT, DEPTH, DENSE)
+            word = words_of(philox, element).to(tl.int64)
+            number = word
+            if NUMBER == "element":
+                counted &= word == last_word
+                number = element
+        counted &= (number >> (shift + bits)) == prefix
+        digit = ((number >> shift) & ((1 << bits) - 1)).to(tl.int32)
+        counts += tl.histogram(digit, BINS, mask=counted)
+    return counts
+
+
+# This program owns one task: a range of elements of one weight.
+@kernel
+def _histogram_kernel(  # type: ignore[no-untyped-def]
+    weights_ptr,
+    tasks_ptr,
+    queries_ptr,
+    counts_ptr,
+    weight_columns: tl.int64,
+    first_task: tl.int64,
+    shift: tl.int64,
+    bits: tl.int64,
+    NUMBER: tl.constexpr,
+    CRITERION: tl.constexpr,
+    W_TYPE: tl.constexpr,
+    DW_TYPE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    task = first_task + tl.program_id(0)
+    task_ptr = tasks_ptr + task * N_TASK
+    weight = tl.load(task_ptr)
+    weight_ptr = weights_ptr + weight * weight_columns
+    query_ptr = queries_ptr + weight * _N_QUERY
+    count_ptr = counts_ptr + task * BINS + tl.arange(0, BINS)
+    # What is left out is not read by the host.
+    if tl.load(query_ptr) >= 0:
+        if tl.load(weight_ptr + 3) != 0:
+            counts = _count(
+                weight_ptr, task_ptr, query_ptr, shift, bits, NUMBER, CRITERION, W_TYPE, DW_TYPE,
+                DEPTH, True, VECTOR, BINS, BLOCK,
+            )  # fmt: skip
+            tl.store(count_ptr, counts)
+        else:
+            counts = _count(
+                weight_ptr, task_ptr, query_ptr, shift, bits, NUMBER, CRITERION, W_TYPE, DW_TYPE,
+                DEPTH, False, 1, BINS, BLOCK,
+            )  # fmt: skip
+            tl.store(count_ptr, counts)
+
+
+# This program owns BLOCK bins of the histogram of one weight.
+@kernel
+def _add_kernel(  # type: ignore[no-untyped-def]
+    ranges_ptr,
+    counts_ptr,
+    total_ptr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    weight = tl.program_id(0).to(tl.int64)
+    bin = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    begin, end = tl.load(ranges_ptr + 2 * weight), tl.load(ranges_ptr + 2 * weight + 1)
+    total = tl.zeros((BLOCK,), tl.int64)
+    for task in range(begin, end):
+        total += tl.load(counts_ptr + task * BINS + bin)
+    tl.store(total_ptr + weight * BINS + bin, total)
+
+
+@device_function
+def _mark(  # type: ignore[no-untyped-def]
+    weight_ptr,
+    task_ptr,
+    choice_ptr,
+    CRITERION: tl.constexpr,
+    W_TYPE: tl.constexpr,
+    DW_TYPE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    DENSE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the mask of a task."""
+    begin, end = range_of(task_ptr, BLOCK, VECTOR, DENSE)
+    mask_ptr = pointer_of(weight_ptr, MASK, tl.int8, DENSE)
+    for first in range(begin, end, BLOCK):
+        position = first + tl.arange(0, BLOCK).to(tl.int64)
+        inside = position < end
+        key, eligible = keys_of(
+            weight_ptr, position, inside, CRITERION, W_TYPE, DW_TYPE, DEPTH, DENSE
+        )
+        element = offset_of(weight_ptr, position, ELEMENT, DEPTH, DENSE)
+        chosen = eligible & chosen_of(choice_ptr, key, element)
+        offset = offset_of(weight_ptr, position, MASK, DEPTH, DENSE)
+        tl.store(mask_ptr + offset, chosen.to(tl.int8), mask=inside)
+
+
+# This program owns one task: a range of elements of one weight.
+@kernel
+def _mask_kernel(  # type: ignore[no-untyped-def]
+    weights_ptr,
+    tasks_ptr,
+    choices_ptr,
+    weight_columns: tl.int64,
+    first_task: tl.int64,
+    CRITERION: tl.constexpr,
+    W_TYPE: tl.constexpr,
+    DW_TYPE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    task_ptr = tasks_ptr + (first_task + tl.program_id(0)) * N_TASK
+    weight = tl.load(task_ptr)
+    weight_ptr = weights_ptr + weight * weight_columns
+    choice_ptr = choices_ptr + weight * N_CHOICE
+    if tl.load(weight_ptr + 3) != 0:
+        _mark(
+            weight_ptr, task_ptr, choice_ptr, CRITERION, W_TYPE, DW_TYPE, DEPTH, True, VECTOR,
+            BLOCK,
+        )  # fmt: skip
+    else:
+        _mark(weight_ptr, task_ptr, choice_ptr, CRITERION, W_TYPE, DW_TYPE, DEPTH, False, 1, BLOCK)
+
+
+def select(
+    weights: Sequence[Tensor],
+    gradients: Gradients,
+    names: Sequence[str],
+    count: int,
+    *,
+    criterion: str = "swr",
+    caps: Sequence[int] | None = None,
+    seed: int = 0,
+) -> Selection:
+    """Choose the elements with the smallest scores over all weights at once, exactly `count`.
+
+    See `fastplastic.kernels.select`.
+    """
+    check_select(weights, gradients, names, count, criterion, caps)
+    sizes = [weight.numel() for weight in weights]
+    ties = [signed(philox_key(seed, TIES, name)) for name in names]
+    histogram = _Histogram(criterion, operands_of(criterion, weights, gradients), ties)
+    return select_with(histogram, sizes, names, count, criterion=criterion, caps=caps, seed=seed)
+
+
+def selection_masks(
+    selection: Selection, weights: Sequence[Tensor], gradients: Gradients
+) -> list[Tensor]:
+    """Return which elements of each weight are selected, bool in the shape of the weight.
+
+    See `fastplastic.kernels.selection_masks`.
+    """
+    check_selection(selection, weights, gradients)
+    masks = [torch.empty(w.shape, dtype=torch.bool, device=w.device) for w in weights]
+    if not any(weight.numel() for weight in weights):
+        return masks
+    device = weights[0].device
+    with launching(device):
+        found = elements(operands_of(selection.criterion, weights, gradients, masks))
+        choices = choice_table(selection, device)
+        for kind, (begin, end) in found.launches.items():
+            _mask_kernel[(end - begin,)](
+                found.weights,
+                found.tasks,
+                choices,
+                found.weights.shape[1],
+                begin,
+                CRITERION=selection.criterion,
+                W_TYPE=TYPES[kind.w_dtype],
+                DW_TYPE=TYPES[kind.dw_dtype],
+                DEPTH=found.depth,
+                VECTOR=kind.vector,
+                BLOCK=launch.ELEMENT_BLOCK,
+                **launch.OPTIONS,
+            )
+    return masks
+
+
+class _Histogram:
+    """Answers the queries of the search on the host."""
+
+    def __init__(self, criterion: str, operands: list[Operands], ties: list[int]) -> None:
+        self._criterion = criterion
+        # Their memory is read as long as this lives.
+        self._operands = operands
+        self._ties = ties
+        self._elements: Elements | None = None
+
+    def __call__(self, query: Query) -> Table:
+        """Count what the query asks for."""
+        device = self._operands[0][0].device
+        with launching(device):
+            if self._elements is None:
+                self._elements = elements(self._operands)
+            found = self._elements
+            counts = scratch(device, (found.tasks.shape[0], DIGITS), torch.int32)
+            self._launch(found, query, counts)
+            shape = (len(self._operands), DIGITS)
+            total = torch.empty(shape, dtype=torch.int64, device=device)
+            grid = (len(self._operands), DIGITS // launch.ADD_BLOCK)
+            _add_kernel[grid](
+                found.ranges,
+                counts,
+                total,
+                BINS=DIGITS,
+                BLOCK=launch.ADD_BLOCK,
+                **launch.OPTIONS,
+            )
+            return total.cpu().numpy()
+
+    def _launch(self, found: Elements, query: Query, counts: Tensor) -> None:
+        columns = (query.prefixes.tolist(), query.keys.tolist(), query.words.tolist(), self._ties)
+        queries = table(list(zip(*columns, strict=True)), len(columns), counts.device)
+        for kind, (begin, end) in found.launches.items():
+            _histogram_kernel[(end - begin,)](
+                found.weights,
+                found.tasks,
+                queries,
+                counts,
+                found.weights.shape[1],
+                begin,
+                query.shift,
+                query.bits,
+                NUMBER=query.number,
+                CRITERION=self._criterion,
+                W_TYPE=TYPES[kind.w_dtype],
+                DW_TYPE=TYPES[kind.dw_dtype],
+                DEPTH=found.depth,
+                VECTOR=kind.vector,
+                BINS=DIGITS,
+                BLOCK=launch.histogram_block(self._criterion),
+                **(launch.OPTIONS | {"num_warps": launch.HISTOGRAM_WARPS}),
+            )
