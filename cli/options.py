@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_type_hints
 import typer
 
 from fastplastic.cli.terminal import require_writable
-from fastplastic.errors import FileError, InputError
+from fastplastic.errors import FileError, InputError, no_such
 
 STDOUT = Path("-")
 _MODEL, _DATA, _SELECT, _OUTPUT = "Model", "Data and device", "Selection", "Output"
@@ -161,11 +161,7 @@ class SelectOptions(DataOptions):
         _option("--threshold", panel=_SELECT, help="Take every unit beyond this score."),
     ] = None
     criterion: Annotated[
-        Literal[
-            "dead", "frozen", "saturated", "phi", "dormant", "gradient", "activation_gradient",
-            "first_order", "contribution", "zero_contribution", "adaptable_contribution",
-            "plasticity", "random", "swr", "magnitude",
-        ] | None,
+        str | None,
         _option(
             "--criterion",
             panel=_SELECT,
@@ -173,7 +169,7 @@ class SelectOptions(DataOptions):
             help="The score that ranks them: see fastplastic list criteria. "
             "(default: dormant, of weights swr)",
         ),
-    ] = None  # fmt: skip
+    ] = None
     granularity: Annotated[
         Literal["unit", "weight"],
         _option("--granularity", panel=_SELECT, help="Take whole units, or single weights."),
@@ -209,11 +205,27 @@ class SelectOptions(DataOptions):
             )
         if self.threshold is not None and not isfinite(self.threshold):
             raise InputError(f"--threshold {self.threshold}: expected a finite number")
+        if self.criterion is not None:
+            self._check_criterion(self.criterion)
         for name in ("ratio", "max_layer_fraction"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"{flag} {value:g}: expected a share in (0, 1], for example 0.05")
+
+    def _check_criterion(self, name: str) -> None:
+        # Only here: the registry loads torch.
+        from fastplastic.criteria import CRITERIA, WEIGHT_CRITERIA
+
+        if name not in {**CRITERIA, **WEIGHT_CRITERIA}:
+            names = dict.fromkeys([*CRITERIA, *WEIGHT_CRITERIA])
+            raise InputError(f"--criterion: {no_such('criterion', name, names)}")
+        known = CRITERIA if self.granularity == "unit" else WEIGHT_CRITERIA
+        if name not in known:
+            raise InputError(
+                f"--criterion: criterion {name!r} is unknown for granularity "
+                f"{self.granularity!r}, expected one of {', '.join(known)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,12 +29,14 @@ class Activation:
             round to 0 (or a divisor to infinity), and in the narrower dtypes too, since torch
             evaluates them in float32. Found by trying torch's own on the CPU, whose erf is not
             monotone between -5.55 and -5.48. None where there is no such end.
+        operators: Names of torch's operators that are this function whatever their options are.
         classes: Names of classes in timm and Hugging Face that compute it by several operators.
     """
 
     function: Callable[[Tensor], Tensor]
     flat: tuple[Interval, ...] = ()
     zero_below: float | None = None
+    operators: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
 
     def derivative(self, z: Tensor) -> Tensor:
@@ -47,12 +49,12 @@ class Activation:
 
 ACTIVATIONS: Mapping[str, Activation] = {
     "identity": Activation(lambda z: z),
-    "relu": Activation(functional.relu, flat=((-_INF, 0.0),)),
-    "relu6": Activation(functional.relu6, flat=((-_INF, 0.0), (6.0, _INF))),
+    "relu": Activation(functional.relu, flat=((-_INF, 0.0),), operators=("relu",)),
+    "relu6": Activation(functional.relu6, flat=((-_INF, 0.0), (6.0, _INF)), operators=("relu6",)),
     "hardtanh": Activation(functional.hardtanh, flat=((-_INF, -1.0), (1.0, _INF))),
     "leaky_relu": Activation(functional.leaky_relu),
     "elu": Activation(functional.elu, flat=((-_INF, -4.605170185988092),)),
-    "selu": Activation(functional.selu, flat=((-_INF, -5.169403491531345),)),
+    "selu": Activation(functional.selu, flat=((-_INF, -5.169403491531345),), operators=("selu",)),
     "celu": Activation(functional.celu, flat=((-_INF, -4.605170185988092),)),
     "gelu": Activation(
         functional.gelu,
@@ -75,28 +77,41 @@ ACTIVATIONS: Mapping[str, Activation] = {
         functional.silu,
         flat=((-_INF, -6.261388848819966), (-1.3258798555790823, -1.2338979768643046)),
         zero_below=-88.72284,
+        operators=("silu",),
         classes=("Swish", "SiLUActivation"),
     ),
     "mish": Activation(
         functional.mish,
         flat=((-_INF, -6.263968785699261), (-1.2310248406972117, -1.1559962858941732)),
         zero_below=-102.87347,
+        operators=("mish",),
     ),
     "softplus": Activation(
         functional.softplus, flat=((-_INF, -4.59511985013459),), zero_below=-102.87347
     ),
     "hardswish": Activation(
-        functional.hardswish, flat=((-_INF, -3.0), (-1.53, -1.47)), classes=("HardSwish",)
+        functional.hardswish,
+        flat=((-_INF, -3.0), (-1.53, -1.47)),
+        operators=("hardswish",),
+        classes=("HardSwish",),
     ),
     "hardsigmoid": Activation(
-        functional.hardsigmoid, flat=((-_INF, -3.0), (3.0, _INF)), classes=("HardSigmoid",)
+        functional.hardsigmoid,
+        flat=((-_INF, -3.0), (3.0, _INF)),
+        operators=("hardsigmoid",),
+        classes=("HardSigmoid",),
     ),
     "sigmoid": Activation(
         torch.sigmoid,
         flat=((-_INF, -4.584863339122355), (4.584863339122355, _INF)),
         zero_below=-88.72284,
+        operators=("sigmoid",),
     ),
-    "tanh": Activation(torch.tanh, flat=((-_INF, -2.9932228461263777), (2.9932228461263777, _INF))),
+    "tanh": Activation(
+        torch.tanh,
+        flat=((-_INF, -2.9932228461263777), (2.9932228461263777, _INF)),
+        operators=("tanh",),
+    ),
 }
 
 # From here on a float32 is infinite in a narrower dtype. Of all h, only that of SELU can be beyond

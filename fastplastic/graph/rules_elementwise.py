@@ -12,6 +12,7 @@ from fastplastic.graph.nodes import base_name, op_name, shape_of
 from fastplastic.graph.rules import live_first, rule, unknown
 from fastplastic.graph.rules_layout import LAYOUT, LAYOUT_AS, reduction
 from fastplastic.graph.values import DATA, Value, collapse, plain, values_in
+from fastplastic.kernels import ACTIVATIONS
 
 # Parameters, by their positions, with which these are the functions of their names.
 _DEFAULTS = {
@@ -22,10 +23,9 @@ _CLAMPS: dict[Any, str] = {
     (0, None): "relu", (0, 6): "relu6", (-1, 1): "hardtanh",
     (None, None): "identity", (-math.inf, math.inf): "identity",
 }  # fmt: skip
-ACTIVATIONS = {
-    "relu": "relu", "relu6": "relu6", "selu": "selu", "silu": "silu", "mish": "mish",
-    "sigmoid": "sigmoid", "tanh": "tanh", "hardswish": "hardswish", "hardsigmoid": "hardsigmoid",
-}  # fmt: skip
+_BY_OPERATOR = {
+    operator: name for name, function in ACTIVATIONS.items() for operator in function.operators
+}
 # Elementwise on one tensor: every element stays with its unit.
 UNARY = (
     "abs sqrt rsqrt exp log log1p expm1 erf sin cos square reciprocal round floor ceil clamp "
@@ -38,7 +38,7 @@ IDENTITY = (
 ).split()
 
 
-@rule(*ACTIVATIONS, *UNARY, reads=None)
+@rule(*_BY_OPERATOR, *UNARY, reads=None)
 def unary(ledger: Ledger, node: Node, args: list[Any]) -> Any:
     value, name = args[0], base_name(op_name(node))
     # A power may have a number below a tensor.
@@ -77,7 +77,7 @@ def activation_name(name: str, node: Node, args: list[Any]) -> str:
         return name if usual else "unknown"
     if name == "threshold":
         return "relu" if (options.get(1), options.get(2)) == (0, 0) else "unknown"
-    return ACTIVATIONS.get(name, "unknown")
+    return _BY_OPERATOR.get(name, "unknown")
 
 
 def _by_position(node: Node, args: list[Any]) -> dict[int, Any]:
@@ -262,7 +262,7 @@ def _is_summary(ledger: Ledger, arg: Any) -> bool:
     """Tell whether an argument is made of a mean, a norm or the like over positions."""
     while isinstance(arg, Node) and arg not in ledger.reductions:
         name = base_name(op_name(arg))
-        if name not in (*LAYOUT, *LAYOUT_AS, *IDENTITY, *UNARY, *ACTIVATIONS, "add", "neg"):
+        if name not in (*LAYOUT, *LAYOUT_AS, *IDENTITY, *UNARY, *_BY_OPERATOR, "add", "neg"):
             return False
         arg = arg.args[0] if arg.args else None
     return isinstance(arg, Node)
