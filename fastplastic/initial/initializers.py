@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -72,11 +73,17 @@ class Initializer(Protocol):
         """Return what there is to say about the laws given so far."""
 
 
-class _OfShape:
-    """Laws that the shape of the weight alone decides; biases are 0."""
+class OfShape:
+    """A law that the shape of the weight alone decides; biases are 0.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: The model.
+        law: Returns the law of a weight.
+    """
+
+    def __init__(self, model: nn.Module, law: Callable[[Target], Law]) -> None:
         self._default = Default(model)
+        self._law = law
 
     def __call__(self, target: Target) -> Law:
         """Return the law from which the rows of the target are drawn."""
@@ -88,49 +95,38 @@ class _OfShape:
         """Return what there is to say about the laws given so far."""
         return self._default.notes()
 
-    def _law(self, target: Target) -> Law:
-        raise NotImplementedError
 
-
-class KaimingUniform(_OfShape):
-    """U(-b, b) with b = sqrt(6 / fan_in), fan_in the number of incoming weights; bias 0.
+def kaiming_uniform(target: Target) -> Law:
+    """Return U(-b, b) with b = sqrt(6 / fan_in), fan_in the number of incoming weights.
 
     Source: He et al., "Delving deep into rectifiers", arXiv 1502.01852, for ReLU.
     """
-
-    def _law(self, target: Target) -> Law:
-        bound = math.sqrt(6 / _fan_in(target))
-        return uniform(-bound, bound)
+    bound = math.sqrt(6 / _fan_in(target))
+    return uniform(-bound, bound)
 
 
-class KaimingNormal(_OfShape):
-    """N(0, 2 / fan_in), fan_in the number of incoming weights; bias 0.
+def kaiming_normal(target: Target) -> Law:
+    """Return N(0, 2 / fan_in), fan_in the number of incoming weights.
 
     Source: He et al., "Delving deep into rectifiers", arXiv 1502.01852, for ReLU.
     """
-
-    def _law(self, target: Target) -> Law:
-        return normal(0.0, math.sqrt(2 / _fan_in(target)))
+    return normal(0.0, math.sqrt(2 / _fan_in(target)))
 
 
-class XavierUniform(_OfShape):
-    """U(-b, b) with b = sqrt(6 / (fan_in + fan_out)), fans as in `torch.nn.init`; bias 0.
+def xavier_uniform(target: Target) -> Law:
+    """Return U(-b, b) with b = sqrt(6 / (fan_in + fan_out)), fans as in `torch.nn.init`.
 
     Source: Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural
     networks", AISTATS 2010.
     """
-
-    def _law(self, target: Target) -> Law:
-        shape = target.tensor.shape
-        bound = math.sqrt(6 / ((shape[0] + shape[1]) * math.prod(shape[2:])))
-        return uniform(-bound, bound)
+    shape = target.tensor.shape
+    bound = math.sqrt(6 / ((shape[0] + shape[1]) * math.prod(shape[2:])))
+    return uniform(-bound, bound)
 
 
-class TruncNormal(_OfShape):
-    """N(0, 0.02^2) between -2 and 2, with which timm initialises transformers; bias 0."""
-
-    def _law(self, target: Target) -> Law:
-        return truncated_normal(0.0, _TRUNC_STD, -2.0, 2.0)
+def trunc_normal(target: Target) -> Law:
+    """Return N(0, 0.02^2) between -2 and 2, with which timm initialises transformers."""
+    return truncated_normal(0.0, _TRUNC_STD, -2.0, 2.0)
 
 
 def _fan_in(target: Target) -> float:
@@ -233,10 +229,10 @@ class Default:
 
 INITIALIZERS: Mapping[str, Callable[[nn.Module], Initializer]] = {
     "default": Default,
-    "kaiming_uniform": KaimingUniform,
-    "kaiming_normal": KaimingNormal,
-    "xavier_uniform": XavierUniform,
-    "trunc_normal": TruncNormal,
+    "kaiming_uniform": partial(OfShape, law=kaiming_uniform),
+    "kaiming_normal": partial(OfShape, law=kaiming_normal),
+    "xavier_uniform": partial(OfShape, law=xavier_uniform),
+    "trunc_normal": partial(OfShape, law=trunc_normal),
     "empirical": Empirical,
 }
 

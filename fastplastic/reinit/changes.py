@@ -14,12 +14,11 @@ from fastplastic.reinit.regions import (
     Draw,
     FillWrite,
     Region,
-    RowWrite,
     Tensors,
     column_region,
     merged,
     norm_writes,
-    row_writes,
+    row_targets,
     selected_elements,
     selected_rows,
 )
@@ -52,7 +51,8 @@ def unit_change(
 ) -> Change:
     """Return what a plan of units does."""
     rows = selected_rows(plan)
-    fresh = [write for name in rows for write in row_writes(tensors, plan.wiring[name], rows[name])]
+    fresh = (pair for name in rows for pair in row_targets(tensors, plan.wiring[name], rows[name]))
+    laws = [Draw(region, initializer(target)) for region, target in fresh]
     fills = list(_norms(tensors, plan, rows))
     # The norm of a DenseNet holds channels of many layers.
     norms = merged(fill.region for fill in fills if fill.region.name.endswith(".running_mean"))
@@ -63,7 +63,6 @@ def unit_change(
         fills += [FillWrite(region, 0.0) for region in columns]
     else:
         drawn = [_column_draw(tensors, model, place, outgoing, initializer) for place in columns]
-    laws = [Draw(write.region, initializer(_target(tensors, write))) for write in fresh]
     return Change(Writes(laws, fills, drawn), rows, columns, list(norms))
 
 
@@ -120,11 +119,6 @@ def _inner_layers(plan: Plan) -> dict[str, set[str]]:
         for member in group:
             inner.setdefault(member, set()).update(group)
     return inner
-
-
-def _target(tensors: Tensors, write: RowWrite) -> Target:
-    name = write.region.name
-    return Target(name, tensors[name], write.layer, rows=write.rows)
 
 
 def _consumer_weight(model: nn.Module, region: Region, weight: Tensor) -> Target:

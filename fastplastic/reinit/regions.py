@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastplastic.errors import FileError, InputError
+from fastplastic.initial import Target
 from fastplastic.kernels import DTYPES, Law
 from fastplastic.model import check_built
 from fastplastic.planning import Plan
@@ -69,15 +70,6 @@ class Elements:
 
 
 Where = Region | Elements
-
-
-@dataclass(frozen=True, eq=False)
-class RowWrite:
-    """Rows of a weight or bias that are drawn afresh."""
-
-    region: Region
-    layer: UnitLayer
-    rows: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,8 +213,10 @@ def _mark(chosen: dict[str, Tensor], layer: UnitLayer, rows: Tensor) -> None:
     mask[rows] = True
 
 
-def row_writes(tensors: Tensors, layer: UnitLayer, rows: Tensor) -> Iterator[RowWrite]:
-    """Yield what to draw afresh: the rows of the weight, the elements of the bias.
+def row_targets(
+    tensors: Tensors, layer: UnitLayer, rows: Tensor
+) -> Iterator[tuple[Region, Target]]:
+    """Yield what to draw afresh, and where it stands: rows of the weight, elements of the bias.
 
     Raises:
         FileError: A tensor is missing or has another shape than the wiring says.
@@ -231,10 +225,11 @@ def row_writes(tensors: Tensors, layer: UnitLayer, rows: Tensor) -> Iterator[Row
     weight = tensors[layer.weight]
     _check_size(layer.weight, weight, layer.unit_dim, layer.n_units)
     index = (rows,) if layer.unit_dim == 0 else (slice(None), rows)
-    yield RowWrite(Region(layer.weight, index), layer, rows)
+    yield Region(layer.weight, index), Target(layer.weight, weight, layer, rows=rows)
     if layer.bias is not None:
-        _check_shape(layer.bias, tensors[layer.bias], (layer.n_units,))
-        yield RowWrite(Region(layer.bias, (rows,)), layer, rows)
+        bias = tensors[layer.bias]
+        _check_shape(layer.bias, bias, (layer.n_units,))
+        yield Region(layer.bias, (rows,)), Target(layer.bias, bias, layer, rows=rows)
 
 
 def norm_writes(

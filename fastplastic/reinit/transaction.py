@@ -35,9 +35,9 @@ class Writes:
     """All that is written to a model, in this order.
 
     Attributes:
-        fresh: Drawn at once, of a tensor one by one.
-        fills: Become one value.
-        columns: Drawn after that, each given its norm.
+        fresh: Elements that are drawn from their laws, by one call for all tensors of a device.
+        fills: Regions that become one value.
+        columns: Outgoing columns that are drawn last, each scaled to its norm if it has one.
     """
 
     fresh: Sequence[Draw]

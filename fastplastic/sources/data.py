@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from fastplastic.errors import FileError, InputError
 from fastplastic.sources.hub import quiet, reason
 from fastplastic.sources.images import (
-    Chosen,
+    ChosenImages,
     Files,
+    ImageSet,
     Indexed,
-    Pictures,
     Pipeline,
     Sample,
     balanced,
@@ -116,7 +116,7 @@ def batches(
     if wanted.name == "noise":
         return _noise(wanted, shape, model)
     if wanted.name == "sample":
-        return _pictured(wanted, shape, Sample(), Sample.CLASSES)
+        return _image_source(wanted, shape, Sample(), Sample.CLASSES)
     return _from_timm(wanted, shape, model)
 
 
@@ -189,13 +189,13 @@ def _own_input_size(model: nn.Module) -> tuple[int, ...]:
     return (getattr(model, "in_chans", size[0]), *size[1:])
 
 
-def _pictured(
-    wanted: _Wanted, shape: _Shape, pictures: Pictures, class_names: tuple[str, ...]
+def _image_source(
+    wanted: _Wanted, shape: _Shape, image_set: ImageSet, class_names: tuple[str, ...]
 ) -> DataSource:
     """Return the source for images that can be read by index."""
-    samples = wanted.samples(len(pictures))
-    indices = balanced(pictures.labels, len(pictures), samples, wanted.seed)
-    chosen = Chosen(pictures, indices, shape.pipeline(), len(class_names))
+    samples = wanted.samples(len(image_set))
+    indices = balanced(image_set.labels, len(image_set), samples, wanted.seed)
+    chosen = ChosenImages(image_set, indices, shape.pipeline(), len(class_names))
 
     def make() -> Iterator[Batch]:
         loader = DataLoader(
@@ -244,14 +244,14 @@ def _from_timm(wanted: _Wanted, shape: _Shape, model: nn.Module) -> DataSource:
     if isinstance(dataset, IterableDataset):
         return _streamed(wanted, shape, dataset, model)
     names = _class_names(reader or dataset)
-    pictures = Files(reader) if reader is not None else Indexed(dataset)
-    found = names or tuple(str(label) for label in range(1 + max(pictures.labels or [-1])))
+    image_set = Files(reader) if reader is not None else Indexed(dataset)
+    found = names or tuple(str(label) for label in range(1 + max(image_set.labels or [-1])))
     if len(found) < 2:
         raise FileError(
             f"{wanted.name}: has {len(found)} class{'es' * (not found)} ({', '.join(found)}), "
             "expected at least two class folders with images in each: rearrange the images"
         )
-    return _pictured(wanted, shape, pictures, found)
+    return _image_source(wanted, shape, image_set, found)
 
 
 def _open(wanted: _Wanted) -> Any:

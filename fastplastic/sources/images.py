@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-class Pictures(Protocol):
+class ImageSet(Protocol):
     """Images that can be read by index.
 
     Attributes:
@@ -133,13 +133,13 @@ class Pipeline:
 
 
 @dataclass(frozen=True, eq=False)
-class Chosen(Dataset[Any]):
+class ChosenImages(Dataset[Any]):
     """The chosen images as (tensor, label), in order; an error is returned in place of a pair.
 
     Raised in a worker process, it would come out wrapped, with the worker's traceback in its text.
     """
 
-    pictures: Pictures
+    image_set: ImageSet
     indices: list[int]
     pipeline: Pipeline
     num_classes: int
@@ -152,14 +152,14 @@ class Chosen(Dataset[Any]):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of decoders, on metadata that do not matter here
-                image, label = self.pictures.read(index)
+                image, label = self.image_set.read(index)
                 tensor = self.pipeline.tensor(image)
         except Exception as error:  # decoders answer corrupt bytes with exceptions of every kind
             return FileError(
-                f"{self.pictures.describe(index)}: cannot be read as an image ({reason(error)}): "
+                f"{self.image_set.describe(index)}: cannot be read as an image ({reason(error)}): "
                 "repair or remove the file"
             )
-        return checked(tensor, label, self.num_classes, self.pictures.describe(index))
+        return checked(tensor, label, self.num_classes, self.image_set.describe(index))
 
 
 def checked(
