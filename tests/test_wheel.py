@@ -1,9 +1,10 @@
-"""What `pip install` of the wheel gives: built from a copy, installed into a fresh folder."""
+"""What `pip install` gives: a wheel built from the sdist of a copy, and the editable install."""
 
 import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -23,7 +24,8 @@ def wheel(tmp_path_factory):
         shutil.copytree(
             REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__")
         )
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "dist", "."]
+    # Without --wheel, the wheel is built from the sdist.
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist", "."]
     result = subprocess.run(build, cwd=copy, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     (built,) = (copy / "dist").glob("*.whl")
@@ -74,6 +76,33 @@ def test_installed_wheel_is_what_runs(site, tmp_path):
     assert run(site, tmp_path, "-c", code).startswith(str(site))
     version = run(site, tmp_path, "-m", "fastplastic", "--version")
     assert version.split() == ["fastplastic", version.split()[1]]
+
+
+IMPORT_ALL = """
+import importlib, pkgutil, fastplastic
+names = [m.name for m in pkgutil.walk_packages(fastplastic.__path__, "fastplastic.")]
+print(*(importlib.import_module(n).__file__ for n in names if n != "fastplastic.__main__"))
+"""
+
+
+def test_every_module_of_the_wheel_is_there(site, tmp_path):
+    files = run(site, tmp_path, "-c", IMPORT_ALL).split()
+    sources = [
+        file
+        for folder in ("fastplastic", "kernels", "cli")
+        for file in (REPOSITORY / folder).rglob("*.py")
+    ]
+    # All but the package itself and __main__.
+    assert len(files) == len(sources) - 2
+    assert all(file.startswith(str(site)) for file in files)
+
+
+def test_the_installed_package_is_complete():
+    """In an editable install, packages that are not listed are found by nobody."""
+    for folder, package in (("kernels", "fastplastic.kernels"), ("cli", "fastplastic.cli")):
+        for file in (REPOSITORY / folder).rglob("*.py"):
+            parts = [package, *file.relative_to(REPOSITORY / folder).with_suffix("").parts]
+            assert find_spec(".".join(parts).removesuffix(".__init__")) is not None, file
 
 
 def test_installed_wheel_profiles_a_model(site, tmp_path):
