@@ -1,5 +1,6 @@
 """Set-up for all tests: what has to be decided before triton is imported."""
 
+import gc
 import os
 from collections import namedtuple
 
@@ -19,6 +20,17 @@ if "OMP_NUM_THREADS" not in os.environ:
 # No test depends on the clock, and a failure found once is found again.
 settings.register_profile("fastplastic", deadline=None, derandomize=True)
 settings.load_profile("fastplastic")
+
+
+def pytest_collection_finish() -> None:
+    """Keep the collector off what lives as long as the session: every test would pay for it.
+
+    Tracing makes and drops hundreds of thousands of small objects, and a full collection walks
+    through all that torch, timm and the collected tests hold.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
