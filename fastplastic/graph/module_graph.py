@@ -167,7 +167,7 @@ class _Finder:
         if not z_sites:
             return _Found(unknown=_NO_HOOK)
         g_sites = z_sites if first.function == "identity" else ()
-        # Of several readers, each sees a part of the gradient only.
+        # Of several consumers, each sees a part of the gradient only.
         if first.function != "identity" and all(len(call) == 1 for call in calls):
             g_sites = self._sites([call[0].h for call in calls], n_units)
         return _Found(first.function, first.norm, z_sites, g_sites)

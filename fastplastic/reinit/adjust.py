@@ -53,7 +53,7 @@ class Contributions:
 
     That constant is lost when the columns become zero. It is measured by running each module a
     second time with all its other columns at zero, so padding, strides and whatever lies between a
-    unit and its reader are right. After the code of continual backpropagation (Dohare et al.,
+    unit and its consumer are right. After the code of continual backpropagation (Dohare et al.,
     Nature 2024), which multiplies the columns by the mean activation instead.
 
     Args:
@@ -68,7 +68,7 @@ class Contributions:
             self._columns.setdefault(region.name, []).append(region)
         self._sums: dict[str, tuple[Tensor, int]] = {}
         self._norms: dict[str, str] = {}
-        # The output of each reader as long as anything holds it, by its id.
+        # The output of each consumer as long as anything holds it, by its id.
         self._latest: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self._busy = False
 
@@ -80,8 +80,8 @@ class Contributions:
             for weight in self._columns:
                 module = self._model.get_submodule(weight.rpartition(".")[0])
                 if weight.endswith(".weight") and _channel_axis(module) is not None:
-                    reader = self._reader(weight)
-                    handles.append(module.register_forward_hook(reader, with_kwargs=True))
+                    consumer = self._consumer(weight)
+                    handles.append(module.register_forward_hook(consumer, with_kwargs=True))
             for name, module in self._model.named_modules():
                 if isinstance(module, _BatchNorm) and module.running_mean is not None:
                     handles.append(module.register_forward_pre_hook(self._norm(name)))
@@ -120,7 +120,7 @@ class Contributions:
             mean[fresh] = 0.0
         return mean
 
-    def _reader(self, weight: str) -> Callable[..., None]:
+    def _consumer(self, weight: str) -> Callable[..., None]:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
         ) -> None:
