@@ -227,7 +227,7 @@ def test_padding_is_left_out():
     other = observe(model, graph, lambda: model(images, attention_mask=mask))
     assert other.stats.table[0].tolist() == [105] * 6
     full = observe(model, graph, lambda: model(x, attention_mask=torch.ones(3, 5)))
-    assert full.table[0].tolist() == [15] * 6
+    assert full.stats.table[0].tolist() == [15] * 6
     assert not full.masked
 
 
