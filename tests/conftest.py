@@ -1,6 +1,5 @@
 """Set-up for all tests: what has to be decided before triton is imported."""
 
-import gc
 import os
 from collections import namedtuple
 
@@ -13,24 +12,15 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Tests are timed on two cores; more threads than cores only slow the small models down.
+# Threads that wait for each other on a busy core cost more than they gain, and small models gain
+# nothing from many. Tests of several threads ask for them.
 if "OMP_NUM_THREADS" not in os.environ:
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // workers)))
 
 # No test depends on the clock, and a failure found once is found again.
 settings.register_profile("fastplastic", deadline=None, derandomize=True)
 settings.load_profile("fastplastic")
-
-
-def pytest_collection_finish() -> None:
-    """Keep the collector off what lives as long as the session: every test would pay for it.
-
-    Tracing makes and drops hundreds of thousands of small objects, and a full collection walks
-    through all that torch, timm and the collected tests hold.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(100_000, 50, 100)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
