@@ -3,10 +3,13 @@
 import io
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Annotated
 
@@ -107,6 +110,20 @@ def _run(arguments: Sequence[str]) -> int:
         return _UNEXPECTED
 
 
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the program as Ctrl-C does: what is half written is taken away."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        # Without a name where it was not set from Python.
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code; `arguments` are those of the process if None."""
     for stream in (sys.stdout, sys.stderr):
@@ -117,7 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The libraries below warn about themselves; what matters to the user, the commands say.
         warnings.simplefilter("ignore")
     try:
-        return _run(sys.argv[1:] if arguments is None else arguments)
+        with _terminable():
+            return _run(sys.argv[1:] if arguments is None else arguments)
     # Not Exception alone: Ctrl-C ends the program in one line too.
     except (Exception, KeyboardInterrupt) as error:
         if debug:

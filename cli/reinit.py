@@ -95,7 +95,7 @@ def run(options: ReinitOptions) -> None:
     job = _job(options)
     report = _apply(options, job)
     if options.output and not options.dry_run:
-        save_state_dict(options.output, job.loaded.model, options.force)
+        save_state_dict(options.output, job.loaded.model, options.force, dtypes=job.loaded.dtypes)
     if options.quiet:
         return
     from fastplastic.cli import render

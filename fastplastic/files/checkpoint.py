@@ -53,11 +53,14 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return dict(clean_state_dict(_unwrap(checkpoint, path)))
 
 
-def load_into(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def load_into(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, torch.dtype]:
     """Load a checkpoint file into the model: every tensor, or none when one does not fit.
 
     A name that is missing from the file is filled where it is tied to one that is there. The
     counters of BatchNorm ("num_batches_tracked"), which old files lack, may be missing.
+
+    Returns:
+        {name: dtype} of the tensors in the file; those of the model keep their own.
 
     Raises:
         FileError: As in `load_state_dict`, or tensors are missing, unexpected or of another shape;
@@ -81,6 +84,7 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> None:
         )
     # Names were compared above: what strict loading would still refuse is tied or a counter.
     model.load_state_dict(state, strict=False)
+    return {name: tensor.dtype for name, tensor in state.items()}
 
 
 def save_state_dict(
@@ -88,6 +92,7 @@ def save_state_dict(
     model: nn.Module,
     force: bool = False,
     metadata: Mapping[str, str] | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> None:
     """Write the model's weights and buffers as safetensors, under every name of its state dict.
 
@@ -99,12 +104,14 @@ def save_state_dict(
         model: The model, on any device.
         force: Replace an existing file.
         metadata: More text to store with the weights.
+        dtypes: {name: dtype} to write tensors in, such as those of the file that was loaded; others
+            are written as they are.
 
     Raises:
         FileError: The file exists and `force` is not set, or cannot be written.
         InputError: The model's state holds something that is not a tensor.
     """
-    tensors = _separate(model.state_dict())
+    tensors = _separate(model.state_dict(), dtypes or {})
     header = {"format": "pt", "fingerprint": fingerprint(model), **(metadata or {})}
     with atomic_write(path, force) as temporary:
         try:
@@ -177,7 +184,7 @@ def _missing(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str
     ]
 
 
-def _separate(state: Mapping[str, Any]) -> dict[str, Tensor]:
+def _separate(state: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
     """Return the tensors on the CPU, each with memory of its own; InputError for anything else."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -185,7 +192,7 @@ def _separate(state: Mapping[str, Any]) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             kind = type(value).__name__
             raise InputError(f"{name}: {kind} cannot be saved, expected a tensor: remove it first")
-        tensor = value.detach().cpu().contiguous()
+        tensor = value.detach().cpu().to(dtypes.get(name, value.dtype)).contiguous()
         if tensor.untyped_storage().data_ptr() in seen:  # safetensors refuses shared memory
             tensor = tensor.clone()
         seen.add(tensor.untyped_storage().data_ptr())

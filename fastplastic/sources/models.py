@@ -1,7 +1,7 @@
 """Make the models that the command line names, and lend them a head for other classes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from os import PathLike
 from typing import Any
@@ -29,12 +29,14 @@ class LoadedModel:
         name: Its name as it was asked for.
         weights: "pretrained", "random" or "checkpoint: FILE".
         warning: One line that the user must see, or None: the weights are not what is expected.
+        dtypes: {name: dtype} of the tensors in the checkpoint file; empty without one.
     """
 
     model: nn.Module
     name: str
     weights: str
     warning: str | None = None
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
 
 
 def create_model(
@@ -89,8 +91,8 @@ def create_model(
         model = _random(name, source, arguments, seed)
         if checkpoint is None:
             return LoadedModel(model, name, "random")
-        load_into(model, checkpoint)
-        return LoadedModel(model, name, f"checkpoint: {checkpoint}")
+        dtypes = load_into(model, checkpoint)
+        return LoadedModel(model, name, f"checkpoint: {checkpoint}", dtypes=dtypes)
 
 
 def _try_pretrained(
