@@ -45,9 +45,9 @@ def run(options: PlanOptions) -> None:
     if options.quiet:
         return
     from fastplastic.cli import render
-    from fastplastic.cli.report import plan_fact, plan_view
+    from fastplastic.cli.report import plan_facts, plan_view
 
-    view = plan_view(plan, (*measured.facts, plan_fact(plan)))
+    view = plan_view(plan, (*measured.facts, *plan_facts(plan)))
     out = console(sys.stdout)
     out.print(render.plan(view))
     follow(out, _following(options, measured, plan))

@@ -99,9 +99,9 @@ def run(options: ReinitOptions) -> None:
     if options.quiet:
         return
     from fastplastic.cli import render
-    from fastplastic.cli.report import plan_fact, plan_view
+    from fastplastic.cli.report import plan_facts, plan_view
 
-    shown = (*job.facts, plan_fact(job.plan), *_written(options, job, report))
+    shown = (*job.facts, *plan_facts(job.plan), *_written(options, job, report))
     view = plan_view(job.plan, shown, report.notes)
     out = console(sys.stdout)
     out.print(render.plan(view))

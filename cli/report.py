@@ -74,11 +74,20 @@ def _fixed(layers: Iterable[LayerProfile]) -> tuple[tuple[str, int, int], ...]:
     return tuple((reason, number, touched[reason]) for reason, number in units.most_common())
 
 
-def plan_fact(plan: Plan) -> tuple[str, str]:
-    """Return what a plan does, as a fact for the header."""
+def plan_facts(plan: Plan) -> tuple[tuple[str, str], ...]:
+    """Return what a plan does and how healthy that is, as facts for the header."""
     amount = f"ratio {plan.ratio:g}" if plan.ratio is not None else f"threshold {plan.threshold:g}"
     share = f"{plan.count:,} of {plan.eligible:,} eligible {plan.granularity}s"
-    return "plan", f"{share}: {plan.criterion}, {amount}, {plan.scope}, seed {plan.seed}"
+    what = f"{share}: {plan.criterion}, {amount}, {plan.scope}, seed {plan.seed}"
+    if plan.beyond is None:
+        return (("plan", what),)
+    rule = CRITERIA[plan.criterion]
+    side = "at most" if rule.candidate == "small" else "at least"
+    weak = (
+        f"{plan.beyond:,} of the {plan.count:,} chosen are beyond the threshold of {rule.name} "
+        f"({side} {rule.threshold:g})"
+    )
+    return ("plan", what), ("weak", weak)
 
 
 def plan_view(

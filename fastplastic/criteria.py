@@ -70,6 +70,13 @@ class Criterion:
             return "no gradient to their activation was seen"
         return "no gradient reaches them" if self.needs == "gradients" else "nothing was measured"
 
+    def beyond(self, scores: Tensor) -> Tensor | None:
+        """Return which scores are beyond the threshold of the source, bool; None without one."""
+        if self.threshold is None:
+            return None
+        small = self.candidate == "small"
+        return scores <= self.threshold if small else scores >= self.threshold
+
     def score(self, stats: LayerStats, layer: Layer | None = None) -> Tensor:
         """Return the score of every unit of a layer, float64 [n_units].
 

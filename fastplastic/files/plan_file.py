@@ -54,7 +54,10 @@ RequestChecks = Callable[[str], Mapping[str, Check]]
 
 @dataclass(frozen=True, eq=False)
 class StoredPlan:
-    """What a file holds of a plan; the names are those of `planning.Plan`."""
+    """What a file holds of a plan; the names are those of `planning.Plan`.
+
+    `beyond` is written for whoever reads the file, and made anew from the scores by who loads it.
+    """
 
     request: Mapping[str, Any]
     fingerprint: str
@@ -64,6 +67,7 @@ class StoredPlan:
     scores: Mapping[str, Tensor] = field(default_factory=dict)
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    beyond: int | None = None
 
 
 def write_plan(stored: StoredPlan, path: str | Path, *, force: bool = False) -> None:
@@ -187,6 +191,7 @@ def _head(stored: StoredPlan, count: int) -> dict[str, Any]:
         "fingerprint": stored.fingerprint,
         **stored.request,
         "count": count,
+        **({} if stored.beyond is None else {"beyond": stored.beyond}),
         "eligible": stored.eligible,
         "notes": list(stored.notes),
     }

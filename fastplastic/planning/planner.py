@@ -1,12 +1,13 @@
 """What to re-initialise: a pure function from a profile to a plan. No model is seen here."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from fastplastic.criteria import CRITERIA
 from fastplastic.errors import FileError, InputError
 from fastplastic.files import StoredPlan, read_plan, write_plan
 from fastplastic.planning.request import DEFAULT_CRITERIA, Request, patterns, stored_checks
@@ -101,6 +102,18 @@ class Plan:
         chosen = {name: len(units) for name, units in self.units.items()}
         return chosen | {name: int(mask.count_nonzero()) for name, mask in self.masks.items()}
 
+    @property
+    def beyond(self) -> int | None:
+        """Number of selected units beyond the threshold of the criterion's source.
+
+        The others are healthy by that criterion. None where it has no threshold, and for weights.
+        """
+        rule = CRITERIA.get(self.criterion)
+        if self.granularity == "weight" or rule is None or rule.threshold is None:
+            return None
+        found = (rule.beyond(scores) for scores in self.scores.values())
+        return sum(int(part.sum()) for part in found if part is not None)
+
     def save(self, path: str | Path, *, force: bool = False) -> None:
         """Write the plan; an unfinished file never shows.
 
@@ -115,7 +128,7 @@ class Plan:
         stored = StoredPlan(
             request=self.request.stored(), fingerprint=self.fingerprint, eligible=self.eligible,
             wiring=self.wiring, units=self.units, scores=self.scores, masks=self.masks,
-            notes=self.notes,
+            notes=self.notes, beyond=self.beyond,
         )  # fmt: skip
         write_plan(stored, path, force=force)
 
@@ -201,7 +214,21 @@ def plan(
         )
     chosen = (choose_units if granularity == "unit" else choose_weights)(profile, request)
     nothing = () if chosen.units or chosen.masks else (f"no {granularity} is selected",)
-    return Plan(
+    made = Plan(
         request.plain(), chosen.units, chosen.scores, chosen.wiring, chosen.eligible,
         profile.fingerprint, chosen.masks, (*chosen.notes, *nothing),
     )  # fmt: skip
+    return replace(made, notes=(*made.notes, *_health(made)))
+
+
+def _health(plan: Plan) -> tuple[str, ...]:
+    """Return a note where units are taken that are healthy by the criterion."""
+    if plan.beyond is None or plan.beyond == plan.count:
+        return ()
+    healthy = plan.count - plan.beyond
+    rule = CRITERIA[plan.criterion]
+    return (
+        f"{healthy} of the {plan.count} chosen units are healthy by {rule.name}, whose threshold "
+        f"is {rule.threshold:g}: threshold {rule.threshold:g} instead of a ratio takes the weak "
+        "ones alone",
+    )
