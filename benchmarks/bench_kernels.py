@@ -126,7 +126,8 @@ def test_select_and_resample(benchmark, model):
 
     def ours() -> None:
         chosen = kernels.select(weights, gradients, names, count)
-        kernels.resample_(weights, names, laws, selection=chosen, gradients=gradients)
+        masks = kernels.selection_masks(chosen, weights, gradients)
+        kernels.resample_(weights, names, laws, masks=masks)
 
     def scores() -> Tensor:
         pairs = zip(weights, gradients, strict=True)

@@ -89,7 +89,7 @@ def cases(quick: bool = False) -> Iterator[tuple[str, Callable[[], object]]]:
         yield from _parameter_cases(dtype)
         if dtype != "fp16":
             yield from _select_cases(dtype, quick)
-            yield from _resample_cases(dtype, quick)
+            yield from _resample_cases(dtype)
 
 
 def _stats_cases(dtype: str, quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -144,19 +144,13 @@ def _select_cases(dtype: str, quick: bool) -> Iterator[tuple[str, Callable[[], o
         yield f"{dtype} {criterion}", lambda c=chosen: module.selection_masks(c, [w], [w])
 
 
-def _resample_cases(dtype: str, quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
+def _resample_cases(dtype: str) -> Iterator[tuple[str, Callable[[], object]]]:
     resample_ = _module("resample").resample_
     w = torch.empty(256, 512, dtype=DTYPES[dtype])
     mask = torch.empty(256, 512, dtype=torch.bool)
     law = Law("normal", 0.0, 0.02)
-    chosen = Selection("swr", 0, ("w",), (0,), (0,), (0,), (0,), 0)
     yield f"{dtype} all", lambda: resample_([w], ["w"], [law])
-    if not quick:
-        yield f"{dtype} masks", lambda: resample_([w], ["w"], [law], masks=[mask])
-    yield (
-        f"{dtype} selection",
-        lambda: resample_([w], ["w"], [law], selection=chosen, gradients=[w]),
-    )
+    yield f"{dtype} masks", lambda: resample_([w], ["w"], [law], masks=[mask])
 
 
 def _launcher(name: str) -> Callable[..., Any]:

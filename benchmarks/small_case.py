@@ -18,7 +18,8 @@ def main() -> None:
     kernels.parameter_stats(weights, gradients)
     chosen = kernels.select(weights, gradients, names, 100)
     laws = [kernels.Law("normal", 0.0, 0.02)] * 2
-    kernels.resample_(weights, names, laws, selection=chosen, gradients=gradients)
+    masks = kernels.selection_masks(chosen, weights, gradients)
+    kernels.resample_(weights, names, laws, masks=masks)
     torch.cuda.synchronize()
 
 

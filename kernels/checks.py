@@ -49,18 +49,12 @@ def check_resample(
     weights: Tensors,
     names: Sequence[str],
     laws: Sequence[Law],
-    masks: Gradients,
-    selection: Selection | None,
-    gradients: Gradients,
+    masks: Sequence[Tensor | None] | None,
 ) -> None:
     """Refuse arguments of `resample_` that do not fit together."""
     _check_weights(weights)
     _check_length("names", names, weights)
     _check_length("laws", laws, weights)
-    if masks is not None and selection is not None:
-        raise ValueError("masks and a selection are given, expected one of them or none")
-    if selection is not None:
-        check_selection(selection, weights, gradients)
     for i, weight in enumerate(weights):
         # A value written once would show in several elements.
         if any(

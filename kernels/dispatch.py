@@ -212,8 +212,6 @@ def resample_(
     *,
     seed: int = 0,
     masks: Sequence[Tensor | None] | None = None,
-    selection: Selection | None = None,
-    gradients: Sequence[Tensor | None] | None = None,
 ) -> None:
     """Write fresh initial values into the selected elements of weights, in place.
 
@@ -226,14 +224,9 @@ def resample_(
         laws: Law of each weight.
         seed: Any integer.
         masks: Which elements to write, bool in the shape of each weight (a row mask may be
-            expanded), or None for all; all of every weight without masks and selection.
-        selection: What `select` chose among these weights, instead of masks. Scores are computed
-            again, from the weights as they are.
-        gradients: The gradients that `select` was given, where its criterion reads them.
+            expanded), or None for all; all of every weight without masks.
 
     Raises:
         ValueError: The arguments do not fit together, or a weight is expanded.
     """
-    _twin(weights, "resample_")(
-        weights, names, laws, seed=seed, masks=masks, selection=selection, gradients=gradients
-    )
+    _twin(weights, "resample_")(weights, names, laws, seed=seed, masks=masks)

@@ -53,10 +53,6 @@ def awkward(dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [weight.fill_(math.nan) for weight in weights]
 
 
-def copies(weights: list[Tensor]) -> list[Tensor]:
-    return [weight.clone() for weight in weights]
-
-
 def names_of(weights: list[Tensor]) -> list[str]:
     return [f"layer{i}.weight" for i in range(len(weights))]
 
@@ -175,24 +171,6 @@ def test_a_gap_between_the_elements_of_a_view_is_not_written(any_twin):
     assert torch.equal(base != 0, inside)
 
 
-@pytest.mark.parametrize("criterion", ["swr", "gradient", "magnitude", "random"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_was_selected_is_written(twin, criterion, dtype):
-    select = importlib.import_module(twin.__name__.replace("resample", "select"))
-    torch.manual_seed(0)
-    weights = [weight.copy_(torch.randn(weight.shape)) for weight in awkward(dtype)]
-    gradients = [torch.randn(weight.shape) for weight in weights]
-    # Many equal scores, some of which are selected.
-    weights[1][:20], gradients[1][:20] = 0.0, 0.0
-    names = names_of(weights)
-    selection = select.select(weights, gradients, names, 1200, criterion=criterion, seed=5)
-    masks = select.selection_masks(selection, weights, gradients)
-    expected = copies(weights)
-    twin.resample_(weights, names, LAWS, seed=9, selection=selection, gradients=gradients)
-    reference.resample_(expected, names, LAWS, seed=9, masks=masks)
-    assert identical(weights, expected)
-
-
 def phi(x: float) -> float:
     return math.erfc(-x / math.sqrt(2)) / 2
 
@@ -299,16 +277,6 @@ def test_arguments_that_do_not_fit_are_refused(any_twin, changes, text):
         any_twin.resample_(**arguments)
     assert text in str(caught.value)
     assert (arguments["weights"][0] == 1).all()
-
-
-def test_selections_that_do_not_fit_are_refused(any_twin):
-    select = importlib.import_module(any_twin.__name__.replace("resample", "select"))
-    weights, mask = [torch.ones(3)], [torch.ones(3, dtype=torch.bool)]
-    selection = select.select(weights, weights, ["a"], 2)
-    with pytest.raises(ValueError, match="masks and a selection are given, expected one of them"):
-        any_twin.resample_(weights, ["a"], [NORMAL], masks=mask, selection=selection)
-    with pytest.raises(ValueError, match="there are no gradients, expected them for criterion"):
-        any_twin.resample_(weights, ["a"], [NORMAL], selection=selection)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,8 @@ def test_parameters_and_selection_past_2_31_elements():
     assert columns[:3, -2].tolist() == [w.shape[0], w.shape[0] - 0.5, w.shape[0] - 0.75]
     chosen = gpu.select([w], None, ["w"], 1, criterion="magnitude")
     law = Law("uniform", 7.0, 0.0)
-    gpu.resample_([w], ["w"], [law], selection=chosen)
+    masks = gpu.selection_masks(chosen, [w], None)
+    gpu.resample_([w], ["w"], [law], masks=masks)
     assert w[-1, -2].item() == 7
     assert (w == 1).sum().item() == w.numel() - 1
 

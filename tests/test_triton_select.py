@@ -228,14 +228,6 @@ def test_resample_by_masks():
     assert torch.equal(found[0][~masks[0]], WEIGHTS[0][~masks[0]])
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
-def test_resample_a_selection(criterion):
-    chosen = triton_select.select(WEIGHTS, GRADIENTS, NAMES, 1500, criterion=criterion)
-    found = check_resample(selection=chosen, gradients=GRADIENTS)
-    changed = sum(int((one != w).sum()) for one, w in zip(found, WEIGHTS, strict=True))
-    assert 1400 < changed <= 1500
-
-
 def test_resample_does_not_depend_on_strides():
     law = Law("normal", 0.0, 1.0)
     rows, columns = torch.empty(30, 20, device=DEVICE), torch.empty(20, 30, device=DEVICE).t()

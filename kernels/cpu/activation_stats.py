@@ -2,8 +2,8 @@
 
     [9, C]  n, sum h, sum |h|, sum h^2, min h, max h, #(h == 0), #flat, #nonfinite
 
-h = f(z) and whether f is flat at z are made from z in registers (`_cpu_math`), in float32. Where z
-is of half precision, min and max are rounded to it, and h counts as 0 where that makes it 0.
+h = f(z) and whether f is flat at z are made from z in registers (`functions.py`), in float32. Where
+z is of half precision, min and max are rounded to it, and h counts as 0 where that makes it 0.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastplastic.kernels.activations import ACTIVATIONS, INFINITE_FROM, parse_activation
-from fastplastic.kernels.cpu import functions as _cpu_math
+from fastplastic.kernels.cpu import functions
 from fastplastic.kernels.cpu.blocks import Sums, add_sums, register
 from fastplastic.kernels.cpu.compiling import inline, inline_finite, inline_sums, outlined
 from fastplastic.kernels.cpu.memory import (
@@ -83,7 +83,7 @@ class _Function(NamedTuple):
 
 def _value(name: str, kind: str) -> Any:
     """Return (z, slope) -> h, exactly 0 where torch's is, infinite where the dtype makes it so."""
-    h_of = getattr(_cpu_math, name)
+    h_of = getattr(functions, name)
     if name == "selu" and kind != "float32":
         end = F(INFINITE_FROM[getattr(torch, kind)])
 

@@ -1,4 +1,4 @@
-"""How a tensor [A, C, B] is cut into tasks for the kernels of `_cpu_blocks`."""
+"""How a tensor [A, C, B] is cut into tasks for the kernels of `blocks.py`."""
 
 import math
 from functools import lru_cache

@@ -1,8 +1,8 @@
 """What the Numba kernels of `select` and `resample_` share: reading elements, keys, random words.
 
-A kernel works on blocks of a walk (see `_elements.py`): `fill_operand` copies a block of an operand
-to a float32 buffer, whatever its dtype and strides, so that everything after it is a plain loop
-over contiguous buffers that the compiler vectorises. bfloat16 and float16, which Numba does not
+A kernel works on blocks of a walk (see `elements.py` in the folder above): `fill_operand` copies a
+block of an operand to a float32 buffer, whatever its dtype and strides, so that everything after it
+is a plain loop over contiguous buffers that the compiler vectorises. bfloat16 and float16, which Numba does not
 know, are read through their bits.
 """
 

@@ -5,7 +5,7 @@
 
 A weight is seen as a matrix whose lines are contiguous in memory, either the rows (a line is D1 * K
 elements) or, for transposed views, the columns (D0 * K). Along a line sums are reduced at once;
-across lines they go into lanes, and from there into float64 (`_cpu_memory`). A task is some lines
+across lines they go into lanes, and from there into float64 (`memory.py`). A task is some lines
 of one weight. Where a sum is not finite, that line or lane is read again element by element.
 """
 

@@ -1,6 +1,6 @@
 """Numba: fresh initial values, written in place at the selected elements only.
 
-The formulas, operation by operation, are in `_law.py`; the words in `philox.py`. No operation here
+The formulas, operation by operation, are in `law.py`; the words in `philox.py`. No operation here
 may be fused or reordered: the bits are the same on every backend.
 """
 
@@ -11,20 +11,17 @@ import numpy as np
 from torch import Tensor, get_num_threads
 from torch.autograd.graph import increment_version
 
-from fastplastic.kernels.checks import Gradients, check_resample
+from fastplastic.kernels.checks import check_resample
 from fastplastic.kernels.cpu.elements import (
     BFLOAT16,
     BLOCK,
     FLOAT16,
     FLOAT32,
     Block,
-    Choice,
-    choice_of,
     compact,
     compiled,
     fill_elements,
     fill_flags,
-    fill_selected,
     kernel,
     new_block,
     offset_of,
@@ -35,7 +32,6 @@ from fastplastic.kernels.cpu.tasks import on_threads
 from fastplastic.kernels.elements import MASK, WEIGHT, Table, Walks, tasks, walks
 from fastplastic.kernels.law import CENTRE, LEAST, LOG, LOG_HIGH, LOG_LOW, SQRT_2, TAIL, Law
 from fastplastic.kernels.philox import INITIAL_VALUES, philox_key
-from fastplastic.kernels.selection import Selection
 
 F = np.float32
 _HALF, _ONE, _TWO, _THREE, _FIVE = F(0.5), F(1), F(2), F(3), F(5)
@@ -43,8 +39,6 @@ _UNIT, _MIDDLE = F(2.0**-23), F(2.5)
 _SQRT_2, _LEAST = F(SQRT_2), F(LEAST)
 _LOG_LOW, _LOG_HIGH = F(LOG_LOW), F(LOG_HIGH)
 _LOG, _CENTRE, _TAIL = (tuple(map(F, numbers)) for numbers in (LOG, CENTRE, TAIL))
-_ALL, _MASKS, _SELECTION = range(3)
-_NO_CHOICE = Choice(0, np.zeros(0, dtype=np.uint64), np.zeros((0, 3), dtype=np.int64))
 
 
 class Source(NamedTuple):
@@ -68,36 +62,28 @@ def resample_(
     *,
     seed: int = 0,
     masks: Sequence[Tensor | None] | None = None,
-    selection: Selection | None = None,
-    gradients: Gradients = None,
 ) -> None:
     """Write fresh initial values into the selected elements of weights, in place.
 
     See `fastplastic.kernels.resample_`.
     """
-    check_resample(weights, names, laws, masks, selection, gradients)
-    criterion = "random" if selection is None else selection.criterion
-    read = gradients if criterion in ("swr", "gradient") else None
+    check_resample(weights, names, laws, masks)
     none = [None] * len(weights)
-    walk = walks(list(zip(weights, read or none, masks or none, strict=True)))
+    walk = walks(list(zip(weights, none, masks or none, strict=True)))
     keys = [philox_key(seed, INITIAL_VALUES, name) for name in names]
     source = Source(
         np.array(keys, dtype=np.uint64),
         np.array([law.kind == "normal" for law in laws], dtype=np.bool_),
         np.array([law.numbers for law in laws], dtype=np.float32).reshape(len(laws), 6),
     )
-    choice = _NO_CHOICE if selection is None else choice_of(selection)
-    by = _MASKS if masks is not None else _ALL if selection is None else _SELECTION
     pieces = tasks(walk.counts, get_num_threads())
-    on_threads(_resample, by, choice, source, walk, pieces, np.zeros(1, dtype=np.int64))
+    on_threads(_resample, source, walk, pieces, np.zeros(1, dtype=np.int64))
     # Written behind the back of autograd, which has to know.
     increment_version([weight for weight in weights if not weight.is_inference()])
 
 
 @kernel
-def _resample(
-    by: int, choice: Choice, source: Source, walk: Walks, pieces: Table, turn: Any
-) -> None:
+def _resample(source: Source, walk: Walks, pieces: Table, turn: Any) -> None:
     block = new_block()
     values = np.empty(BLOCK, dtype=np.float32)
     t = next_task(turn.ctypes.data)
@@ -105,19 +91,15 @@ def _resample(
         w, start, stop = pieces[t]
         for position in range(start, stop, BLOCK):
             n = min(BLOCK, stop - position)
-            _choose(by, choice, walk, w, position, n, block)
+            _choose(walk, w, position, n, block)
             _write(source, walk, w, position, n, block, values)
         t = next_task(turn.ctypes.data)
 
 
 @compiled
-def _choose(
-    by: int, choice: Choice, walk: Walks, w: int, start: int, count: int, block: Block
-) -> None:
+def _choose(walk: Walks, w: int, start: int, count: int, block: Block) -> None:
     """Flag the elements of a block that are written."""
-    if by == _SELECTION:
-        fill_selected(choice, walk, w, start, count, block)
-    elif by == _MASKS and walk.addresses[w, MASK] != 0:
+    if walk.addresses[w, MASK] != 0:
         fill_flags(walk, w, start, block.chosen[:count])
     else:
         block.chosen[:count] = 1

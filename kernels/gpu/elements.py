@@ -1,8 +1,8 @@
 """What the Triton kernels of `select` and `resample_` share: reading elements of many weights.
 
-A weight, its gradient and its mask are walked through together (see `_elements.py`). A program
-owns a task: a range of positions of one walk. The table of a weight tells the addresses, whether
-the walk is dense (one dimension, every stride 1, aligned: positions are elements, and are read
+A weight, its gradient and its mask are walked through together (see `elements.py` in the folder
+above). A program owns a task: a range of positions of one walk. The table of a weight tells the
+addresses, whether the walk is dense (one dimension, every stride 1, aligned: positions are elements, and are read
 wide), then the sizes and, operand by operand, the strides of its dimensions.
 """
 

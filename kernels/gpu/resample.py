@@ -2,7 +2,7 @@
 
     resample_  w[element] = value(law, Philox word 0 of (seed, "initial values", name, element))
 
-The formulas, operation by operation, are in `_law.py`; the words in `philox.py`. No operation here
+The formulas, operation by operation, are in `law.py`; the words in `philox.py`. No operation here
 may be fused or reordered: the bits are the same on every backend. One launch writes all weights of
 a dtype; nothing is stored at elements that are not selected.
 """
@@ -13,20 +13,15 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fastplastic.kernels.checks import Gradients, check_resample
+from fastplastic.kernels.checks import check_resample
 from fastplastic.kernels.gpu import launch
 from fastplastic.kernels.gpu.elements import (
     ELEMENT,
     MASK,
-    N_CHOICE,
     N_TASK,
     WEIGHT,
-    choice_table,
-    chosen_of,
     elements,
-    keys_of,
     offset_of,
-    operands_of,
     pointer_of,
     range_of,
     signed,
@@ -36,7 +31,6 @@ from fastplastic.kernels.gpu.functions import rounded
 from fastplastic.kernels.gpu.runtime import TYPES, device_function, kernel, launching, send, table
 from fastplastic.kernels.law import CENTRE, LEAST, LOG, LOG_HIGH, LOG_LOW, SQRT_2, TAIL, Law
 from fastplastic.kernels.philox import INITIAL_VALUES, philox_key
-from fastplastic.kernels.selection import Selection
 
 _LOG, _CENTRE, _TAIL = tl.constexpr(LOG), tl.constexpr(CENTRE), tl.constexpr(TAIL)
 _LOG_LOW, _LOG_HIGH = tl.constexpr(LOG_LOW), tl.constexpr(LOG_HIGH)
@@ -96,13 +90,10 @@ def _values(word, number_ptr, is_normal):  # type: ignore[no-untyped-def]
 def _write(  # type: ignore[no-untyped-def]
     weight_ptr,
     task_ptr,
-    choice_ptr,
     source_ptr,
     number_ptr,
-    BY: tl.constexpr,
-    CRITERION: tl.constexpr,
+    MASKED: tl.constexpr,
     W_TYPE: tl.constexpr,
-    DW_TYPE: tl.constexpr,
     DEPTH: tl.constexpr,
     DENSE: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -119,15 +110,10 @@ def _write(  # type: ignore[no-untyped-def]
         position = first + tl.arange(0, BLOCK).to(tl.int64)
         chosen = position < end
         element = offset_of(weight_ptr, position, ELEMENT, DEPTH, DENSE)
-        if BY == "masks":
+        if MASKED:
             offset = offset_of(weight_ptr, position, MASK, DEPTH, DENSE)
             flag = tl.load(mask_ptr + offset, mask=position < masked_end, other=1)
             chosen &= flag != 0
-        if BY == "selection":
-            key, chosen = keys_of(
-                weight_ptr, position, chosen, CRITERION, W_TYPE, DW_TYPE, DEPTH, DENSE
-            )
-            chosen &= chosen_of(choice_ptr, key, element)
         value = _values(words_of(philox, element), number_ptr, is_normal)
         if W_TYPE == tl.bfloat16:
             value = rounded(value, W_TYPE)
@@ -140,15 +126,12 @@ def _write(  # type: ignore[no-untyped-def]
 def _resample_kernel(  # type: ignore[no-untyped-def]
     weights_ptr,
     tasks_ptr,
-    choices_ptr,
     sources_ptr,
     numbers_ptr,
     weight_columns: tl.int64,
     first_task: tl.int64,
-    BY: tl.constexpr,
-    CRITERION: tl.constexpr,
+    MASKED: tl.constexpr,
     W_TYPE: tl.constexpr,
-    DW_TYPE: tl.constexpr,
     DEPTH: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -156,19 +139,15 @@ def _resample_kernel(  # type: ignore[no-untyped-def]
     task_ptr = tasks_ptr + (first_task + tl.program_id(0)) * N_TASK
     weight = tl.load(task_ptr)
     weight_ptr = weights_ptr + weight * weight_columns
-    choice_ptr = choices_ptr + weight * N_CHOICE
     source_ptr = sources_ptr + weight * 2
     number_ptr = numbers_ptr + weight * _N_NUMBERS
     if tl.load(weight_ptr + 3) != 0:
         _write(
-            weight_ptr, task_ptr, choice_ptr, source_ptr, number_ptr, BY, CRITERION, W_TYPE,
-            DW_TYPE, DEPTH, True, VECTOR, BLOCK,
+            weight_ptr, task_ptr, source_ptr, number_ptr, MASKED, W_TYPE, DEPTH, True, VECTOR,
+            BLOCK,
         )  # fmt: skip
     else:
-        _write(
-            weight_ptr, task_ptr, choice_ptr, source_ptr, number_ptr, BY, CRITERION, W_TYPE,
-            DW_TYPE, DEPTH, False, 1, BLOCK,
-        )  # fmt: skip
+        _write(weight_ptr, task_ptr, source_ptr, number_ptr, MASKED, W_TYPE, DEPTH, False, 1, BLOCK)
 
 
 def resample_(
@@ -178,40 +157,33 @@ def resample_(
     *,
     seed: int = 0,
     masks: Sequence[Tensor | None] | None = None,
-    selection: Selection | None = None,
-    gradients: Gradients = None,
 ) -> None:
     """Write fresh initial values into the selected elements of weights, in place.
 
     See `fastplastic.kernels.resample_`.
     """
-    check_resample(weights, names, laws, masks, selection, gradients)
+    check_resample(weights, names, laws, masks)
     if not any(weight.numel() for weight in weights):
         return
     device = weights[0].device
-    criterion = "random" if selection is None else selection.criterion
-    by = "masks" if masks is not None else "all" if selection is None else "selection"
+    none = [None] * len(weights)
     with launching(device):
-        found = elements(operands_of(criterion, weights, gradients, masks))
+        found = elements(list(zip(weights, none, masks or none, strict=True)))
         keys = [signed(philox_key(seed, INITIAL_VALUES, name)) for name in names]
         normal = [int(law.kind == "normal") for law in laws]
         sources = table(list(zip(keys, normal, strict=True)), 2, device)
         numbers = torch.empty(len(laws), _N_NUMBERS.value, dtype=torch.float32, device=device)
         send([number for law in laws for number in law.numbers], numbers)
-        choices = sources if selection is None else choice_table(selection, device)
         for kind, (begin, end) in found.launches.items():
             _resample_kernel[(end - begin,)](
                 found.weights,
                 found.tasks,
-                choices,
                 sources,
                 numbers,
                 found.weights.shape[1],
                 begin,
-                BY=by,
-                CRITERION=criterion,
+                MASKED=masks is not None,
                 W_TYPE=TYPES[kind.w_dtype],
-                DW_TYPE=TYPES[kind.dw_dtype],
                 DEPTH=found.depth,
                 VECTOR=kind.vector,
                 BLOCK=launch.ELEMENT_BLOCK,

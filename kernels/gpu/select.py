@@ -4,7 +4,7 @@
                      the bit pattern of the float32 score, the word Philox word 0 of the element
     selection_masks  which elements those are, bool in the shape of each weight
 
-What to count and what it means is in `_select_host.py`. Stage one makes the scores in registers and
+What to count and what it means is in `selection.py`. Stage one makes the scores in registers and
 writes the histogram of each task, int32 [n_tasks, 2048]; stage two adds them up for each weight,
 int64 [n_weights, 2048], which goes to the host: every pass waits for the GPU once.
 """

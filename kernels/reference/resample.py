@@ -1,6 +1,6 @@
 """Fresh initial values by NumPy, one float32 operation at a time: the oracle of every backend.
 
-The formulas, operation by operation, are in `_law.py`; the words in `philox.py`.
+The formulas, operation by operation, are in `law.py`; the words in `philox.py`.
 """
 
 from collections.abc import Sequence
@@ -10,11 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastplastic.kernels.checks import Gradients, check_resample
+from fastplastic.kernels.checks import check_resample
 from fastplastic.kernels.law import CENTRE, LEAST, LOG, LOG_HIGH, LOG_LOW, SQRT_2, TAIL, Law
 from fastplastic.kernels.philox import INITIAL_VALUES, philox_key
-from fastplastic.kernels.reference.select import philox_words, selection_masks
-from fastplastic.kernels.selection import Selection
+from fastplastic.kernels.reference.select import philox_words
 
 Floats = NDArray[np.float32]
 
@@ -26,13 +25,9 @@ def resample_(
     *,
     seed: int = 0,
     masks: Sequence[Tensor | None] | None = None,
-    selection: Selection | None = None,
-    gradients: Gradients = None,
 ) -> None:
-    """Write fresh initial values into the selected elements; see `_cpu_resample.resample_`."""
-    check_resample(weights, names, laws, masks, selection, gradients)
-    if selection is not None:
-        masks = selection_masks(selection, weights, gradients)
+    """Write fresh initial values into the selected elements; see `fastplastic.kernels`."""
+    check_resample(weights, names, laws, masks)
     for i, (weight, name, law) in enumerate(zip(weights, names, laws, strict=True)):
         key = philox_key(seed, INITIAL_VALUES, name)
         fresh = torch.from_numpy(_values(law, philox_words(key, weight.numel())))

@@ -24,7 +24,7 @@ def select(
     caps: Sequence[int] | None = None,
     seed: int = 0,
 ) -> Selection:
-    """Choose the elements with the smallest scores; see `_cpu_select.select`."""
+    """Choose the elements with the smallest scores; see `fastplastic.kernels.select`."""
     check_select(weights, gradients, names, count, criterion, caps)
     orders = [
         np.stack(_order(weights, gradients, criterion, seed, name, i))
@@ -54,7 +54,7 @@ def select(
 def selection_masks(
     selection: Selection, weights: Sequence[Tensor], gradients: Gradients
 ) -> list[Tensor]:
-    """Return which elements of each weight are selected; see `_cpu_select.selection_masks`."""
+    """Return which elements of each weight are selected; see `fastplastic.kernels`."""
     check_selection(selection, weights, gradients)
     return [_mask(selection, weights, gradients, i) for i in range(len(weights))]
 
