@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastplastic.kernels import SCORES
 from fastplastic.randomness import unit_noise
 from fastplastic.stats import LayerStats
 
@@ -314,50 +315,26 @@ class WeightCriterion:
     warning: str = ""
 
 
-def weight_swr(weights: Tensor, gradients: Tensor) -> Tensor:
-    """Return abs(w) * abs(dw), float32 in the shape of the weights.
-
-    Source: selective weight reinitialisation, Hernandez-Garcia et al., arXiv 2508.00212; the best
-    of the utilities there, with a threshold and resampling from the initial distribution.
-    """
-    return weights.float().abs() * gradients.float().abs()
-
-
-def weight_gradient(weights: Tensor, gradients: Tensor) -> Tensor:
-    """Return abs(dw), float32 in the shape of the weights.
-
-    Source: one of the utilities compared in Hernandez-Garcia et al., arXiv 2508.00212.
-    """
-    return gradients.float().abs()
-
-
-def weight_magnitude(weights: Tensor, gradients: Tensor) -> Tensor:
-    """Return abs(w), float32 in the shape of the weights.
-
-    Source: one of the utilities compared in Hernandez-Garcia et al., arXiv 2508.00212, where it
-    fails in all settings.
-    """
-    return weights.float().abs()
-
-
-def weight_random(weights: Tensor, gradients: Tensor) -> Tensor:
-    """Return 0 for every weight, float32: the seeded order of equal scores decides. The control."""
-    return torch.zeros(weights.shape, device=weights.device)
-
-
 _SWR = "Hernandez-Garcia et al., arXiv 2508.00212"
+
+
+def _of_weights(name: str, source: str, summary: str, warning: str = "") -> WeightCriterion:
+    """Return the criterion whose score is that of `kernels.select`."""
+    score = SCORES[name]
+    needs: Literal["gradients", "nothing"] = "gradients" if score.dw else "nothing"
+    return WeightCriterion(name, score.of, needs, source, summary, warning)
+
 
 WEIGHT_CRITERIA: dict[str, WeightCriterion] = {
     criterion.name: criterion
     for criterion in (
-        WeightCriterion("swr", weight_swr, "gradients", f"SWR: {_SWR}", "abs(w * dw)"),
-        WeightCriterion("gradient", weight_gradient, "gradients", _SWR, "abs(dw)"),
-        WeightCriterion(
-            "magnitude", weight_magnitude, "nothing", _SWR, "abs(w)",
+        # The best of the utilities compared there, with a threshold and resampling.
+        _of_weights("swr", f"SWR: {_SWR}", "abs(w * dw)"),
+        _of_weights("gradient", _SWR, "abs(dw)"),
+        _of_weights(
+            "magnitude", _SWR, "abs(w)",
             f"magnitude failed in all settings of {_SWR}: swr did best there",
         ),
-        WeightCriterion(
-            "random", weight_random, "nothing", "the control at equal dose", "seeded order",
-        ),
+        _of_weights("random", "the control at equal dose", "seeded order"),
     )
 }  # fmt: skip

@@ -7,6 +7,7 @@
     selection_masks     a selection as masks
     resample_           elements of many weights drawn afresh, in place
     activate            an activation function by its name
+    SCORES              what weights are selected by
 
 `ACTIVATION_ROWS`, `GRADIENT_ROWS`, `PARAMETER_ROWS` and `PARAMETER_COLUMNS` name the rows of the
 tables; `fastplastic.kernels.tables` says what they are.
@@ -25,6 +26,7 @@ from fastplastic.kernels.dispatch import (
     untraced,
 )
 from fastplastic.kernels.law import Law
+from fastplastic.kernels.scores import SCORES
 from fastplastic.kernels.selection import Selection
 from fastplastic.kernels.tables import (
     ACTIVATION_ROWS,
@@ -40,6 +42,7 @@ __all__ = [
     "GRADIENT_ROWS",
     "PARAMETER_COLUMNS",
     "PARAMETER_ROWS",
+    "SCORES",
     "Law",
     "Selection",
     "activate",

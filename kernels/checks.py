@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fastplastic.kernels.law import Law
-from fastplastic.kernels.selection import CRITERIA, Selection
+from fastplastic.kernels.scores import SCORES
+from fastplastic.kernels.selection import Selection
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Tensors = Sequence[Tensor]
@@ -23,10 +24,8 @@ def check_select(
     caps: Sequence[int] | None,
 ) -> None:
     """Refuse arguments of `select` that do not fit together."""
-    if criterion not in CRITERIA:
-        raise ValueError(
-            f"criterion {criterion!r} is unknown, expected one of {', '.join(CRITERIA)}"
-        )
+    if criterion not in SCORES:
+        raise ValueError(f"criterion {criterion!r} is unknown, expected one of {', '.join(SCORES)}")
     _check_weights(weights)
     _check_length("names", names, weights)
     if not isinstance(count, Integral) or count < 0:
@@ -88,7 +87,7 @@ def _check_length(what: str, values: Sequence[object], weights: Tensors) -> None
 
 
 def _check_gradients(weights: Tensors, gradients: Gradients, criterion: str) -> None:
-    if criterion not in ("swr", "gradient"):
+    if not SCORES[criterion].dw:
         return
     if gradients is None:
         raise ValueError(f"there are no gradients, expected them for criterion {criterion!r}")

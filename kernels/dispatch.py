@@ -162,11 +162,11 @@ def select(
 
     Args:
         weights: Tensors on one device, float32, bfloat16, float16 or float64, of any strides.
-        gradients: dL/dw in the shape of each weight; not read, and may be None, for "magnitude"
-            and "random".
+        gradients: dL/dw in the shape of each weight; not read, and may be None, where the score
+            has no dw: "magnitude" and "random".
         names: Name of each weight, by which the tie words are keyed.
         count: Number of elements to select, at most as many as are eligible within the caps.
-        criterion: Score of an element: "swr" |w| |dw| (Hernandez-Garcia, arXiv 2508.00212),
+        criterion: Name in `SCORES`: "swr" |w| |dw| (Hernandez-Garcia, arXiv 2508.00212),
             "gradient" |dw|, "magnitude" |w|, or "random" for none; all in float32. An element
             whose score is NaN is not eligible; an infinite one comes last.
         caps: Most elements to select in each weight; None for no limit.

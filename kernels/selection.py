@@ -14,7 +14,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-CRITERIA = ("swr", "gradient", "magnitude", "random")
 DIGITS = 2048
 Number = Literal["key", "word", "element"]
 Table = NDArray[np.int64]

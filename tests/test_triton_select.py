@@ -23,7 +23,8 @@ from fastplastic.kernels.philox import (
 )
 from fastplastic.kernels.reference import resample as _reference_resample
 from fastplastic.kernels.reference import select as _reference_select
-from fastplastic.kernels.selection import CRITERIA, DIGITS, Query, Selection
+from fastplastic.kernels.scores import SCORES
+from fastplastic.kernels.selection import DIGITS, Query, Selection
 
 # NumPy says so of the interpreter of Triton 3.6.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
@@ -98,7 +99,7 @@ def check(count, criterion="swr", caps=None, seed=0, weights=WEIGHTS, gradients=
     return found, masks
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", SCORES)
 @pytest.mark.parametrize("count", [0, 1, 1000, TOTAL])
 def test_selection(criterion, count):
     check(count, criterion)

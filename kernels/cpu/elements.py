@@ -2,8 +2,8 @@
 
 A kernel works on blocks of a walk (see `elements.py` in the folder above): `fill_operand` copies a
 block of an operand to a float32 buffer, whatever its dtype and strides, so that everything after it
-is a plain loop over contiguous buffers that the compiler vectorises. bfloat16 and float16, which Numba does not
-know, are read through their bits.
+is a plain loop over contiguous buffers that the compiler vectorises. bfloat16 and float16, which
+Numba does not know, are read through their bits.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,8 @@ from fastplastic.kernels.cpu.compiling import cached
 from fastplastic.kernels.cpu.memory import byte_at, double_at, float_at, short_at
 from fastplastic.kernels.elements import ELEMENT, GRADIENT, MASK, WEIGHT
 from fastplastic.kernels.philox import KEY_STEPS, MULTIPLIERS, ROUNDS, TIES, philox_key
-from fastplastic.kernels.selection import CRITERIA, Selection
+from fastplastic.kernels.scores import SCORES, Score
+from fastplastic.kernels.selection import Selection
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -25,7 +26,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 BLOCK = 4096
 
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
-_SWR, _GRADIENT_ONLY, _RANDOM = map(CRITERIA.index, ("swr", "gradient", "random"))
 _INFINITE = np.int32(0x7F800000)
 # All bits but the sign; as a key it is above all others.
 NO_KEY = np.int32(0x7FFFFFFF)
@@ -72,12 +72,12 @@ class Choice(NamedTuple):
     """A `Selection` as tables.
 
     Attributes:
-        criterion: Its place in `CRITERIA`.
+        score: The score of its criterion.
         ties: uint64 per weight, the Philox keys of the tie words.
         ends: int64 [n_weights, 3], the thresholds of key, word and element.
     """
 
-    criterion: int
+    score: Score
     ties: Any
     ends: Any
 
@@ -86,8 +86,8 @@ def choice_of(selection: Selection) -> Choice:
     """Return a selection as tables."""
     ties = [philox_key(selection.seed, TIES, name) for name in selection.names]
     ends = np.array([selection.keys, selection.words, selection.elements], dtype=np.int64)
-    criterion = CRITERIA.index(selection.criterion)
-    return Choice(criterion, np.array(ties, dtype=np.uint64), np.ascontiguousarray(ends.T))
+    score = SCORES[selection.criterion]
+    return Choice(score, np.array(ties, dtype=np.uint64), np.ascontiguousarray(ends.T))
 
 
 def compiled(function: Function) -> Function:
@@ -217,28 +217,31 @@ def _is_plain(walk: Any, w: int, operand: int) -> Any:
 
 
 @compiled
-def fill_keys(criterion: int, walk: Any, w: int, start: int, count: int, buffers: Any) -> Any:
+def fill_keys(score: Score, walk: Any, w: int, start: int, count: int, buffers: Any) -> Any:
     """Return the keys of a block of walk `w`, int32 [count]; `NO_KEY` where the score is NaN.
 
     `buffers` is float32 [2, BLOCK]; the keys are a view of it.
     """
     first, second = buffers[0, :count], buffers[1, :count]
     keys = first.view(np.int32)
-    if criterion == _RANDOM:
+    if score.w == 0 and score.dw == 0:
         keys[:] = _ZERO
         return keys
-    if criterion == _SWR and _is_plain(walk, w, WEIGHT) and _is_plain(walk, w, GRADIENT):
+    one_of_each = score.w == 1 and score.dw == 1
+    if one_of_each and _is_plain(walk, w, WEIGHT) and _is_plain(walk, w, GRADIENT):
         # The most common case needs no copies.
         weights = float_at(walk.addresses[w, WEIGHT] + 4 * start)
         gradients = float_at(walk.addresses[w, GRADIENT] + 4 * start)
         for i in range(count):
             keys[i] = _key(weights[i] * gradients[i])
         return keys
-    fill_operand(walk, w, GRADIENT if criterion == _GRADIENT_ONLY else WEIGHT, start, first)
-    if criterion == _SWR:
-        fill_operand(walk, w, GRADIENT, start, second)
-        for i in range(count):
-            first[i] *= second[i]
+    first[:] = np.float32(1)
+    for operand, power in ((WEIGHT, score.w), (GRADIENT, score.dw)):
+        if power > 0:
+            fill_operand(walk, w, operand, start, second)
+        for _ in range(power):
+            for i in range(count):
+                first[i] *= second[i]
     for i in range(count):
         keys[i] = _key(first[i])
     return keys
@@ -318,7 +321,7 @@ def compact(flags: Any, count: int, inside: Any) -> int:
 def fill_selected(choice: Choice, walk: Any, w: int, start: int, count: int, block: Block) -> None:
     """Write into `block.chosen` which elements of a block of walk `w` are selected."""
     flags = block.chosen[:count]
-    keys = fill_keys(choice.criterion, walk, w, start, count, block.buffers)
+    keys = fill_keys(choice.score, walk, w, start, count, block.buffers)
     last_key = choice.ends[w, 0]
     for i in range(flags.size):
         flags[i] = keys[i] < last_key

@@ -26,7 +26,8 @@ from fastplastic.kernels.cpu.elements import (
 from fastplastic.kernels.cpu.memory import next_task
 from fastplastic.kernels.cpu.tasks import on_threads
 from fastplastic.kernels.elements import Table, Walks, tasks
-from fastplastic.kernels.selection import CRITERIA, DIGITS, Query
+from fastplastic.kernels.scores import SCORES, Score
+from fastplastic.kernels.selection import DIGITS, Query
 
 # Elements that a task keeps at most: one in 16 of what it reads, and some.
 _ROOM, _LEAST_ROOM = 16, 512
@@ -90,7 +91,7 @@ class Histogram:
     ) -> None:
         self._count = count
         self._caps = np.array(caps, dtype=np.int64)
-        self._criterion = CRITERIA.index(criterion)
+        self._score = SCORES[criterion]
         self._walk = walk
         self._ties = ties
         self._pieces = pieces = tasks(walk.counts, torch.get_num_threads())
@@ -112,7 +113,7 @@ class Histogram:
         most = 1 if self._has_kept(digit) else None
         counts, turn = np.zeros((len(self._pieces), DIGITS), dtype=np.int32), np.zeros(1, np.int64)
         shared = (self._walk, self._pieces, turn, self._ties, self._kept, counts)
-        on_threads(_refine, self._criterion, digit, *shared, most=most)
+        on_threads(_refine, self._score, digit, *shared, most=most)
         return self._fold(counts)
 
     def _all(self) -> Table:
@@ -145,7 +146,7 @@ class Histogram:
     def _scan(self, pieces: Table, most: int | None = None) -> Table:
         counts, turn = np.empty((len(pieces), DIGITS), dtype=np.int32), np.zeros(1, np.int64)
         shared = (self._walk, pieces, turn, self._kept, counts)
-        on_threads(_scan, self._criterion, *shared, most=most)
+        on_threads(_scan, self._score, *shared, most=most)
         table = self._fold(counts)
         table[:, _DIGITS_OF_NAN:] = 0
         return table
@@ -172,21 +173,21 @@ def _digit(query: Query) -> Digit:
 
 
 @kernel
-def _scan(criterion: int, walk: Walks, pieces: Table, turn: Any, kept: Kept, counts: Any) -> None:
+def _scan(score: Score, walk: Walks, pieces: Table, turn: Any, kept: Kept, counts: Any) -> None:
     """Count the first digits of the keys of each task, int32 [n_tasks, DIGITS], and keep some."""
     block = new_block()
     # Four counters for one digit: else each increment waits for the one before.
     lanes = np.empty((4, _FIRST_DIGITS), dtype=np.int32)
     t = next_task(turn.ctypes.data)
     while t < len(pieces):
-        _scan_task(criterion, walk, pieces[t], kept, t, block, lanes)
+        _scan_task(score, walk, pieces[t], kept, t, block, lanes)
         _add_lanes(lanes, counts[t])
         t = next_task(turn.ctypes.data)
 
 
 @compiled
 def _scan_task(
-    criterion: int, walk: Walks, piece: Any, kept: Kept, t: int, block: Block, lanes: Any
+    score: Score, walk: Walks, piece: Any, kept: Kept, t: int, block: Block, lanes: Any
 ) -> None:
     w, start, stop = piece
     low, high = kept.ranges[t]
@@ -194,7 +195,7 @@ def _scan_task(
     kept.counts[t] = 0
     for position in range(start, stop, BLOCK):
         n = min(BLOCK, stop - position)
-        keys = fill_keys(criterion, walk, w, position, n, block.buffers)
+        keys = fill_keys(score, walk, w, position, n, block.buffers)
         if low >= high:
             _count_first_digits(keys, lanes)
             continue
@@ -259,7 +260,7 @@ def _fold(counts: Any, pieces: Table, table: Table) -> None:
 
 @kernel
 def _refine(
-    criterion: int, digit: Digit, walk: Walks, pieces: Table, turn: Any, ties: Any,
+    score: Score, digit: Digit, walk: Walks, pieces: Table, turn: Any, ties: Any,
     kept: Kept, counts: Any,
 ) -> None:  # fmt: skip
     """Count a digit of what has the prefix in each task, int32 [n_tasks, DIGITS]."""
@@ -267,13 +268,13 @@ def _refine(
     t = next_task(turn.ctypes.data)
     while t < len(pieces):
         if digit.prefixes[pieces[t, 0]] >= 0:
-            _refine_task(criterion, digit, walk, pieces[t], ties, kept, t, block, counts[t])
+            _refine_task(score, digit, walk, pieces[t], ties, kept, t, block, counts[t])
         t = next_task(turn.ctypes.data)
 
 
 @compiled
 def _refine_task(
-    criterion: int, digit: Digit, walk: Walks, piece: Any, ties: Any,
+    score: Score, digit: Digit, walk: Walks, piece: Any, ties: Any,
     kept: Kept, t: int, block: Block, counts: Any,
 ) -> None:  # fmt: skip
     w, start, stop = piece
@@ -286,7 +287,7 @@ def _refine_task(
     kept.ranges[t, 0], kept.ranges[t, 1] = top, top + 1
     for position in range(start, stop, BLOCK):
         n = min(BLOCK, stop - position)
-        keys = fill_keys(criterion, walk, w, position, n, block.buffers)
+        keys = fill_keys(score, walk, w, position, n, block.buffers)
         found = gather(keys, top << _TOP, (top + 1) << _TOP, walk, w, position, block)
         _keep(kept, t, top << _TOP, block, found)
         _count(digit, w, ties[w], block.keys[:found], block.elements[:found], counts)

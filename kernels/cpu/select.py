@@ -24,6 +24,7 @@ from fastplastic.kernels.cpu.memory import byte_at, next_task
 from fastplastic.kernels.cpu.tasks import on_threads
 from fastplastic.kernels.elements import MASK, Table, Walks, tasks, walks
 from fastplastic.kernels.philox import TIES, philox_key
+from fastplastic.kernels.scores import SCORES
 from fastplastic.kernels.selection import Selection, select_with
 
 
@@ -71,8 +72,8 @@ def _walks(
     masks: Sequence[Tensor | None] | None = None,
 ) -> Walks:
     none = [None] * len(weights)
-    read = none if gradients is None or criterion in ("magnitude", "random") else gradients
-    return walks(list(zip(weights, read, none if masks is None else masks, strict=True)))
+    read = gradients if SCORES[criterion].dw else None
+    return walks(list(zip(weights, read or none, masks or none, strict=True)))
 
 
 @kernel

@@ -2,8 +2,8 @@
 
 A weight, its gradient and its mask are walked through together (see `elements.py` in the folder
 above). A program owns a task: a range of positions of one walk. The table of a weight tells the
-addresses, whether the walk is dense (one dimension, every stride 1, aligned: positions are elements, and are read
-wide), then the sizes and, operand by operand, the strides of its dimensions.
+addresses, whether the walk is dense (one dimension, every stride 1, aligned: positions are
+elements, and are read wide), then the sizes and, operand by operand, the strides of its dimensions.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from fastplastic.kernels.elements import Operands, walks
 from fastplastic.kernels.gpu import launch
 from fastplastic.kernels.gpu.runtime import check_devices, device_function, table
 from fastplastic.kernels.philox import TIES, philox_key
+from fastplastic.kernels.scores import SCORES
 from fastplastic.kernels.selection import Selection
 
 # Columns of the table of a weight before its sizes: addresses, dense.
@@ -110,8 +111,8 @@ def operands_of(
 ) -> list[Operands]:
     """Return what is walked through: the gradients only where the criterion reads them."""
     none = [None] * len(weights)
-    read = none if gradients is None or criterion in ("magnitude", "random") else gradients
-    return list(zip(weights, read, masks or none, strict=True))
+    read = gradients if SCORES[criterion].dw else None
+    return list(zip(weights, read or none, masks or none, strict=True))
 
 
 def signed(number: int) -> int:
@@ -187,22 +188,26 @@ def keys_of(  # type: ignore[no-untyped-def]
     weight_ptr,
     position,
     inside,
-    CRITERION: tl.constexpr,
+    W_POWER: tl.constexpr,
+    DW_POWER: tl.constexpr,
     W_TYPE: tl.constexpr,
     DW_TYPE: tl.constexpr,
     DEPTH: tl.constexpr,
     DENSE: tl.constexpr,
 ):
     """Return the keys of positions, int32, and which are eligible."""
-    if CRITERION == "random":
+    if W_POWER + DW_POWER == 0:
         return (position * 0).to(tl.int32), inside
     else:
-        if CRITERION == "gradient":
-            score = size_of(weight_ptr, position, inside, GRADIENT, DW_TYPE, DEPTH, DENSE)
-        else:
-            score = size_of(weight_ptr, position, inside, WEIGHT, W_TYPE, DEPTH, DENSE)
-        if CRITERION == "swr":
-            score *= size_of(weight_ptr, position, inside, GRADIENT, DW_TYPE, DEPTH, DENSE)
+        score = tl.full(position.shape, 1.0, tl.float32)
+        if W_POWER > 0:
+            size = size_of(weight_ptr, position, inside, WEIGHT, W_TYPE, DEPTH, DENSE)
+            for _ in tl.static_range(W_POWER):
+                score *= size
+        if DW_POWER > 0:
+            size = size_of(weight_ptr, position, inside, GRADIENT, DW_TYPE, DEPTH, DENSE)
+            for _ in tl.static_range(DW_POWER):
+                score *= size
         key = score.to(tl.int32, bitcast=True)
         return key, inside & (score >= 0.0)
 

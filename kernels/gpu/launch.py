@@ -90,10 +90,10 @@ def element_task(total: int) -> int:
     return max(_ELEMENT_TASK, power_of_two(cdiv(total, _ELEMENT_TASKS)))
 
 
-def histogram_block(criterion: str) -> int:
+def histogram_block(w_power: int, dw_power: int) -> int:
     """Return how many elements the histogram reads at once."""
-    # At random all are ties. Where nothing is read, AMD's compiler interleaves too many of them.
-    return HISTOGRAM_BLOCK // 2 if criterion == "random" else HISTOGRAM_BLOCK
+    # Without a score all are ties, and AMD's compiler interleaves too many of them.
+    return HISTOGRAM_BLOCK if w_power or dw_power else HISTOGRAM_BLOCK // 2
 
 
 def fold_parts(parts: int) -> int:

@@ -44,6 +44,7 @@ from fastplastic.kernels.gpu.runtime import (
     table,
 )
 from fastplastic.kernels.philox import TIES, philox_key
+from fastplastic.kernels.scores import SCORES
 from fastplastic.kernels.selection import DIGITS, Query, Selection, Table, select_with
 
 # Columns of the table of a query: prefix, key, word, Philox key.
@@ -58,7 +59,8 @@ def _count(  # type: ignore[no-untyped-def]
     shift,
     bits,
     NUMBER: tl.constexpr,
-    CRITERION: tl.constexpr,
+    W_POWER: tl.constexpr,
+    DW_POWER: tl.constexpr,
     W_TYPE: tl.constexpr,
     DW_TYPE: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -76,7 +78,7 @@ def _count(  # type: ignore[no-untyped-def]
     for first in range(begin, end, BLOCK):
         position = first + tl.arange(0, BLOCK).to(tl.int64)
         key, counted = keys_of(
-            weight_ptr, position, position < end, CRITERION, W_TYPE, DW_TYPE, DEPTH, DENSE
+            weight_ptr, position, position < end, W_POWER, DW_POWER, W_TYPE, DW_TYPE, DEPTH, DENSE
         )
         number = key.to(tl.int64)
         if NUMBER != "key":
@@ -105,7 +107,8 @@ def _histogram_kernel(  # type: ignore[no-untyped-def]
     shift: tl.int64,
     bits: tl.int64,
     NUMBER: tl.constexpr,
-    CRITERION: tl.constexpr,
+    W_POWER: tl.constexpr,
+    DW_POWER: tl.constexpr,
     W_TYPE: tl.constexpr,
     DW_TYPE: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -123,14 +126,14 @@ def _histogram_kernel(  # type: ignore[no-untyped-def]
     if tl.load(query_ptr) >= 0:
         if tl.load(weight_ptr + 3) != 0:
             counts = _count(
-                weight_ptr, task_ptr, query_ptr, shift, bits, NUMBER, CRITERION, W_TYPE, DW_TYPE,
-                DEPTH, True, VECTOR, BINS, BLOCK,
+                weight_ptr, task_ptr, query_ptr, shift, bits, NUMBER, W_POWER, DW_POWER,
+                W_TYPE, DW_TYPE, DEPTH, True, VECTOR, BINS, BLOCK,
             )  # fmt: skip
             tl.store(count_ptr, counts)
         else:
             counts = _count(
-                weight_ptr, task_ptr, query_ptr, shift, bits, NUMBER, CRITERION, W_TYPE, DW_TYPE,
-                DEPTH, False, 1, BINS, BLOCK,
+                weight_ptr, task_ptr, query_ptr, shift, bits, NUMBER, W_POWER, DW_POWER,
+                W_TYPE, DW_TYPE, DEPTH, False, 1, BINS, BLOCK,
             )  # fmt: skip
             tl.store(count_ptr, counts)
 
@@ -158,7 +161,8 @@ def _mark(  # type: ignore[no-untyped-def]
     weight_ptr,
     task_ptr,
     choice_ptr,
-    CRITERION: tl.constexpr,
+    W_POWER: tl.constexpr,
+    DW_POWER: tl.constexpr,
     W_TYPE: tl.constexpr,
     DW_TYPE: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -173,7 +177,7 @@ def _mark(  # type: ignore[no-untyped-def]
         position = first + tl.arange(0, BLOCK).to(tl.int64)
         inside = position < end
         key, eligible = keys_of(
-            weight_ptr, position, inside, CRITERION, W_TYPE, DW_TYPE, DEPTH, DENSE
+            weight_ptr, position, inside, W_POWER, DW_POWER, W_TYPE, DW_TYPE, DEPTH, DENSE
         )
         element = offset_of(weight_ptr, position, ELEMENT, DEPTH, DENSE)
         chosen = eligible & chosen_of(choice_ptr, key, element)
@@ -189,7 +193,8 @@ def _mask_kernel(  # type: ignore[no-untyped-def]
     choices_ptr,
     weight_columns: tl.int64,
     first_task: tl.int64,
-    CRITERION: tl.constexpr,
+    W_POWER: tl.constexpr,
+    DW_POWER: tl.constexpr,
     W_TYPE: tl.constexpr,
     DW_TYPE: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -202,11 +207,23 @@ def _mask_kernel(  # type: ignore[no-untyped-def]
     choice_ptr = choices_ptr + weight * N_CHOICE
     if tl.load(weight_ptr + 3) != 0:
         _mark(
-            weight_ptr, task_ptr, choice_ptr, CRITERION, W_TYPE, DW_TYPE, DEPTH, True, VECTOR,
-            BLOCK,
+            weight_ptr, task_ptr, choice_ptr, W_POWER, DW_POWER, W_TYPE, DW_TYPE, DEPTH, True,
+            VECTOR, BLOCK,
         )  # fmt: skip
     else:
-        _mark(weight_ptr, task_ptr, choice_ptr, CRITERION, W_TYPE, DW_TYPE, DEPTH, False, 1, BLOCK)
+        _mark(
+            weight_ptr,
+            task_ptr,
+            choice_ptr,
+            W_POWER,
+            DW_POWER,
+            W_TYPE,
+            DW_TYPE,
+            DEPTH,
+            False,
+            1,
+            BLOCK,
+        )
 
 
 def select(
@@ -242,6 +259,7 @@ def selection_masks(
     if not any(weight.numel() for weight in weights):
         return masks
     device = weights[0].device
+    score = SCORES[selection.criterion]
     with launching(device):
         found = elements(operands_of(selection.criterion, weights, gradients, masks))
         choices = choice_table(selection, device)
@@ -252,7 +270,8 @@ def selection_masks(
                 choices,
                 found.weights.shape[1],
                 begin,
-                CRITERION=selection.criterion,
+                W_POWER=score.w,
+                DW_POWER=score.dw,
                 W_TYPE=TYPES[kind.w_dtype],
                 DW_TYPE=TYPES[kind.dw_dtype],
                 DEPTH=found.depth,
@@ -267,7 +286,7 @@ class _Histogram:
     """Answers the queries of the search on the host."""
 
     def __init__(self, criterion: str, operands: list[Operands], ties: list[int]) -> None:
-        self._criterion = criterion
+        self._score = SCORES[criterion]
         # Their memory is read as long as this lives.
         self._operands = operands
         self._ties = ties
@@ -309,12 +328,13 @@ class _Histogram:
                 query.shift,
                 query.bits,
                 NUMBER=query.number,
-                CRITERION=self._criterion,
+                W_POWER=self._score.w,
+                DW_POWER=self._score.dw,
                 W_TYPE=TYPES[kind.w_dtype],
                 DW_TYPE=TYPES[kind.dw_dtype],
                 DEPTH=found.depth,
                 VECTOR=kind.vector,
                 BINS=DIGITS,
-                BLOCK=launch.histogram_block(self._criterion),
+                BLOCK=launch.histogram_block(*self._score),
                 **(launch.OPTIONS | {"num_warps": launch.HISTOGRAM_WARPS}),
             )

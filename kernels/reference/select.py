@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastplastic.kernels.checks import Gradients, check_select, check_selection
 from fastplastic.kernels.philox import KEY_STEPS, MULTIPLIERS, ROUNDS, TIES, philox_key
+from fastplastic.kernels.scores import SCORES
 from fastplastic.kernels.selection import Selection, Table, too_many
 
 _INFINITE = 0x7F800000
@@ -91,22 +92,13 @@ def _order(
 ) -> tuple[Table, Table, Table, Table]:
     """Return key, word, weight number and element of every element of a weight."""
     gradient = None if gradients is None else gradients[i]
-    score = _score(weights[i].detach().cpu(), gradient, criterion)
+    slope = None if gradient is None else gradient.detach().cpu()
+    score = SCORES[criterion].of(weights[i].detach().cpu(), slope)
     n = score.numel()
     # The sign is that of a NaN: 0 times infinity gives a negative one.
     key = score.reshape(n).numpy().view(np.int32).astype(np.int64) & 0x7FFFFFFF
     word = philox_words(philox_key(seed, TIES, name), n).astype(np.int64)
     return key, word, np.full(n, i, dtype=np.int64), np.arange(n, dtype=np.int64)
-
-
-def _score(weight: Tensor, gradient: Tensor | None, criterion: str) -> Tensor:
-    if criterion == "random":
-        return torch.zeros(weight.shape)
-    if criterion == "magnitude":
-        return weight.float().abs()
-    assert gradient is not None, criterion
-    slope = gradient.detach().cpu().float().abs()
-    return slope if criterion == "gradient" else weight.float().abs() * slope
 
 
 def _rank_in_own(weight: Table, n_weights: int) -> Table:
