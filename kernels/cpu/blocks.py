@@ -21,7 +21,7 @@ from numba import carray
 from torch import Tensor
 
 from fastplastic.kernels.cpu.compiling import c_function, deferred
-from fastplastic.kernels.cpu.cuts import plan_of
+from fastplastic.kernels.cpu.cuts import cuts_of
 from fastplastic.kernels.cpu.memory import LANES, double_at, int_at
 from fastplastic.kernels.cpu.tasks import LOCK, Work, scratch
 from fastplastic.kernels.strides import unit_views
@@ -296,23 +296,23 @@ def _reading(
 ) -> _Reading | None:
     """Prepare to read a tensor; None where pieces must be copied."""
     sums = sums_of(spec)
-    plan = plan_of(shape, strides, axis, sums.unroll)
-    if plan is None:
+    cuts = cuts_of(shape, strides, axis, sums.unroll)
+    if cuts is None:
         return None
     statistics, bits = len(sums.start), int(np.float64(slope).view(np.int64))
-    size = statistics * plan.units
-    merge = (plan.chunks, statistics, plan.units, plan.positions, int(math.inf in sums.start))
-    calls = [(by_lanes, *call) for call in plan.lanes]
-    if plan.runs is not None:
-        tasks, own = plan.runs
-        calls = [(by_runs, tasks, 0, 0, plan.chunks, own)]
+    size = statistics * cuts.units
+    merge = (cuts.chunks, statistics, cuts.units, cuts.positions, int(math.inf in sums.start))
+    calls = [(by_lanes, *call) for call in cuts.lanes]
+    if cuts.runs is not None:
+        tasks, own = cuts.runs
+        calls = [(by_runs, tasks, 0, 0, cuts.chunks, own)]
     works = []
     for number, (kernel_of, tasks, element, first, chunks, own) in enumerate(calls, start=1):
         fixed = (bits, chunks, element * sums.itemsize, first * size * 8, *merge, *own)
         # The last one puts the partial results of all together.
         after = _merge_kernel() if number == len(calls) else None
         works.append(Work(kernel_of(spec), tasks, fixed, varying=_VARYING, after=after))
-    return _Reading(tuple(works), plan.chunks * size)
+    return _Reading(tuple(works), cuts.chunks * size)
 
 
 def _add(reading: _Reading, address: int, table: Tensor) -> None:

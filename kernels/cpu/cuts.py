@@ -20,7 +20,7 @@ _CHUNKS = 32
 _VECTORS = 64
 
 
-class Plan(NamedTuple):
+class Cuts(NamedTuple):
     """How a tensor [A, C, B] is read.
 
     Attributes:
@@ -40,13 +40,13 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def plan_of(
+def cuts_of(
     shape: tuple[int, ...], strides: tuple[int, ...], axis: int, unroll: int
-) -> Plan | None:
+) -> Cuts | None:
     """Return how to read a tensor with these strides; None where pieces must be copied."""
     view = view_of(shape, strides, axis)
     if math.prod(shape) == 0:
-        return Plan(shape[axis], 0, 0, None, ())
+        return Cuts(shape[axis], 0, 0, None, ())
     if view is None:
         return None
     (ahead, units, behind), (stride, unit_stride, inner) = view
@@ -56,7 +56,7 @@ def plan_of(
         group = min(units, max(1, _RUN_TASK // (-(-ahead // chunks) * behind)))
         groups = -(-units // group)
         arguments = (ahead, stride, units, unit_stride, behind, group)
-        return Plan(units, ahead * behind, chunks, (chunks * groups, arguments), ())
+        return Cuts(units, ahead * behind, chunks, (chunks * groups, arguments), ())
     if behind > 1 and (inner != 1 or (units > 1 and unit_stride != behind)):
         return None
     if behind == 1 and units > 1 and unit_stride != 1:
@@ -74,7 +74,7 @@ def plan_of(
     if rest:
         narrow = (rest, row, row, behind, units, tile)
         calls.append((-(-row // tile), rows * joined * row, chunks, 1, narrow))
-    return Plan(units, ahead * behind, chunks + (rest > 0), None, tuple(calls))
+    return Cuts(units, ahead * behind, chunks + (rest > 0), None, tuple(calls))
 
 
 def _chunks(rows: int, most: int) -> int:

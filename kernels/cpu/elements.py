@@ -68,7 +68,7 @@ class Block(NamedTuple):
     words: Any
 
 
-class Choice(NamedTuple):
+class Thresholds(NamedTuple):
     """A `Selection` as tables.
 
     Attributes:
@@ -82,12 +82,12 @@ class Choice(NamedTuple):
     ends: Any
 
 
-def choice_of(selection: Selection) -> Choice:
+def thresholds_of(selection: Selection) -> Thresholds:
     """Return a selection as tables."""
     ties = [philox_key(selection.seed, TIES, name) for name in selection.names]
     ends = np.array([selection.keys, selection.words, selection.elements], dtype=np.int64)
     score = SCORES[selection.criterion]
-    return Choice(score, np.array(ties, dtype=np.uint64), np.ascontiguousarray(ends.T))
+    return Thresholds(score, np.array(ties, dtype=np.uint64), np.ascontiguousarray(ends.T))
 
 
 def compiled(function: Function) -> Function:
@@ -318,19 +318,21 @@ def compact(flags: Any, count: int, inside: Any) -> int:
 
 
 @compiled
-def fill_selected(choice: Choice, walk: Any, w: int, start: int, count: int, block: Block) -> None:
+def fill_selected(
+    thresholds: Thresholds, walk: Any, w: int, start: int, count: int, block: Block
+) -> None:
     """Write into `block.chosen` which elements of a block of walk `w` are selected."""
     flags = block.chosen[:count]
-    keys = fill_keys(choice.score, walk, w, start, count, block.buffers)
-    last_key = choice.ends[w, 0]
+    keys = fill_keys(thresholds.score, walk, w, start, count, block.buffers)
+    last_key = thresholds.ends[w, 0]
     for i in range(flags.size):
         flags[i] = keys[i] < last_key
-    if choice.ends[w, 1] < 0:
+    if thresholds.ends[w, 1] < 0:
         return
     n = gather(keys, last_key, last_key + 1, walk, w, start, block)
     for i in range(n):
-        block.words[i] = philox(choice.ties[w], block.elements[i])
-    last_word, last_element = choice.ends[w, 1], choice.ends[w, 2]
+        block.words[i] = philox(thresholds.ties[w], block.elements[i])
+    last_word, last_element = thresholds.ends[w, 1], thresholds.ends[w, 2]
     for i in range(n):
         word = np.int64(block.words[i])
         within = word == last_word and block.elements[i] <= last_element

@@ -13,7 +13,7 @@ _TASK, _LINES = 1 << 17, 512
 _LEAST_TASKS, _FEW_LINES = 4, 32
 
 
-class Matrix(NamedTuple):
+class LineMatrix(NamedTuple):
     """How one weight lies in memory.
 
     Attributes:
@@ -36,12 +36,12 @@ class Matrix(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def matrix_of(shape: tuple[int, ...], strides: tuple[int, ...], groups: int) -> Matrix | None:
+def matrix_of(shape: tuple[int, ...], strides: tuple[int, ...], groups: int) -> LineMatrix | None:
     """Return the lines of a weight, None where neither rows nor columns are contiguous."""
     kernel = math.prod(shape[2:])
     dims = [d for d, size in enumerate(shape) if size > 1]
     if math.prod(shape) <= 1 or not dims:
-        return Matrix(shape[0], shape[1] * kernel, 1, kernel, shape[1], groups, False)
+        return LineMatrix(shape[0], shape[1] * kernel, 1, kernel, shape[1], groups, False)
     order = sorted(dims, key=lambda d: -strides[d])
     rows_first = [d for d in order if d != 0]
     if _adjacent(shape, strides, rows_first) and order == [
@@ -49,11 +49,11 @@ def matrix_of(shape: tuple[int, ...], strides: tuple[int, ...], groups: int) -> 
     ]:
         period, repeat = _cycle(shape, rows_first, 1)
         stride = strides[0] if shape[0] > 1 else 1
-        return Matrix(shape[0], shape[1] * kernel, stride, repeat, period, groups, False)
+        return LineMatrix(shape[0], shape[1] * kernel, stride, repeat, period, groups, False)
     columns_first = [d for d in order if d != 1]
     if groups == 1 and order[0] == 1 and _adjacent(shape, strides, columns_first):
         period, repeat = _cycle(shape, columns_first, 0)
-        return Matrix(shape[1], shape[0] * kernel, strides[1], repeat, period, 1, True)
+        return LineMatrix(shape[1], shape[0] * kernel, strides[1], repeat, period, 1, True)
     return None
 
 
@@ -77,7 +77,7 @@ def _cycle(shape: tuple[int, ...], dims: Sequence[int], dim: int) -> tuple[int, 
 FIELDS = 13
 
 
-def tasks_of(matrices: tuple[Matrix, ...]) -> tuple[Any, Any, int]:
+def tasks_of(matrices: tuple[LineMatrix, ...]) -> tuple[Any, Any, int]:
     """Return the plan int64 [weights, fields], the tasks (weight, first, last segment), slots.
 
     A segment is some lines of one group; its sums across lines have slots, one for each element

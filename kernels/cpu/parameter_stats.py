@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastplastic.kernels.cpu.compiling import c_function, deferred, inline, inline_sums
-from fastplastic.kernels.cpu.lines import FIELDS, Matrix, matrix_of, tasks_of
+from fastplastic.kernels.cpu.lines import FIELDS, LineMatrix, matrix_of, tasks_of
 from fastplastic.kernels.cpu.memory import (
     LANES,
     LOADERS,
@@ -72,7 +72,7 @@ class _Entry(NamedTuple):
     """One weight of a launch; the tensors are kept alive."""
 
     spec: str
-    matrix: Matrix
+    matrix: LineMatrix
     weight: Tensor
     gradient: Tensor | None
     place: tuple[int, int]
@@ -144,7 +144,7 @@ class _Launch(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def _prepared(
-    spec: str, matrices: tuple[Matrix, ...], places: tuple[tuple[int, int], ...]
+    spec: str, matrices: tuple[LineMatrix, ...], places: tuple[tuple[int, int], ...]
 ) -> _Launch:
     """Prepare to read weights whose sums have these places in the tables."""
     plan, tasks, slots = tasks_of(matrices)

@@ -41,7 +41,7 @@ _LOG_LOW, _LOG_HIGH = F(LOG_LOW), F(LOG_HIGH)
 _LOG, _CENTRE, _TAIL = (tuple(map(F, numbers)) for numbers in (LOG, CENTRE, TAIL))
 
 
-class Source(NamedTuple):
+class Draws(NamedTuple):
     """What fresh values come from.
 
     Attributes:
@@ -71,19 +71,19 @@ def resample_(
     none = [None] * len(weights)
     walk = walks(list(zip(weights, none, masks or none, strict=True)))
     keys = [philox_key(seed, INITIAL_VALUES, name) for name in names]
-    source = Source(
+    draws = Draws(
         np.array(keys, dtype=np.uint64),
         np.array([law.kind == "normal" for law in laws], dtype=np.bool_),
         np.array([law.numbers for law in laws], dtype=np.float32).reshape(len(laws), 6),
     )
     pieces = tasks(walk.counts, get_num_threads())
-    on_threads(_resample, source, walk, pieces, np.zeros(1, dtype=np.int64))
+    on_threads(_resample, draws, walk, pieces, np.zeros(1, dtype=np.int64))
     # Written behind the back of autograd, which has to know.
     increment_version([weight for weight in weights if not weight.is_inference()])
 
 
 @kernel
-def _resample(source: Source, walk: Walks, pieces: Table, turn: Any) -> None:
+def _resample(draws: Draws, walk: Walks, pieces: Table, turn: Any) -> None:
     block = new_block()
     values = np.empty(BLOCK, dtype=np.float32)
     t = next_task(turn.ctypes.data)
@@ -92,7 +92,7 @@ def _resample(source: Source, walk: Walks, pieces: Table, turn: Any) -> None:
         for position in range(start, stop, BLOCK):
             n = min(BLOCK, stop - position)
             _choose(walk, w, position, n, block)
-            _write(source, walk, w, position, n, block, values)
+            _write(draws, walk, w, position, n, block, values)
         t = next_task(turn.ctypes.data)
 
 
@@ -107,13 +107,13 @@ def _choose(walk: Walks, w: int, start: int, count: int, block: Block) -> None:
 
 @compiled
 def _write(
-    source: Source, walk: Walks, w: int, start: int, count: int, block: Block, values: Any
+    draws: Draws, walk: Walks, w: int, start: int, count: int, block: Block, values: Any
 ) -> None:
     """Draw the flagged elements of a block and store them."""
     n = compact(block.chosen, count, block.inside)
     inside, elements, fresh = block.inside[:n], block.elements[:n], values[:n]
     fill_elements(walk, w, start, inside, elements)
-    _draw(source, w, elements, block.words[:n], fresh)
+    _draw(draws, w, elements, block.words[:n], fresh)
     sizes, strides = walk.sizes[w], walk.strides[w, WEIGHT]
     if sizes.size == 1:
         for i in range(n):
@@ -125,18 +125,18 @@ def _write(
 
 
 @compiled
-def _draw(source: Source, w: int, elements: Any, words: Any, values: Any) -> None:
-    location, scale, p_low, p_width, low, high = source.numbers[w]
+def _draw(draws: Draws, w: int, elements: Any, words: Any, values: Any) -> None:
+    location, scale, p_low, p_width, low, high = draws.numbers[w]
     if scale == 0:
         p_width = F(0)
     else:
         for i in range(elements.size):
-            words[i] = philox(source.keys[w], elements[i])
+            words[i] = philox(draws.keys[w], elements[i])
     whole = p_low == F(0) and p_width == _ONE
     for i in range(elements.size):
         u = (F(np.int32(words[i] >> np.uint32(9))) + _HALF) * _UNIT
         values[i] = u if whole else p_low + u * p_width
-    if source.normal[w]:
+    if draws.normal[w]:
         for i in range(elements.size):
             values[i] = _SQRT_2 * _erfinv(_TWO * values[i] - _ONE)
     for i in range(elements.size):

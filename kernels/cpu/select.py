@@ -11,13 +11,13 @@ from fastplastic.kernels.checks import Gradients, check_select, check_selection
 from fastplastic.kernels.cpu.elements import (
     BLOCK,
     Block,
-    Choice,
-    choice_of,
+    Thresholds,
     compiled,
     fill_selected,
     kernel,
     new_block,
     offset_of,
+    thresholds_of,
 )
 from fastplastic.kernels.cpu.histogram import Histogram
 from fastplastic.kernels.cpu.memory import byte_at, next_task
@@ -61,7 +61,7 @@ def selection_masks(
     masks = [torch.empty(weight.shape, dtype=torch.bool) for weight in weights]
     walk = _walks(selection.criterion, weights, gradients, masks)
     pieces = tasks(walk.counts, torch.get_num_threads())
-    on_threads(_mark, choice_of(selection), walk, pieces, np.zeros(1, dtype=np.int64))
+    on_threads(_mark, thresholds_of(selection), walk, pieces, np.zeros(1, dtype=np.int64))
     return masks
 
 
@@ -77,22 +77,22 @@ def _walks(
 
 
 @kernel
-def _mark(choice: Choice, walk: Walks, pieces: Table, turn: Any) -> None:
+def _mark(thresholds: Thresholds, walk: Walks, pieces: Table, turn: Any) -> None:
     """Write the masks."""
     block = new_block()
     t = next_task(turn.ctypes.data)
     while t < len(pieces):
-        _mark_task(choice, walk, pieces[t], block)
+        _mark_task(thresholds, walk, pieces[t], block)
         t = next_task(turn.ctypes.data)
 
 
 @compiled
-def _mark_task(choice: Choice, walk: Walks, piece: Any, block: Block) -> None:
+def _mark_task(thresholds: Thresholds, walk: Walks, piece: Any, block: Block) -> None:
     w, start, stop = piece
     sizes, strides = walk.sizes[w], walk.strides[w, MASK]
     mask = byte_at(walk.addresses[w, MASK])
     for position in range(start, stop, BLOCK):
         n = min(BLOCK, stop - position)
-        fill_selected(choice, walk, w, position, n, block)
+        fill_selected(thresholds, walk, w, position, n, block)
         for i in range(n):
             mask[offset_of(position + i, sizes, strides)] = block.chosen[i]

@@ -30,7 +30,7 @@ N_TASK, N_CHOICE = tl.constexpr(3), tl.constexpr(4)
 WEIGHT, GRADIENT, MASK, ELEMENT = (tl.constexpr(operand) for operand in range(4))
 
 
-class Kind(NamedTuple):
+class Dtypes(NamedTuple):
     """Dtypes of a weight and its gradient: what makes another variant of a kernel."""
 
     w_dtype: torch.dtype
@@ -43,7 +43,7 @@ class Kind(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Elements:
+class ElementTables:
     """Weights as the kernels take them.
 
     Attributes:
@@ -56,12 +56,12 @@ class Elements:
 
     weights: Tensor
     tasks: Tensor
-    launches: dict[Kind, tuple[int, int]]
+    launches: dict[Dtypes, tuple[int, int]]
     ranges: Tensor
     depth: int
 
 
-def elements(operands: Sequence[Operands]) -> Elements:
+def elements(operands: Sequence[Operands]) -> ElementTables:
     """Describe weights; the caller keeps the tensors alive.
 
     Args:
@@ -75,11 +75,11 @@ def elements(operands: Sequence[Operands]) -> Elements:
     check_devices((tensor for tensors in operands for tensor in tensors), device)
     walk = walks(operands)
     counts = walk.counts.tolist()
-    kinds = [Kind(w.dtype, w.dtype if dw is None else dw.dtype) for w, dw, _ in operands]
+    kinds = [Dtypes(w.dtype, w.dtype if dw is None else dw.dtype) for w, dw, _ in operands]
     size = launch.element_task(sum(counts))
     rows: list[tuple[int, ...]] = []
     tasks: list[tuple[int, int, int]] = []
-    launches: dict[Kind, tuple[int, int]] = {}
+    launches: dict[Dtypes, tuple[int, int]] = {}
     ranges = [(0, 0)] * len(counts)
     for kind in dict.fromkeys(kinds):
         begin = len(tasks)
@@ -94,7 +94,7 @@ def elements(operands: Sequence[Operands]) -> Elements:
         dense &= counts[i] % kind.vector == 0 and all(at % 16 == 0 for at in addresses)
         sizes, strides = walk.sizes[i].tolist(), walk.strides[i].ravel().tolist()
         rows.append((*addresses, int(dense), *sizes, *strides))
-    return Elements(
+    return ElementTables(
         table(rows, len(rows[0]), device),
         table(tasks, N_TASK.value, device),
         {kind: (begin, end) for kind, (begin, end) in launches.items() if end > begin},

@@ -23,8 +23,8 @@ from fastplastic.kernels.gpu.parameter_tables import (
     POINTER_COLUMNS,
     TASK_COLUMNS,
     Operand,
-    Plan,
-    plan_for,
+    ParameterTables,
+    tables_for,
 )
 from fastplastic.kernels.gpu.runtime import (
     TYPES,
@@ -229,7 +229,7 @@ def parameter_stats(
     parts = (1,) * len(weights) if groups is None else groups
     operands = tuple(map(_operand, weights, gradients, parts))
     with launching(device):
-        plan = plan_for(operands, device, stream_of(device))
+        plan = tables_for(operands, device, stream_of(device))
         # Copies live until the launches are queued.
         pairs = list(zip(weights, gradients, plan.copied, strict=True))
         kept = [_readable(w, dw, copied) for w, dw, copied in pairs]
@@ -254,7 +254,9 @@ def _readable(
     return weight.contiguous(), None if gradient is None else gradient.contiguous()
 
 
-def _launch(plan: Plan, pointers: Tensor, parts: Tensor, rows: Tensor, columns: Tensor) -> None:
+def _launch(
+    plan: ParameterTables, pointers: Tensor, parts: Tensor, rows: Tensor, columns: Tensor
+) -> None:
     for kind, (begin, end) in plan.launches.items():
         _parameter_kernel[(end - begin,)](
             plan.matrices,

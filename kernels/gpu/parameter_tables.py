@@ -51,7 +51,7 @@ class Operand(NamedTuple):
         )
 
 
-class Kind(NamedTuple):
+class Variant(NamedTuple):
     """What makes another variant of the kernel, and so another launch."""
 
     w_dtype: torch.dtype
@@ -109,7 +109,7 @@ class Fold(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class ParameterTables:
     """The tables of one list of weights, on the device, and how to launch over them.
 
     Attributes:
@@ -124,7 +124,7 @@ class Plan:
 
     matrices: Tensor
     tasks: Tensor
-    launches: dict[Kind, tuple[int, int]]
+    launches: dict[Variant, tuple[int, int]]
     folds: Tensor
     copied: tuple[bool, ...]
     wide: tuple[bool, ...]
@@ -157,7 +157,7 @@ class _Builder:
 
     def __init__(self) -> None:
         self.matrices: list[Matrix] = []
-        self.tasks: dict[Kind, list[tuple[int, ...]]] = {}
+        self.tasks: dict[Variant, list[tuple[int, ...]]] = {}
         self.folds: list[Fold] = []
         self.copied: list[bool] = []
         self.wide: list[bool] = []
@@ -169,7 +169,7 @@ class _Builder:
         as_given = _stretch(operand)
         stretch = as_given or _stretch(operand.contiguous)
         assert stretch is not None, operand
-        kind = Kind(operand.w_dtype, operand.dw_dtype, stretch.transposed)
+        kind = Variant(operand.w_dtype, operand.dw_dtype, stretch.transposed)
         # A depthwise filter has one column, with the sums of its row.
         depthwise = groups == shape[0] and shape[1] == 1 and not stretch.transposed
         parts = 1 if depthwise else groups
@@ -241,13 +241,13 @@ class _Builder:
 
 
 @lru_cache(maxsize=16)
-def plan_for(operands: tuple[Operand, ...], device: torch.device, stream: int) -> Plan:
+def tables_for(operands: tuple[Operand, ...], device: torch.device, stream: int) -> ParameterTables:
     """Return the tables of a list of weights, filled by a stream for itself."""
     builder = _Builder()
     for operand in operands:
         builder.add(operand)
     ends = [0, *itertools.accumulate(len(tasks) for tasks in builder.tasks.values())]
-    return Plan(
+    return ParameterTables(
         matrices=table(builder.matrices, MATRIX_COLUMNS, device),
         tasks=table([task for own in builder.tasks.values() for task in own], TASK_COLUMNS, device),
         launches=dict(zip(builder.tasks, itertools.pairwise(ends), strict=True)),

@@ -23,7 +23,7 @@ from fastplastic.kernels.gpu.elements import (
     MASK,
     N_CHOICE,
     N_TASK,
-    Elements,
+    ElementTables,
     choice_table,
     chosen_of,
     elements,
@@ -290,7 +290,7 @@ class _Histogram:
         # Their memory is read as long as this lives.
         self._operands = operands
         self._ties = ties
-        self._elements: Elements | None = None
+        self._elements: ElementTables | None = None
 
     def __call__(self, query: Query) -> Table:
         """Count what the query asks for."""
@@ -314,7 +314,7 @@ class _Histogram:
             )
             return total.cpu().numpy()
 
-    def _launch(self, found: Elements, query: Query, counts: Tensor) -> None:
+    def _launch(self, found: ElementTables, query: Query, counts: Tensor) -> None:
         columns = (query.prefixes.tolist(), query.keys.tolist(), query.words.tolist(), self._ties)
         queries = table(list(zip(*columns, strict=True)), len(columns), counts.device)
         for kind, (begin, end) in found.launches.items():
