@@ -23,7 +23,7 @@ _REDO_EPSILON = 1e-9
 
 
 @dataclass(frozen=True)
-class Layer:
+class ScoredLayer:
     """What a criterion may know of a layer beside its statistics.
 
     Attributes:
@@ -54,7 +54,7 @@ class Criterion:
     """
 
     name: str
-    formula: Callable[[LayerStats, Layer], Tensor]
+    formula: Callable[[LayerStats, ScoredLayer], Tensor]
     candidate: Literal["small", "large"]
     threshold: float | None
     needs: Literal["activations", "gradients", "nothing"]
@@ -78,14 +78,14 @@ class Criterion:
         small = self.candidate == "small"
         return scores <= self.threshold if small else scores >= self.threshold
 
-    def score(self, stats: LayerStats, layer: Layer | None = None) -> Tensor:
+    def score(self, stats: LayerStats, layer: ScoredLayer | None = None) -> Tensor:
         """Return the score of every unit of a layer, float64 [n_units].
 
         Args:
             stats: Statistics of the layer.
             layer: Read by `phi` and `random` only.
         """
-        return self.formula(stats, Layer() if layer is None else layer)
+        return self.formula(stats, ScoredLayer() if layer is None else layer)
 
 
 def dead(stats: LayerStats) -> Tensor:
@@ -114,7 +114,7 @@ def saturated(stats: LayerStats) -> Tensor:
     return stats.flat_share
 
 
-def phi(stats: LayerStats, layer: Layer) -> Tensor:
+def phi(stats: LayerStats, layer: ScoredLayer) -> Tensor:
     """Return the root mean square of h scaled to [-1, 1]; 1 for a unit at the ends of its range.
 
     After Rakitianskaia and Engelbrecht, "Measuring saturation in neural networks", SSCI 2015, who
@@ -218,7 +218,7 @@ def plasticity(stats: LayerStats) -> Tensor:
     return torch.maximum(live / live.nanmean(), gradient(stats))
 
 
-def random(stats: LayerStats, layer: Layer) -> Tensor:
+def random(stats: LayerStats, layer: ScoredLayer) -> Tensor:
     """Return uniform numbers in [0, 1) fixed by (seed, layer name, unit): the control.
 
     Args:

@@ -209,3 +209,13 @@ def test_public_names_load_no_model_library(name):
 def test_help_and_version_do_not_load_torch(arguments):
     code = f"from fastplastic.cli.main import main\nmain({arguments.split()!r})"
     assert not loaded_by(code) & {"torch", "numpy", "timm", "numba", "triton"}
+
+
+def test_every_class_name_stands_once():
+    """Whoever reads a name knows which class it is."""
+    found: dict[str, list[str]] = {}
+    for module, file in MODULES.items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, []).append(module)
+    assert not {name: modules for name, modules in found.items() if len(modules) > 1}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastplastic import criteria
-from fastplastic.criteria import CRITERIA, Layer
+from fastplastic.criteria import CRITERIA, ScoredLayer
 from fastplastic.stats import STATISTICS, LayerStats, empty_table
 
 NAN = float("nan")
@@ -133,7 +133,7 @@ def test_contributions_of_continual_backpropagation():
 def test_phi_scales_the_range_of_the_function():
     z = np.random.default_rng(2).normal(size=(200, 6)) * [0.1, 1, 50, 0.1, 1, 50]
     h = np.concatenate([np.tanh(z[:, :3]), 1 / (1 + np.exp(-z[:, 3:]))], axis=1)
-    layer = Layer("a", ((0, 3, "tanh"), (3, 5, "sigmoid"), (5, 6, "relu")))
+    layer = ScoredLayer("a", ((0, 3, "tanh"), (3, 5, "sigmoid"), (5, 6, "relu")))
     found = CRITERIA["phi"].score(of_activations(h), layer)
     scaled = np.concatenate([h[:, :3], 2 * h[:, 3:5] - 1], axis=1)
     assert np.allclose(found[:5], np.sqrt((scaled**2).mean(0)), rtol=1e-9)
@@ -154,17 +154,23 @@ def test_plasticity_is_small_only_where_both_are():
 
 
 def test_random_is_fixed_by_seed_layer_and_unit():
-    scores = criteria.random(layer_stats(1000), Layer("blocks.0", seed=7))
+    scores = criteria.random(layer_stats(1000), ScoredLayer("blocks.0", seed=7))
     assert scores.dtype == torch.float64 and 0 <= scores.min() and scores.max() < 1
     assert 0.45 < scores.mean() < 0.55 and scores.unique().numel() == 1000
-    assert torch.equal(scores[:10], criteria.random(layer_stats(10), Layer("blocks.0", seed=7)))
-    assert not torch.equal(scores, criteria.random(layer_stats(1000), Layer("blocks.1", seed=7)))
-    assert not torch.equal(scores, criteria.random(layer_stats(1000), Layer("blocks.0", seed=8)))
+    assert torch.equal(
+        scores[:10], criteria.random(layer_stats(10), ScoredLayer("blocks.0", seed=7))
+    )
+    assert not torch.equal(
+        scores, criteria.random(layer_stats(1000), ScoredLayer("blocks.1", seed=7))
+    )
+    assert not torch.equal(
+        scores, criteria.random(layer_stats(1000), ScoredLayer("blocks.0", seed=8))
+    )
 
 
 def test_random_leaves_the_global_random_state_alone():
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    criteria.random(layer_stats(10), Layer("a"))
+    criteria.random(layer_stats(10), ScoredLayer("a"))
     assert torch.equal(torch_state, torch.get_rng_state())
     assert (numpy_state == np.random.get_state()[1]).all()
 
@@ -201,4 +207,6 @@ def test_every_criterion_says_where_it_comes_from(name):
 @pytest.mark.parametrize("name", CRITERIA)
 def test_every_criterion_scores_an_empty_layer_and_one_unit(name):
     assert CRITERIA[name].score(layer_stats(0)).shape == (0,)
-    assert CRITERIA[name].score(layer_stats(1), Layer("a", ((0, 1, "relu"),), 3)).shape == (1,)
+    assert CRITERIA[name].score(layer_stats(1), ScoredLayer("a", ((0, 1, "relu"),), 3)).shape == (
+        1,
+    )

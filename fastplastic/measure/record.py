@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastplastic import __version__
-from fastplastic.criteria import CRITERIA, Layer
+from fastplastic.criteria import CRITERIA, ScoredLayer
 from fastplastic.errors import InputError, no_such
 from fastplastic.files import SCHEMA_VERSION, StoredProfile, read_profile, write_profile
 from fastplastic.model import Weights
@@ -249,7 +249,9 @@ class Profile:
             raise InputError(no_such("criterion", criterion, CRITERIA))
         rule = CRITERIA[criterion]
         return {
-            layer.name: rule.score(layer.stats, Layer(layer.name, layer.wiring.activations, seed))
+            layer.name: rule.score(
+                layer.stats, ScoredLayer(layer.name, layer.wiring.activations, seed)
+            )
             for layer in self.layers
         }
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastplastic.criteria import CRITERIA, Criterion, Layer
+from fastplastic.criteria import CRITERIA, Criterion, ScoredLayer
 from fastplastic.errors import InputError
 from fastplastic.planning.counts import Pool, counts_by_ratio, counts_by_threshold, take
 from fastplastic.planning.request import Choice, Request, criterion_among, matching, some_of
@@ -99,7 +99,7 @@ def _unit_scores(profile: "Profile", layer: "LayerProfile", rule: Criterion, see
 
 
 def _own_scores(layer: "LayerProfile", rule: Criterion, seed: int) -> Tensor:
-    return rule.score(layer.stats, Layer(layer.name, layer.wiring.activations, seed))
+    return rule.score(layer.stats, ScoredLayer(layer.name, layer.wiring.activations, seed))
 
 
 def _pool(
