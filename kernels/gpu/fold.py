@@ -8,7 +8,7 @@ in float64, in one fixed order; a minimum and a maximum instead of the sum in tw
 import triton.language as tl
 from torch import Tensor
 
-from fastplastic.kernels.gpu.launch import FOLD_UNITS, OPTIONS, cdiv, fold_parts
+from fastplastic.kernels.gpu.launch import FOLD_UNITS, OPTIONS, fold_blocks
 from fastplastic.kernels.gpu.runtime import device_function, kernel
 
 
@@ -59,14 +59,15 @@ def fold(parts: Tensor, out: Tensor, min_row: int | None = None) -> None:
         min_row: Row that holds minima; the next one holds maxima. None where all rows are sums.
     """
     rows, splits, units = parts.shape
-    fold_kernel[(cdiv(units, FOLD_UNITS), rows)](
+    block_splits, blocks = fold_blocks(splits, units)
+    fold_kernel[(blocks, rows)](
         parts,
         out,
         splits,
         units,
         out.stride(0),
         MIN_ROW=rows if min_row is None else min_row,
-        BLOCK_SPLITS=fold_parts(splits),
+        BLOCK_SPLITS=block_splits,
         BLOCK_UNITS=FOLD_UNITS,
         **OPTIONS,
     )

@@ -8,7 +8,10 @@ spills and for vector loads; see tests/test_triton_compile.py.
 
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
+
+from triton import cdiv, next_power_of_2
 
 WARPS = 4
 # Options of a launch. Newer Tritons want to be told whether products and sums may be fused.
@@ -45,8 +48,12 @@ class Tile(NamedTuple):
 
 
 class Split(NamedTuple):
-    """How positions are dealt out: each program has `outer` indices of `blocks` tiles."""
+    """How positions are dealt out: each program has `outer` indices of `blocks` tiles.
 
+    `unit_blocks` tiles side by side cover the units.
+    """
+
+    unit_blocks: int
     outer: int
     blocks: int
     inner_splits: int
@@ -58,26 +65,32 @@ def vector_width(itemsize: int, numbers: Iterable[int] = ()) -> int:
     return math.gcd(_VECTOR_BYTES // itemsize, *numbers)
 
 
+# Triton's cdiv takes 3 us, as much as half of all else before a launch, so what is asked for at
+# every tensor is kept by `lru_cache`.
+@lru_cache(maxsize=4096)
 def stats_tile(units: int, positions: int, itemsize: int, units_adjacent: bool) -> Tile:
     """Return the tile of activation_stats and gradient_stats: one vector for each thread."""
     elements = _THREADS * _VECTOR_BYTES // itemsize
     fast, slow = (units, positions) if units_adjacent else (positions, units)
-    slow = min(power_of_two(slow), elements)
+    slow = min(next_power_of_2(slow), elements)
     least = max(_ROW_BYTES // itemsize, elements // slow)
     block = _snug(fast, least, max(least, elements // 4))
     rest = min(elements // block, slow)
     return Tile(block, rest) if units_adjacent else Tile(rest, block)
 
 
+@lru_cache(maxsize=4096)
 def stats_split(tile: Tile, units: int, inner: int, outer: int) -> Split:
     """Deal out positions: enough programs to fill a card, accumulators not deeper than _DEPTH."""
     blocks = cdiv(inner, tile.positions)
-    programs = max(1, _PROGRAMS // cdiv(units, tile.units))
+    unit_blocks = cdiv(units, tile.units)
+    programs = max(1, _PROGRAMS // unit_blocks)
     share = min(max(outer * blocks // programs, _LEAST_TILES), _DEPTH)
     each_outer = max(1, min(outer, share // blocks))
     each_blocks = blocks if each_outer > 1 else min(blocks, share)
     inner_splits = cdiv(blocks, each_blocks)
-    return Split(each_outer, each_blocks, inner_splits, inner_splits * cdiv(outer, each_outer))
+    splits = inner_splits * cdiv(outer, each_outer)
+    return Split(unit_blocks, each_outer, each_blocks, inner_splits, splits)
 
 
 def parameter_slow(vector: int) -> int:
@@ -87,7 +100,8 @@ def parameter_slow(vector: int) -> int:
 
 def element_task(total: int) -> int:
     """Return how many elements a program of select or resample_ owns."""
-    return max(_ELEMENT_TASK, power_of_two(cdiv(total, _ELEMENT_TASKS)))
+    size: int = next_power_of_2(cdiv(total, _ELEMENT_TASKS))
+    return max(_ELEMENT_TASK, size)
 
 
 def histogram_block(w_power: int, dw_power: int) -> int:
@@ -96,25 +110,17 @@ def histogram_block(w_power: int, dw_power: int) -> int:
     return HISTOGRAM_BLOCK if w_power or dw_power else HISTOGRAM_BLOCK // 2
 
 
-def fold_parts(parts: int) -> int:
-    """Return how many partial sums of a unit the fold reads at once."""
-    return min(power_of_two(parts), _FOLD_PARTS)
-
-
-def power_of_two(size: int) -> int:
-    """Return the least power of two that is not less."""
-    return 1 << max(0, size - 1).bit_length()
-
-
-def cdiv(size: int, block: int) -> int:
-    """Return how many blocks cover a size."""
-    return -(-size // block)
+@lru_cache(maxsize=4096)
+def fold_blocks(parts: int, units: int) -> tuple[int, int]:
+    """Return how many partial sums of a unit the fold reads at once, and how many programs."""
+    return min(next_power_of_2(parts), _FOLD_PARTS), cdiv(units, FOLD_UNITS)
 
 
 def _snug(size: int, least: int, most: int) -> int:
     """Return the largest block in [least, most] that pads a size by an eighth at most."""
     if size <= least:
-        return power_of_two(size)
+        rounded: int = next_power_of_2(size)
+        return rounded
     blocks = [most >> k for k in range((most // least).bit_length())]
     fitting = (block for block in blocks if 8 * cdiv(size, block) * block <= 9 * size)
     return next(fitting, least)

@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from fastplastic.kernels.gpu import launch
@@ -190,8 +191,8 @@ class _Builder:
 
     def _matrix(self, stretch: "_Stretch", groups: int) -> Matrix:
         slow, fast = stretch.slow, stretch.fast
-        tiles = launch.cdiv(fast, launch.PARAMETER_FAST)
-        chunks = groups * launch.cdiv(slow // groups, launch.PARAMETER_ROWS)
+        tiles = triton.cdiv(fast, launch.PARAMETER_FAST)
+        chunks = groups * triton.cdiv(slow // groups, launch.PARAMETER_ROWS)
         begin = self.parts
         middle = begin + SUMS * tiles * slow
         self.parts = middle + SUMS * chunks * fast

@@ -33,7 +33,7 @@ def tiles(x: Tensor, axis: int) -> Tiles:
     (units, unit_stride), (inner, inner_stride) = plan.units, plan.inner
     tile = launch.stats_tile(units, inner, x.element_size(), plan.units_adjacent)
     split = launch.stats_split(tile, units, inner, plan.outer)
-    grid = (launch.cdiv(units, tile.units), split.splits)
+    grid = (split.unit_blocks, split.splits)
     return Tiles(
         grid,
         {
