@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastplastic.kernels.strides import merged, slowest_first
+
 # Columns of the operands of a walk.
 WEIGHT, GRADIENT, MASK, ELEMENT = range(4)
 DTYPES = {
@@ -100,16 +102,7 @@ def _way(tensors: Operands) -> list[tuple[int, ...]]:
     shape = weight.shape
     element = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
     steps = [(0,) * len(shape) if t is None else t.stride() for t in tensors]
-    dims = [
-        (shape[dim], *(step[dim] for step in (*steps, element)))
-        for dim in sorted(range(len(shape)), key=weight.stride, reverse=True)
-        if shape[dim] != 1
+    ways = [
+        (shape[dim], *(step[dim] for step in (*steps, element))) for dim in slowest_first(weight)
     ]
-    merged: list[tuple[int, ...]] = [(1, 0, 0, 0, 0)]
-    for size, *strides in dims:
-        outer = merged[-1]
-        if outer[0] == 1 or list(outer[1:]) == [size * stride for stride in strides]:
-            merged[-1] = (outer[0] * size, *strides)
-        else:
-            merged.append((size, *strides))
-    return merged
+    return merged(ways) or [(1, 0, 0, 0, 0)]

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastplastic.kernels.strides import stretch_of
+
 # Elements of a task, and the lines that are summed up in float32 at most.
 _TASK, _LINES = 1 << 17, 512
 # A weight that is read alone makes so many tasks, but none of fewer lines.
@@ -58,12 +60,8 @@ def matrix_of(shape: tuple[int, ...], strides: tuple[int, ...], groups: int) -> 
 
 
 def _adjacent(shape: tuple[int, ...], strides: tuple[int, ...], dims: Sequence[int]) -> bool:
-    expected = 1
-    for dim in reversed(dims):
-        if strides[dim] != expected:
-            return False
-        expected *= shape[dim]
-    return True
+    stretch = stretch_of((shape[dim], strides[dim]) for dim in dims)
+    return stretch is not None and stretch[1] == 1
 
 
 def _cycle(shape: tuple[int, ...], dims: Sequence[int], dim: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fastplastic.kernels.gpu.launch import vector_width
+from fastplastic.kernels.strides import merged, slowest_first
 
 Dimension = tuple[int, int]
 
@@ -57,7 +58,8 @@ class Layout:
 
 def layout(x: Tensor, axis: int) -> Layout:
     """Return the layout of a tensor that has elements, with the units along `axis`."""
-    positions = _merged([(n, x.stride(d)) for d, n in enumerate(x.shape) if d != axis and n > 1])
+    dimensions = [(x.shape[d], x.stride(d)) for d in slowest_first(x) if d != axis]
+    positions = [(size, stride) for size, stride in merged(dimensions)]
     if len(positions) > 3:
         return layout(x.contiguous(), axis)
     unit = (x.shape[axis], x.stride(axis))
@@ -77,14 +79,3 @@ def _inner(positions: list[Dimension], units_adjacent: bool) -> Dimension:
     if adjacent and not units_adjacent:
         return adjacent[0]
     return max(positions, default=(1, 0))
-
-
-def _merged(dimensions: list[Dimension]) -> list[Dimension]:
-    """Join dimensions that are one long stretch, slowest first."""
-    merged: list[Dimension] = []
-    for size, stride in sorted(dimensions, key=lambda dimension: -dimension[1]):
-        if merged and merged[-1][1] == size * stride:
-            merged[-1] = (merged[-1][0] * size, stride)
-        else:
-            merged.append((size, stride))
-    return merged

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastplastic.kernels.gpu import launch
 from fastplastic.kernels.gpu.runtime import table
+from fastplastic.kernels.strides import stretch_of
 
 Strides = tuple[int, ...]
 
@@ -309,12 +310,10 @@ def _stretch(operand: Operand) -> _Stretch | None:
 def _steps(shape: tuple[int, ...], strides: Strides, slow: int) -> tuple[int, int] | None:
     """Return the step of the unit and of the dimensions behind, None where they are not dense."""
     units, unit_step = shape[1 - slow], strides[1 - slow]
-    behind, behind_step = 1, 0
-    for size, stride in zip(reversed(shape[2:]), reversed(strides[2:]), strict=True):
-        if size > 1:
-            if behind > 1 and stride != behind * behind_step:
-                return None
-            behind, behind_step = behind * size, behind_step or stride
+    stretch = stretch_of(zip(shape[2:], strides[2:], strict=True))
+    if stretch is None:
+        return None
+    behind, behind_step = stretch if stretch[0] > 1 else (1, 0)
     # A dimension of size 1 may have any stride.
     if units == 1:
         unit_step = behind if behind_step == 1 else 1

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fastplastic.kernels.strides import pieces_of
+
 # Elements per piece. Torch runs an operation on fewer than 2**15 elements on one thread: with few
 # threads, waiting for each other after every small step costs more than it gains (four times the
 # time where another program runs). With many, each gets 1 MiB in float64, which stays in its cache.
@@ -21,18 +23,11 @@ _FEW_THREADS = 4
 
 def pieces(tensors: tuple[Tensor, ...], axis: int) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
     """Yield (first unit, pieces [A, C', B]) that together cover tensors of one shape once."""
-    first = tensors[0].detach()
+    first = tensors[0]
     if first.numel() == 0:
         return
-    # From the slowest to the fastest dimension in memory: a piece is then a few long stretches.
-    order = sorted(range(first.ndim), key=first.stride, reverse=True)
-    unit = order.index(axis)
-    limit = _piece_size(first.device)
-    permuted = tuple(tensor.detach().permute(order) for tensor in tensors)
-    for start, pieces in _split(permuted, unit, 0, limit):
-        shape = pieces[0].shape
-        flat = (math.prod(shape[:unit]), shape[unit], math.prod(shape[unit + 1 :]))
-        yield start, tuple(piece.reshape(flat) for piece in pieces)
+    detached = tuple(tensor.detach() for tensor in tensors)
+    yield from pieces_of(detached, axis, _piece_size(first.device))
 
 
 def _piece_size(device: torch.device) -> int:
@@ -40,23 +35,6 @@ def _piece_size(device: torch.device) -> int:
         return _PIECE_GPU
     threads = torch.get_num_threads()
     return _PIECE_SERIAL if threads <= _FEW_THREADS else _PIECE_PER_THREAD * threads
-
-
-def _split(
-    tensors: tuple[Tensor, ...], unit: int, start: int, limit: int
-) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-    """Cut along the slowest dimension until a piece has at most `limit` elements."""
-    shape = tensors[0].shape
-    total = math.prod(shape)
-    if total <= limit:
-        yield start, tensors
-        return
-    dim = next(d for d, size in enumerate(shape) if size > 1)
-    step = max(1, limit * shape[dim] // total)
-    for begin in range(0, shape[dim], step):
-        size = min(step, shape[dim] - begin)
-        narrowed = tuple(tensor.narrow(dim, begin, size) for tensor in tensors)
-        yield from _split(narrowed, unit, start + begin if dim == unit else start, limit)
 
 
 def finite_float64(value: Tensor, source: Tensor) -> tuple[Tensor, Tensor | None]:
