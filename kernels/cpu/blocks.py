@@ -118,19 +118,19 @@ def _again(
 
 
 @deferred(_new_lanes)
-def _(spec):  # type: ignore[no-untyped-def]
+def _(spec):
     lanes = sums_of(spec.literal_value).lanes
     return lambda spec: lanes()
 
 
 @deferred(_clear)
-def _(spec, lanes, width):  # type: ignore[no-untyped-def]
+def _(spec, lanes, width):
     clear = sums_of(spec.literal_value).clear
     return lambda spec, lanes, width: clear(lanes, width)
 
 
 @deferred(_step)
-def _(spec, lanes, address, stride, rows, width, slope):  # type: ignore[no-untyped-def]
+def _(spec, lanes, address, stride, rows, width, slope):
     step = sums_of(spec.literal_value).step
     return lambda spec, lanes, address, stride, rows, width, slope: step(
         lanes, address, stride, rows, width, slope
@@ -138,31 +138,31 @@ def _(spec, lanes, address, stride, rows, width, slope):  # type: ignore[no-unty
 
 
 @deferred(_fold)
-def _(spec, lanes, begin, end, out, unit):  # type: ignore[no-untyped-def]
+def _(spec, lanes, begin, end, out, unit):
     fold = sums_of(spec.literal_value).fold
     return lambda spec, lanes, begin, end, out, unit: fold(lanes, begin, end, out, unit)
 
 
 @deferred(_fold_each)
-def _(spec, lanes, begin, end, out, unit):  # type: ignore[no-untyped-def]
+def _(spec, lanes, begin, end, out, unit):
     fold_each = sums_of(spec.literal_value).fold_each
     return lambda spec, lanes, begin, end, out, unit: fold_each(lanes, begin, end, out, unit)
 
 
 @deferred(_run)
-def _(spec, address, count, slope):  # type: ignore[no-untyped-def]
+def _(spec, address, count, slope):
     run = sums_of(spec.literal_value).run
     return lambda spec, address, count, slope: run(address, count, slope)
 
 
 @deferred(_keep)
-def _(spec, found, out, unit):  # type: ignore[no-untyped-def]
+def _(spec, found, out, unit):
     keep = sums_of(spec.literal_value).keep
     return lambda spec, found, out, unit: keep(found, out, unit)
 
 
 @deferred(_again)
-def _(spec, address, rows, stride, begin, end, slope, out, unit):  # type: ignore[no-untyped-def]
+def _(spec, address, rows, stride, begin, end, slope, out, unit):
     again = sums_of(spec.literal_value).again
     return lambda spec, address, rows, stride, begin, end, slope, out, unit: again(
         address, rows, stride, begin, end, slope, out, unit
@@ -171,7 +171,19 @@ def _(spec, address, rows, stride, begin, end, slope, out, unit):  # type: ignor
 
 @cache
 def by_lanes(spec: str) -> Any:
-    """Return the kernel whose task is some rows of a tile of lanes."""
+    """Return the kernel for rows of lanes.
+
+    A task owns a tile of lanes in one chunk of the rows; tasks go through the tiles of the first
+    chunk, then through those of the next. Its arguments, int64 one after the other:
+
+        tensor + offset: address of [rows, width], strides (stride, 1), in the dtype of the sums.
+        parts + offset: address of float64 [chunks, statistics, units], contiguous; a task writes
+            all statistics of the units of its tile in its chunk.
+        the slope (the bits of a float64), the chunks, and the head of all kernels here.
+        rows, stride, width: of the tensor, in elements.
+        run, units: lane j belongs to unit (j // run) % units.
+        tile: lanes of a task: whole units, or all units several times.
+    """
     size, unroll, start = sums_of(spec).itemsize, sums_of(spec).unroll, sums_of(spec).start
     statistics = len(start)
 
@@ -227,7 +239,18 @@ def by_lanes(spec: str) -> Any:
 
 @cache
 def by_runs(spec: str) -> Any:
-    """Return the kernel whose task is some units, with long runs, in some indices of A."""
+    """Return the kernel for long runs.
+
+    A task owns `group` units in one chunk of the indices of A; tasks go through the groups of the
+    first chunk, then through those of the next. Its arguments, int64 one after the other:
+
+        tensor: address of [ahead, units, length], strides (stride, unit_stride, 1).
+        parts: address of float64 [chunks, statistics, units], contiguous; a task writes all
+            statistics of its units in its chunk.
+        the slope (the bits of a float64), the chunks, and the head of all kernels here.
+        ahead, stride, units, unit_stride, length: of the tensor, in elements.
+        group: units of a task.
+    """
     size, start = sums_of(spec).itemsize, sums_of(spec).start
     statistics = len(start)
 
@@ -325,7 +348,17 @@ def _add(reading: _Reading, address: int, table: Tensor) -> None:
 
 @cache
 def _merge_kernel() -> Any:
-    """Return the kernel that adds partial results [chunks, statistics, units] to a table."""
+    """Return the kernel that adds partial results to a table.
+
+    Its one task owns the whole table. Its arguments, int64 one after the other:
+
+        parts: address of float64 [chunks, statistics, units], contiguous.
+        table: address of float64 [1 + statistics, units], strides (stride, 1), added to.
+        stride: from one row of the table to the next, in elements.
+        chunks, statistics, units: sizes.
+        positions: elements of a unit, which count in row 0 unless the last statistic has them.
+        whether statistics 3 and 4 are a minimum and a maximum.
+    """
 
     @c_function
     def kernel(arguments: Any, task: Any) -> Any:

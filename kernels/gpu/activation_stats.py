@@ -35,9 +35,8 @@ from fastplastic.kernels.tables import ACTIVATION_ROWS, MIN_ROW, activation_tabl
 _LEAKY_SLOPE = 0.01
 
 
-# This program owns BLOCK_UNITS units in one split of the positions.
 @kernel
-def _activation_kernel(  # type: ignore[no-untyped-def]
+def _activation_kernel(
     x_ptr,
     parts_ptr,
     units: tl.int64,
@@ -64,6 +63,41 @@ def _activation_kernel(  # type: ignore[no-untyped-def]
     BLOCK_UNITS: tl.constexpr,
     BLOCK_POSITIONS: tl.constexpr,
 ):
+    """Write the partial sums of activations.
+
+    This program owns BLOCK_UNITS units in one split of the positions: grid (blocks of units,
+    splits).
+
+    A position is one of `inner` fast ones of one of `outer` others; an outer index is two
+    dimensions where NESTED. Strides are in elements, 0 and negative ones too.
+
+    Args:
+        x_ptr: z with `units` units, any float dtype but float64.
+        parts_ptr: float32 [9, splits, units], contiguous; every element is written.
+        units: C.
+        inner: Size of the positions that make tiles with the units.
+        outer: Number of the other positions.
+        middle: Size of the faster of the two outer dimensions; read if NESTED.
+        unit_stride: From one unit to the next.
+        inner_stride: From one inner position to the next.
+        middle_stride: Along the faster outer dimension; read if NESTED.
+        outer_stride: Along the slower outer dimension, or the only one.
+        outer_share: Outer indices of a split.
+        inner_blocks: Tiles along inner of a split.
+        inner_splits: Splits along inner; split s is s // inner_splits along outer.
+        slope: Of a leaky ReLU.
+        ACTIVATION: Name of f in h = f(z).
+        FLAT_BELOW: f is flat up to here; None if nowhere.
+        FLAT_FROM: And from here; None if nowhere.
+        FLAT_TO: Up to here.
+        FLAT_ABOVE: And from here on; None if nowhere.
+        UNITS_ADJACENT: Whether tiles are [positions, units], else [units, positions].
+        DENSE: Whether the stride of the last dimension of a tile is 1.
+        NESTED: Whether an outer index is two dimensions.
+        VECTOR: What divides all sizes and strides but the dense one: so many are read at once.
+        BLOCK_UNITS: Units of a tile.
+        BLOCK_POSITIONS: Inner positions of a tile.
+    """
     units, inner, unit_stride, inner_stride = told(
         units, inner, unit_stride, inner_stride, UNITS_ADJACENT, DENSE, VECTOR
     )

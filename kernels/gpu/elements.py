@@ -128,9 +128,7 @@ def choice_table(selection: Selection, device: torch.device) -> Tensor:
 
 
 @device_function
-def range_of(  # type: ignore[no-untyped-def]
-    task_ptr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, DENSE: tl.constexpr
-):
+def range_of(task_ptr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, DENSE: tl.constexpr):
     """Return the first position of a task and its end, with what divides them."""
     end = tl.load(task_ptr + 2)
     if DENSE:
@@ -139,7 +137,7 @@ def range_of(  # type: ignore[no-untyped-def]
 
 
 @device_function
-def offset_of(  # type: ignore[no-untyped-def]
+def offset_of(
     weight_ptr, position, OPERAND: tl.constexpr, DEPTH: tl.constexpr, DENSE: tl.constexpr
 ):
     """Return where positions of a walk are in an operand, in elements."""
@@ -157,9 +155,7 @@ def offset_of(  # type: ignore[no-untyped-def]
 
 
 @device_function
-def pointer_of(  # type: ignore[no-untyped-def]
-    weight_ptr, OPERAND: tl.constexpr, TYPE: tl.constexpr, DENSE: tl.constexpr
-):
+def pointer_of(weight_ptr, OPERAND: tl.constexpr, TYPE: tl.constexpr, DENSE: tl.constexpr):
     """Return the address of an operand."""
     pointer = tl.load(weight_ptr + OPERAND).to(tl.pointer_type(TYPE))
     if DENSE:
@@ -168,7 +164,7 @@ def pointer_of(  # type: ignore[no-untyped-def]
 
 
 @device_function
-def size_of(  # type: ignore[no-untyped-def]
+def size_of(
     weight_ptr,
     position,
     inside,
@@ -184,7 +180,7 @@ def size_of(  # type: ignore[no-untyped-def]
 
 
 @device_function
-def keys_of(  # type: ignore[no-untyped-def]
+def keys_of(
     weight_ptr,
     position,
     inside,
@@ -213,7 +209,7 @@ def keys_of(  # type: ignore[no-untyped-def]
 
 
 @device_function
-def words_of(key, element):  # type: ignore[no-untyped-def]
+def words_of(key, element):
     """Return Philox word 0 of elements, uint32."""
     low, high = element.to(tl.uint32), (element >> 32).to(tl.uint32)
     word, _, _, _ = tl.philox(key, low, high, low * 0, low * 0)
@@ -221,7 +217,7 @@ def words_of(key, element):  # type: ignore[no-untyped-def]
 
 
 @device_function
-def chosen_of(choice_ptr, key, element):  # type: ignore[no-untyped-def]
+def chosen_of(choice_ptr, key, element):
     """Return which eligible elements are selected."""
     last_key, last_word = tl.load(choice_ptr), tl.load(choice_ptr + 1)
     word = words_of(tl.load(choice_ptr + 3), element).to(tl.int64)

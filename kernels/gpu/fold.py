@@ -13,13 +13,12 @@ from fastplastic.kernels.gpu.runtime import device_function, kernel
 
 
 @device_function
-def _join(a, b, is_min, is_max):  # type: ignore[no-untyped-def]
+def _join(a, b, is_min, is_max):
     return tl.where(is_min, tl.minimum(a, b), tl.where(is_max, tl.maximum(a, b), a + b))
 
 
-# This program owns BLOCK_UNITS units of one row.
 @kernel
-def fold_kernel(  # type: ignore[no-untyped-def]
+def fold_kernel(
     parts_ptr,
     out_ptr,
     splits: tl.int64,
@@ -29,6 +28,20 @@ def fold_kernel(  # type: ignore[no-untyped-def]
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_UNITS: tl.constexpr,
 ):
+    """Add partial sums to a table.
+
+    This program owns BLOCK_UNITS units of one row: grid (blocks of units, rows).
+
+    Args:
+        parts_ptr: float32 [rows, splits, units], contiguous.
+        out_ptr: float64 [rows, units], row stride `out_stride`, column stride 1; added to.
+        splits: Partial sums of each unit.
+        units: C.
+        out_stride: From one row of the table to the next, in elements.
+        MIN_ROW: Row that holds minima; the next one holds maxima.
+        BLOCK_SPLITS: Partial sums that are read at once.
+        BLOCK_UNITS: Units of a program.
+    """
     row = tl.program_id(1)
     unit = tl.program_id(0).to(tl.int64) * BLOCK_UNITS + tl.arange(0, BLOCK_UNITS)
     lanes = tl.arange(0, BLOCK_SPLITS)

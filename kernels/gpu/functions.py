@@ -51,14 +51,14 @@ def _float32(number: float, up: bool) -> float:
 
 
 @device_function
-def _expm1(z):  # type: ignore[no-untyped-def]
+def _expm1(z):
     # For z <= 0.
     series = z * (1.0 + z * (0.5 + z * (1.0 / 6 + z * (1.0 / 24 + z * (1.0 / 120)))))
     return tl.where(z > -0.1, series, tl.exp(z) - 1.0)
 
 
 @device_function
-def _log1p(x):  # type: ignore[no-untyped-def]
+def _log1p(x):
     # For 0 <= x < 2^30: u = 1 + x = 2^n (1 + m), log(1 + m) = 2 atanh(m / (2 + m)).
     u = 1.0 + x
     lost = (x - (u - 1.0)) / u
@@ -72,7 +72,7 @@ def _log1p(x):  # type: ignore[no-untyped-def]
 
 
 @device_function
-def _tanh(z):  # type: ignore[no-untyped-def]
+def _tanh(z):
     t = z * z
     series = z * (1.0 + t * (-1.0 / 3 + t * (2.0 / 15 + t * (-17.0 / 315))))
     size = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(z)) + 1.0)
@@ -80,7 +80,7 @@ def _tanh(z):  # type: ignore[no-untyped-def]
 
 
 @device_function
-def rounded(x, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+def rounded(x, TYPE: tl.constexpr):
     """Return finite float32 numbers rounded to a floating-point type, to nearest, ties to even."""
     if TYPE == tl.bfloat16:
         # By bits, because the interpreter would truncate.
@@ -92,7 +92,7 @@ def rounded(x, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @device_function
-def activate(z, slope, ACTIVATION: tl.constexpr, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+def activate(z, slope, ACTIVATION: tl.constexpr, TYPE: tl.constexpr):
     """Return h = f(z), not rounded to TYPE, for float32 z that is finite; else anything."""
     if ACTIVATION == "identity":
         h = z

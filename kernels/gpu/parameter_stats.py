@@ -47,7 +47,7 @@ _NARROW = tl.constexpr(launch.PARAMETER_NARROW)
 
 
 @device_function
-def _read(  # type: ignore[no-untyped-def]
+def _read(
     matrix_ptr,
     task_ptr,
     w_ptr,
@@ -127,9 +127,8 @@ def _read(  # type: ignore[no-untyped-def]
         tl.store(fast_ptr + 6 * fast_plane, tl.sum(sum_w_dw, 0), mask=mask)
 
 
-# This program owns one task: a tile of the stretch in a chunk of the slow indices of one weight.
 @kernel
-def _parameter_kernel(  # type: ignore[no-untyped-def]
+def _parameter_kernel(
     matrices_ptr,
     tasks_ptr,
     pointers_ptr,
@@ -142,6 +141,26 @@ def _parameter_kernel(  # type: ignore[no-untyped-def]
     BLOCK_SLOW: tl.constexpr,
     BLOCK_FAST: tl.constexpr,
 ):
+    """Write the partial sums of weights and gradients along rows and columns.
+
+    This program owns one task, a tile of the stretch in a chunk of the slow indices of one weight:
+    grid (tasks of a launch,).
+
+    Args:
+        matrices_ptr: int64 [n_weights, 8], contiguous: `Matrix`, with strides in elements.
+        tasks_ptr: int64 [n_tasks, 5], contiguous: weight, first and last slow index, tile, chunk.
+        pointers_ptr: int64 [n_weights, 3], contiguous: addresses of w [slow, fast] with strides
+            (w_stride, 1) and of dw with (dw_stride, 1), or 0; whether both can be read wide.
+        parts_ptr: float32, where a matrix says: [7, tiles, slow] and [7, chunks, fast],
+            contiguous. What the fold reads is written.
+        first_task: Task of program 0.
+        W_TYPE: Dtype of the weights of this launch.
+        DW_TYPE: Dtype of their gradients.
+        TRANSPOSED: Whether the slow index is that of columns.
+        VECTOR: Elements that are read at once where the addresses allow it.
+        BLOCK_SLOW: Slow indices of a tile.
+        BLOCK_FAST: Elements of the stretch of a tile.
+    """
     task_ptr = tasks_ptr + (first_task + tl.program_id(0)) * _N_TASK
     weight = tl.load(task_ptr)
     matrix_ptr = matrices_ptr + weight * _N_MATRIX
@@ -158,9 +177,8 @@ def _parameter_kernel(  # type: ignore[no-untyped-def]
         _read(matrix_ptr, task_ptr, w_ptr, dw_ptr, parts_ptr, TRANSPOSED, 1, _NARROW, BLOCK_FAST)
 
 
-# This program owns some columns of one output: all statistics of a block of rows or columns.
 @kernel
-def _parameter_fold_kernel(  # type: ignore[no-untyped-def]
+def _parameter_fold_kernel(
     folds_ptr,
     parts_ptr,
     rows_ptr,
@@ -170,6 +188,22 @@ def _parameter_fold_kernel(  # type: ignore[no-untyped-def]
     BLOCK_PARTS: tl.constexpr,
     BLOCK_UNITS: tl.constexpr,
 ):
+    """Add partial sums to the tables of rows and columns.
+
+    This program owns a block of up to BLOCK_UNITS columns of one table, with all statistics: grid
+    (folds,).
+
+    Args:
+        folds_ptr: int64 [n_folds, 12], contiguous: `Fold`, with steps in elements.
+        parts_ptr: float32, what `_parameter_kernel` wrote.
+        rows_ptr: float64 [8, sum of D0], row stride `rows_stride`, column stride 1; added to.
+        columns_ptr: float64 [6, sum of groups * D1], row stride `columns_stride`, column stride
+            1; added to.
+        rows_stride: From one statistic of rows to the next, in elements.
+        columns_stride: From one statistic of columns to the next, in elements.
+        BLOCK_PARTS: Partial sums that are read at once.
+        BLOCK_UNITS: Most columns of a program.
+    """
     fold_ptr = folds_ptr + tl.program_id(0) * _N_FOLD
     first_part, plane = tl.load(fold_ptr), tl.load(fold_ptr + 1)
     count, step = tl.load(fold_ptr + 2), tl.load(fold_ptr + 3)

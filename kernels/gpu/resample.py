@@ -41,7 +41,7 @@ _N_NUMBERS = tl.constexpr(6)
 
 
 @device_function
-def _polynomial(x, COEFFICIENTS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _polynomial(x, COEFFICIENTS: tl.constexpr):
     total = x * COEFFICIENTS[0] + COEFFICIENTS[1]
     for i in tl.static_range(2, 9):
         total = total * x + COEFFICIENTS[i]
@@ -49,7 +49,7 @@ def _polynomial(x, COEFFICIENTS: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @device_function
-def _log(a):  # type: ignore[no-untyped-def]
+def _log(a):
     bits = a.to(tl.int32, bitcast=True)
     m = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
     large = m > _SQRT_2
@@ -64,7 +64,7 @@ def _log(a):  # type: ignore[no-untyped-def]
 
 
 @device_function
-def _erfinv(x):  # type: ignore[no-untyped-def]
+def _erfinv(x):
     w = -_log(tl.maximum((1.0 - x) * (1.0 + x), _LEAST))
     centre = _polynomial(w - 2.5, _CENTRE)
     tail = _polynomial(tl.math.sqrt_rn(w) - 3.0, _TAIL)
@@ -72,7 +72,7 @@ def _erfinv(x):  # type: ignore[no-untyped-def]
 
 
 @device_function
-def _values(word, number_ptr, is_normal):  # type: ignore[no-untyped-def]
+def _values(word, number_ptr, is_normal):
     """Return the values of a law for words."""
     location, scale = tl.load(number_ptr), tl.load(number_ptr + 1)
     p_low, p_width = tl.load(number_ptr + 2), tl.load(number_ptr + 3)
@@ -87,7 +87,7 @@ def _values(word, number_ptr, is_normal):  # type: ignore[no-untyped-def]
 
 
 @device_function
-def _write(  # type: ignore[no-untyped-def]
+def _write(
     weight_ptr,
     task_ptr,
     source_ptr,
@@ -121,9 +121,8 @@ def _write(  # type: ignore[no-untyped-def]
         tl.store(w_ptr + offset, value.to(W_TYPE), mask=chosen)
 
 
-# This program owns one task: a range of elements of one weight.
 @kernel
-def _resample_kernel(  # type: ignore[no-untyped-def]
+def _resample_kernel(
     weights_ptr,
     tasks_ptr,
     sources_ptr,
@@ -136,6 +135,25 @@ def _resample_kernel(  # type: ignore[no-untyped-def]
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Write fresh values into weights.
+
+    This program owns one task, a range of elements of one weight: grid (tasks of a launch,).
+
+    Args:
+        weights_ptr: int64 [n_weights, weight_columns], contiguous: addresses of weight, gradient
+            (not read) and mask (0 where there is none), whether all is dense, sizes, strides; see
+            `elements.py`. The weights are written where the mask is set.
+        tasks_ptr: int64 [n_tasks, 3], contiguous: weight, first position, end.
+        sources_ptr: int64 [n_weights, 2], contiguous: Philox key, whether the law is normal.
+        numbers_ptr: float32 [n_weights, 6], contiguous: `Law.numbers`.
+        weight_columns: Columns of the first table.
+        first_task: Task of program 0.
+        MASKED: Whether there are masks.
+        W_TYPE: Dtype of the weights of this launch.
+        DEPTH: Number of dimensions of a walk.
+        VECTOR: Elements that are written at once where all is dense.
+        BLOCK: Elements that are drawn at once by the program.
+    """
     task_ptr = tasks_ptr + (first_task + tl.program_id(0)) * N_TASK
     weight = tl.load(task_ptr)
     weight_ptr = weights_ptr + weight * weight_columns

@@ -52,7 +52,7 @@ _N_QUERY = tl.constexpr(4)
 
 
 @device_function
-def _count(  # type: ignore[no-untyped-def]
+def _count(
     weight_ptr,
     task_ptr,
     query_ptr,
@@ -95,9 +95,8 @@ def _count(  # type: ignore[no-untyped-def]
     return counts
 
 
-# This program owns one task: a range of elements of one weight.
 @kernel
-def _histogram_kernel(  # type: ignore[no-untyped-def]
+def _histogram_kernel(
     weights_ptr,
     tasks_ptr,
     queries_ptr,
@@ -116,6 +115,32 @@ def _histogram_kernel(  # type: ignore[no-untyped-def]
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Count the digits of the elements that a query asks for.
+
+    This program owns one task, a range of elements of one weight: grid (tasks of a launch,).
+
+    Args:
+        weights_ptr: int64 [n_weights, weight_columns], contiguous: addresses of weight, gradient
+            and mask, whether all is dense, sizes, strides; see `elements.py`.
+        tasks_ptr: int64 [n_tasks, 3], contiguous: weight, first position, end.
+        queries_ptr: int64 [n_weights, 4], contiguous: prefix (-1 leaves it out), key, word and
+            Philox key of the weight.
+        counts_ptr: int32 [n_tasks, BINS], contiguous; the rows of tasks that are not left out are
+            written.
+        weight_columns: Columns of the first table.
+        first_task: Task of program 0.
+        shift: Bits to the right of the digit.
+        bits: Bits of the digit.
+        NUMBER: What is counted: "key", "word" or "element".
+        W_POWER: Power of the weight in the score.
+        DW_POWER: Power of the gradient in the score.
+        W_TYPE: Dtype of the weights of this launch.
+        DW_TYPE: Dtype of their gradients.
+        DEPTH: Number of dimensions of a walk.
+        VECTOR: Elements that are read at once where all is dense.
+        BINS: 2048.
+        BLOCK: Elements that are counted at once.
+    """
     task = first_task + tl.program_id(0)
     task_ptr = tasks_ptr + task * N_TASK
     weight = tl.load(task_ptr)
@@ -138,15 +163,25 @@ def _histogram_kernel(  # type: ignore[no-untyped-def]
             tl.store(count_ptr, counts)
 
 
-# This program owns BLOCK bins of the histogram of one weight.
 @kernel
-def _add_kernel(  # type: ignore[no-untyped-def]
+def _add_kernel(
     ranges_ptr,
     counts_ptr,
     total_ptr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Add up the histograms of the tasks of each weight.
+
+    This program owns BLOCK bins of one weight: grid (weights, blocks of bins).
+
+    Args:
+        ranges_ptr: int64 [n_weights, 2], contiguous: first task of a weight and the end of them.
+        counts_ptr: int32 [n_tasks, BINS], contiguous.
+        total_ptr: int64 [n_weights, BINS], contiguous; every element is written.
+        BINS: 2048.
+        BLOCK: Bins of a program.
+    """
     weight = tl.program_id(0).to(tl.int64)
     bin = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     begin, end = tl.load(ranges_ptr + 2 * weight), tl.load(ranges_ptr + 2 * weight + 1)
@@ -157,7 +192,7 @@ def _add_kernel(  # type: ignore[no-untyped-def]
 
 
 @device_function
-def _mark(  # type: ignore[no-untyped-def]
+def _mark(
     weight_ptr,
     task_ptr,
     choice_ptr,
@@ -185,9 +220,8 @@ def _mark(  # type: ignore[no-untyped-def]
         tl.store(mask_ptr + offset, chosen.to(tl.int8), mask=inside)
 
 
-# This program owns one task: a range of elements of one weight.
 @kernel
-def _mask_kernel(  # type: ignore[no-untyped-def]
+def _mask_kernel(
     weights_ptr,
     tasks_ptr,
     choices_ptr,
@@ -201,6 +235,26 @@ def _mask_kernel(  # type: ignore[no-untyped-def]
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Write which elements are selected.
+
+    This program owns one task, a range of elements of one weight: grid (tasks of a launch,).
+
+    Args:
+        weights_ptr: int64 [n_weights, weight_columns], contiguous, as in `_histogram_kernel`; the
+            masks, one byte for each element, are written.
+        tasks_ptr: int64 [n_tasks, 3], contiguous: weight, first position, end.
+        choices_ptr: int64 [n_weights, 4], contiguous: thresholds of key, word and element, and the
+            Philox key of the words.
+        weight_columns: Columns of the first table.
+        first_task: Task of program 0.
+        W_POWER: Power of the weight in the score.
+        DW_POWER: Power of the gradient in the score.
+        W_TYPE: Dtype of the weights of this launch.
+        DW_TYPE: Dtype of their gradients.
+        DEPTH: Number of dimensions of a walk.
+        VECTOR: Elements that are read at once where all is dense.
+        BLOCK: Elements that are read at once by the program.
+    """
     task_ptr = tasks_ptr + (first_task + tl.program_id(0)) * N_TASK
     weight = tl.load(task_ptr)
     weight_ptr = weights_ptr + weight * weight_columns

@@ -61,13 +61,13 @@ def tiles(x: Tensor, axis: int) -> Tiles:
 
 
 @device_function
-def share_of(split, share, size):  # type: ignore[no-untyped-def]
+def share_of(split, share, size):
     """Return the range of indices that a split owns."""
     return split * share, tl.minimum((split + 1) * share, size)
 
 
 @device_function
-def start_of(index, middle, middle_stride, outer_stride, NESTED: tl.constexpr):  # type: ignore[no-untyped-def]
+def start_of(index, middle, middle_stride, outer_stride, NESTED: tl.constexpr):
     """Return the offset of an outer index, which may be two dimensions."""
     if NESTED:
         return (index // middle) * outer_stride + (index % middle) * middle_stride
@@ -76,7 +76,7 @@ def start_of(index, middle, middle_stride, outer_stride, NESTED: tl.constexpr): 
 
 
 @device_function
-def offsets_of(unit, lane, unit_stride, inner_stride, UNITS_ADJACENT: tl.constexpr):  # type: ignore[no-untyped-def]
+def offsets_of(unit, lane, unit_stride, inner_stride, UNITS_ADJACENT: tl.constexpr):
     """Return the int64 offsets of a tile."""
     along_units, along_lanes = unit.to(tl.int64) * unit_stride, lane.to(tl.int64) * inner_stride
     if UNITS_ADJACENT:
@@ -86,7 +86,7 @@ def offsets_of(unit, lane, unit_stride, inner_stride, UNITS_ADJACENT: tl.constex
 
 
 @device_function
-def inside_of(unit, position, units, inner, UNITS_ADJACENT: tl.constexpr):  # type: ignore[no-untyped-def]
+def inside_of(unit, position, units, inner, UNITS_ADJACENT: tl.constexpr):
     """Return where a tile lies inside the tensor."""
     if UNITS_ADJACENT:
         return (position < inner)[:, None] & (unit < units)[None, :]
@@ -95,7 +95,7 @@ def inside_of(unit, position, units, inner, UNITS_ADJACENT: tl.constexpr):  # ty
 
 
 @device_function
-def told(  # type: ignore[no-untyped-def]
+def told(
     units,
     inner,
     unit_stride,
@@ -114,6 +114,6 @@ def told(  # type: ignore[no-untyped-def]
 
 
 @device_function
-def multiple(number, VECTOR: tl.constexpr):  # type: ignore[no-untyped-def]
+def multiple(number, VECTOR: tl.constexpr):
     """Return the number, which VECTOR divides, so that the compiler knows: it reads wide then."""
     return number // VECTOR * VECTOR
