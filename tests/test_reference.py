@@ -381,6 +381,6 @@ def test_backend():
 def test_public_names():
     assert set(kernels.__all__) == {
         "ACTIVATIONS", "ACTIVATION_ROWS", "DTYPES", "GRADIENT_ROWS", "Law", "PARAMETER_COLUMNS",
-        "PARAMETER_ROWS", "Selection", "activate", "activation_stats", "backend", "gradient_stats",
-        "parameter_stats", "resample_", "select", "selection_masks", "untraced",
+        "PARAMETER_ROWS", "SCORES", "Selection", "activate", "activation_stats", "backend",
+        "gradient_stats", "parameter_stats", "resample_", "select", "selection_masks", "untraced",
     }  # fmt: skip
