@@ -21,7 +21,7 @@ from fastplastic.graph.module_run import weight_modules
 from fastplastic.graph.nodes import base_name, branch_point, op_name
 from fastplastic.graph.rules import OPERANDS, RULES, SHAPES, data_sources, unknown
 from fastplastic.graph.rules_elementwise import activate
-from fastplastic.graph.trace import export_program, program_of
+from fastplastic.graph.trace import export_program, one_thread, program_of
 from fastplastic.graph.unit_layers import layers_of
 from fastplastic.graph.values import Value, distinct, plain, values_in
 from fastplastic.wiring import UnitGraph, UnitLayer
@@ -59,7 +59,8 @@ def build_graph(
             lines = str(error).strip().splitlines() or [""]
             failed[mode] = f"{type(error).__name__}: {lines[0][:200]}"
         else:
-            _read(ledger, model, program, mode, names)
+            with one_thread():
+                _read(ledger, model, program, mode, names)
     if len(failed) == len(modes):
         return module_graph(model, example_inputs, failed[modes[0]], build_graph)
     note = None
@@ -70,8 +71,9 @@ def build_graph(
             f"the model could not be traced in {mode} mode: which layers read its units there is "
             f"not known, and none can be re-initialised ({reason})"
         )
-    ledger.settle()
-    layers = layers_of(ledger)
+    with one_thread():
+        ledger.settle()
+        layers = layers_of(ledger)
     return UnitGraph(layers, _unreached(model, layers, names), note)
 
 

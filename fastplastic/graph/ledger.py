@@ -5,8 +5,8 @@ units whose values it carries (`values`). Units that meet an operator that mixes
 through a sum or the output, are marked with the reason.
 """
 
-from bisect import bisect_right
-from collections import Counter, defaultdict
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,9 +152,13 @@ class Ledger:
             return
         hit = torch.zeros(len(self.code) + 1, dtype=torch.bool)
         hit[without_repeats(ids).reshape(-1).long().clamp(min=-1)] = True
+        self.code[hit[:-1] & (self.code == 0)] = self._number(reason)
+
+    def _number(self, reason: str) -> int:
+        """Return the place of a reason in `texts`."""
         if reason not in self.texts:
             self.texts.append(reason)
-        self.code[hit[:-1] & (self.code == 0)] = self.texts.index(reason)
+        return self.texts.index(reason)
 
     def any_open(self, ids: Tensor) -> bool:
         """Tell whether any unit in `ids` may still be hidden."""
@@ -179,32 +183,47 @@ class Ledger:
 
     def layers_all_in(self, ids: Tensor) -> list[Layer]:
         """Return the layers all of whose units stand in `ids`."""
-        counts = Counter(self.layer_at(unit).start for unit in distinct(ids))
-        layers = [self.layer_at(start) for start in counts]
-        return [layer for layer in layers if counts[layer.start] == layer.n_units]
+        counts = self.counts(distinct(ids))
+        return [layer for layer, count in counts if count == layer.n_units]
+
+    def counts(self, units: list[int]) -> list[tuple[Layer, int]]:
+        """Return the layers of some units, ascending, with the number of units of each."""
+        found, at = [], 0
+        while at < len(units):
+            layer = self.layer_at(units[at])
+            end = bisect_left(units, layer.stop, at)
+            found.append((layer, end - at))
+            at = end
+        return found
 
     def settle(self) -> None:
         """Decide which units are hidden, once every operator has been read.
 
         A depthwise filter that follows a hidden unit belongs to it. What is one unit shares a fate.
         """
+        code: list[int] = self.code.tolist()
         marked = -1
-        while marked != int(self.code.count_nonzero()):
-            marked = int(self.code.count_nonzero())
-            self._share_fate()
+        while marked != len(code) - code.count(0):
+            marked = len(code) - code.count(0)
+            self._share_fate(code)
             for unit, follower in reversed(self.follows):
-                if not self.code[unit] and self.code[follower]:
-                    reason = self.texts[int(self.code[follower])]
-                    one = torch.tensor([unit], dtype=torch.int32)
-                    self.leak(one, f"its depthwise filter is not hidden: {reason}")
+                if not code[unit] and code[follower]:
+                    reason = self.texts[code[follower]]
+                    code[unit] = self._number(f"its depthwise filter is not hidden: {reason}")
+        self.code = torch.tensor(code, dtype=self.code.dtype)
         for unit, follower in self.follows:
-            if not self.code[unit] and not self.code[follower]:
+            if not code[unit] and not code[follower]:
                 self.couple(unit, follower)
 
-    def _share_fate(self) -> None:
-        """Give every member of a group the reason of its first marked member."""
+    def _share_fate(self, code: list[int]) -> None:
+        """Give every member of a group the reason of its first marked member, in `code`."""
+        joined = [unit for unit, before in enumerate(self.parent) if before != unit]
+        roots = [self.find(unit) for unit in joined]
         marked: dict[int, int] = {}
-        for unit in torch.nonzero(self.code).flatten().tolist():
-            marked.setdefault(self.find(unit), int(self.code[unit]))
-        roots = torch.tensor([marked.get(self.find(unit), 0) for unit in range(len(self.parent))])
-        self.code = torch.where(self.code == 0, roots.to(self.code.dtype), self.code)
+        for unit, root in zip(joined, roots, strict=True):
+            # The root is the first of its group.
+            fate = code[root] or code[unit]
+            if fate:
+                marked.setdefault(root, fate)
+        for unit in (*joined, *marked):
+            code[unit] = code[unit] or marked.get(self.find(unit), 0)

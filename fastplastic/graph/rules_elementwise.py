@@ -11,7 +11,14 @@ from fastplastic.graph.ledger import Layer, Ledger
 from fastplastic.graph.nodes import base_name, op_name, shape_of
 from fastplastic.graph.rules import live_first, rule, unknown
 from fastplastic.graph.rules_layout import LAYOUT, LAYOUT_AS, reduction
-from fastplastic.graph.values import DATA, Value, collapse, plain, values_in
+from fastplastic.graph.values import (
+    DATA,
+    Value,
+    collapse,
+    plain,
+    values_in,
+    without_common_repeats,
+)
 from fastplastic.kernels import ACTIVATIONS
 
 # Parameters, by their positions, with which these are the functions of their names.
@@ -166,8 +173,7 @@ def combine(ledger: Ledger, node: Node, args: list[Any]) -> Any:
         if value.ids is not None and _shared_by_all(value, other):
             ledger.leak(value.ids, "shifted by a value that depends on other units")
             return Value(shape, value.ids)
-    same = first.filled() == second.filled()
-    return _merge(ledger, node, first, second, same, "summed into a residual stream")
+    return _merge(ledger, node, first, second, "summed into a residual stream")
 
 
 def _shared_by_all(value: Value, other: Any) -> bool:
@@ -180,17 +186,14 @@ def _shared_by_all(value: Value, other: Any) -> bool:
     return bool(varying) and all(sizes[dim] == 1 for dim in varying)
 
 
-def _merge(
-    ledger: Ledger, node: Node, first: Value, second: Value, keep: Tensor, reason: str
-) -> Value:
-    """Keep the units of `first` where `keep`, mark all the others."""
-    for value in (first, second):
-        ledger.leak(
-            torch.where(keep, torch.tensor(DATA, dtype=torch.int32), value.filled()), reason
-        )
-    left, right = first.filled(), second.filled()
-    data = torch.tensor(DATA, dtype=torch.int32)
-    return Value(shape_of(node), collapse(torch.where(keep, left.expand_as(right), data)))
+def _merge(ledger: Ledger, node: Node, first: Value, second: Value, reason: str) -> Value:
+    """Keep units where both values have the same, mark all the others."""
+    left, right = without_common_repeats(first.filled(), second.filled())
+    same, data = left == right, torch.tensor(DATA, dtype=torch.int32)
+    for side in (left, right):
+        ledger.leak(torch.where(same, data, side), reason)
+    shape = shape_of(node)
+    return Value(shape, collapse(torch.where(same, left, data).expand(shape)))
 
 
 def _broadcast(arg: Any, shape: tuple[int, ...]) -> Value:
@@ -292,11 +295,14 @@ def _varying(ids: Tensor) -> set[int]:
 
 def _pairs(first: Tensor, second: Tensor) -> list[tuple[int, int]] | None:
     """Return the pairs of units that meet in two tensors, or None when they do not pair off."""
-    both = torch.stack([first, second])
-    for dim in range(1, both.dim()):
-        if both.shape[dim] > 1 and bool((both == both.narrow(dim, 0, 1)).all()):
-            both = both.narrow(dim, 0, 1)
-    pairs = torch.unique(both.reshape(2, -1), dim=1)
-    if bool((pairs < 0).any()) or any(len(torch.unique(side)) != len(side) for side in pairs):
+    ones, twos = (ids.flatten().long() for ids in without_common_repeats(first, second))
+    if not len(ones) or min(int(ones.min()), int(twos.min())) < 0:
         return None
-    return [(int(a), int(b)) for a, b in pairs.T.tolist()]
+    partner = torch.full((int(ones.max()) + 1,), -1)
+    partner[ones] = twos
+    units = (partner >= 0).nonzero().flatten()
+    others = partner[units]
+    # Each has one partner, and no two have the same one.
+    if not torch.equal(partner[ones], twos) or len(torch.unique(others)) < len(others):
+        return None
+    return list(zip(units.tolist(), others.tolist(), strict=True))

@@ -76,6 +76,17 @@ def _silent() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: on the small tensors of a graph, others only burn time waiting."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
 def in_mode(model: nn.Module, mode: str) -> Iterator[None]:
     """Put the model into a mode without fused fast paths; leave it and the RNG as found.
 
@@ -126,6 +137,9 @@ def program_of(
         node_name: names.get(id(model.get_parameter(target)), target)
         for node_name, target in signature.inputs_to_parameters.items()
     }
+    # Each is made anew whenever it is asked for.
+    buffers = signature.inputs_to_buffers
+    constants = signature.inputs_to_lifted_tensor_constants
     found = Program(mode, tied=_tied(model, names))
     for node in program.graph.nodes:
         found.owners[node] = list(module_calls(node).values() or [""])[-1]
@@ -134,11 +148,10 @@ def program_of(
             found.uses[canonical[node.name]] += sum(
                 op_name(user) not in _SHAPE_OPS for user in node.users
             )
-        elif node.name in signature.inputs_to_buffers:
-            found.buffers[node] = signature.inputs_to_buffers[node.name]
-        elif node.name in signature.inputs_to_lifted_tensor_constants:
-            name = signature.inputs_to_lifted_tensor_constants[node.name]
-            found.constants[node] = program.constants[name]
+        elif node.name in buffers:
+            found.buffers[node] = buffers[node.name]
+        elif node.name in constants:
+            found.constants[node] = program.constants[constants[node.name]]
         elif node.op == "call_function":
             _note_view_of_parameter(node, found.parameters)
     return found

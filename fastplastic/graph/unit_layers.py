@@ -80,8 +80,8 @@ class _Describer:
         """Sort calls by the layers whose units they have; what two modes have, once."""
         sorted_items: dict[int, list[Any]] = defaultdict(list)
         for item in {_key(item): item for item in items}.values():
-            for start in {self.ledger.layer_at(unit).start: None for unit in distinct(item.ids)}:
-                sorted_items[start].append(item)
+            for layer, _ in self.ledger.counts(distinct(item.ids)):
+                sorted_items[layer.start].append(item)
         return sorted_items
 
     def unit_layer(self, calls: Sequence[Layer]) -> UnitLayer:
@@ -177,9 +177,9 @@ class _Describer:
 
     def _couplings(self, layer: Layer) -> tuple[Coupling, ...]:
         rows: dict[tuple[str, int], Tensor] = {}
-        for unit in range(layer.start, layer.stop):
+        for unit in self.members.keys() & range(layer.start, layer.stop):
             slots: Counter[str] = Counter()
-            for other in self.members.get(unit, ()):
+            for other in self.members[unit]:
                 member = self.ledger.layer_at(other)
                 key = member.name, slots[member.name]
                 slots[member.name] += 1

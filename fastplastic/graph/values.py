@@ -73,16 +73,28 @@ def along(ids: Tensor, axis: int) -> Tensor | None:
 
 def distinct(ids: Tensor) -> list[int]:
     """Return the units that stand in `ids`, ascending."""
-    units: list[int] = torch.unique(without_repeats(ids)).tolist()
-    return [unit for unit in units if unit >= 0]
+    units = without_repeats(ids).flatten()
+    units = units[units >= 0]
+    if not len(units):
+        return []
+    # Counted, not sorted: there are many more elements than units.
+    low = int(units.min())
+    found: list[int] = (torch.bincount(units - low).nonzero().flatten() + low).tolist()
+    return found
 
 
 def without_repeats(ids: Tensor) -> Tensor:
     """Return the same integers without the repeats of expanded dimensions."""
-    for dim in range(ids.dim()):
-        if ids.shape[dim] > 1 and ids.stride(dim) == 0:
-            ids = ids.narrow(dim, 0, 1)
-    return ids
+    return without_common_repeats(ids)[0]
+
+
+def without_common_repeats(*tensors: Tensor) -> list[Tensor]:
+    """Return tensors of one shape without the dimensions along which all of them are expanded."""
+    cut = list(tensors)
+    for dim in range(cut[0].dim()):
+        if cut[0].shape[dim] > 1 and all(ids.stride(dim) == 0 for ids in cut):
+            cut = [ids.narrow(dim, 0, 1) for ids in cut]
+    return cut
 
 
 def reduce_dims(ids: Tensor, dims: Iterable[int]) -> Tensor | None:
