@@ -5,7 +5,7 @@ import inspect
 import io
 import logging
 import warnings
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ from torch.fx import Node
 
 from fastplastic.graph.module_run import ALWAYS_EVAL
 from fastplastic.graph.nodes import module_calls, op_name
+from fastplastic.model import attributes_kept
 
 _SHAPE_OPS = ("sym_size", "size", "sym_numel", "dim")
 
@@ -97,34 +98,13 @@ def in_mode(model: nn.Module, mode: str) -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     devices = list(range(torch.cuda.device_count()))
     try:
-        with torch.random.fork_rng(devices), _attributes_kept(modules):
+        with torch.random.fork_rng(devices), attributes_kept(model, hooks=True):
             torch.backends.mha.set_fastpath_enabled(False)
             for module in modules:
                 module.training = mode == "train" and not isinstance(module, ALWAYS_EVAL)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-
-
-@contextlib.contextmanager
-def _attributes_kept(modules: list[nn.Module]) -> Iterator[None]:
-    """Put back what a forward pass sets on modules: counters, caches, flags."""
-    kept = [(vars(module), dict(vars(module))) for module in modules]
-    containers = [
-        (value, value.copy())
-        for _, attributes in kept
-        for value in attributes.values()
-        if type(value) in (dict, OrderedDict, list, set)
-    ]
-    try:
-        yield
-    finally:
-        for attributes, before in kept:
-            attributes.clear()
-            attributes.update(before)
-        for container, items in containers:
-            container.clear()
-            container.extend(items) if isinstance(container, list) else container.update(items)
 
 
 def program_of(

@@ -2,7 +2,7 @@
 
 from fastplastic.model.batches import Batch, loss_of, read_batches
 from fastplastic.model.checks import check_built, device_of, dtype_of, fingerprint, mode_of
-from fastplastic.model.left_as_found import undisturbed
+from fastplastic.model.left_as_found import attributes_kept, undisturbed
 from fastplastic.model.lent_head import LentHead, loss_head
 from fastplastic.model.weights import MeanGradient, Weights, weights_of
 
@@ -11,6 +11,7 @@ __all__ = [
     "LentHead",
     "MeanGradient",
     "Weights",
+    "attributes_kept",
     "check_built",
     "device_of",
     "dtype_of",
