@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 import fastplastic
-from fastplastic.cli import listing, options, plan, profile, reinit
+from fastplastic.cli import listing, options, parsing, plan, profile, reinit
 from fastplastic.errors import FileError, InputError
 
 # Typer carries its own copy of click, whose base class of usage errors has no public name.
@@ -45,9 +45,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("profile")(options.command(options.ProfileOptions, profile.run))
-app.command("plan")(options.command(options.PlanOptions, plan.run))
-app.command("reinit")(options.command(options.ReinitOptions, reinit.run))
+app.command("profile")(parsing.command(options.ProfileOptions, profile.run))
+app.command("plan")(parsing.command(options.PlanOptions, plan.run))
+app.command("reinit")(parsing.command(options.ReinitOptions, reinit.run))
 app.command("list")(listing.command)
 
 

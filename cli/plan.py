@@ -4,7 +4,8 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
-from fastplastic.cli.options import DataOptions, PlanOptions, arguments
+from fastplastic.cli.options import DataOptions, PlanOptions
+from fastplastic.cli.parsing import arguments
 from fastplastic.cli.session import Measured, choose, measure_for
 from fastplastic.cli.terminal import console, follow
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastplastic.cli.options import STDOUT, DataOptions, ProfileOptions, arguments
+from fastplastic.cli.options import STDOUT, DataOptions, ProfileOptions
+from fastplastic.cli.parsing import arguments
 from fastplastic.cli.session import measure
 from fastplastic.cli.terminal import console, follow
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fastplastic.cli.options import DataOptions, ReinitOptions, arguments
+from fastplastic.cli.options import DataOptions, ReinitOptions
+from fastplastic.cli.parsing import arguments
 from fastplastic.cli.session import choose, load, measure_for, precision, source_of
 from fastplastic.cli.terminal import Counted, console, follow, progress
 

@@ -9,7 +9,7 @@ import pytest
 from helpers.program import SMALL, refused
 
 import fastplastic
-from fastplastic.cli import options, terminal
+from fastplastic.cli import options, parsing, terminal
 from fastplastic.cli import profile as profile_command
 from fastplastic.cli.options import DataOptions, PlanOptions, ProfileOptions, ReinitOptions
 from fastplastic.criteria import CRITERIA, WEIGHT_CRITERIA
@@ -182,10 +182,10 @@ def test_arguments_repeat_what_was_given():
     model = "m --no-pretrained --checkpoint|a b.pth --input-size 3 32 32".replace(" ", "|")
     expected = model.replace("a|b.pth", "a b.pth").split("|")
     expected += ["--model-kwargs", "a=1", "--model-kwargs", "b=2"]
-    assert options.arguments(given, options.ModelOptions) == expected
+    assert parsing.arguments(given, options.ModelOptions) == expected
     expected += ["--batch-size", "8", "--channels-last"]
-    assert options.arguments(given, DataOptions) == expected
-    assert options.arguments(given, PlanOptions)[-4:] == ["--ratio", "0.5", "--include", "x.*"]
+    assert parsing.arguments(given, DataOptions) == expected
+    assert parsing.arguments(given, PlanOptions)[-4:] == ["--ratio", "0.5", "--include", "x.*"]
 
 
 class Terminal(io.StringIO):
