@@ -100,6 +100,8 @@ class UnitLayer:
         head: It makes the output: no weight layer reads anything that depends on it. Of a model
             that could not be traced, the last layer.
         tied: Names of other modules that hold the same weight.
+        without_grad: Names of weights that do not learn (`requires_grad` is false): of the layer
+            itself and of its consumers. Known of a profile only, not of a graph.
     """
 
     name: str
@@ -121,6 +123,12 @@ class UnitLayer:
     head: bool = False
     unknown: dict[str, int] = field(default_factory=dict)
     tied: tuple[str, ...] = ()
+    without_grad: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Its name and those of the other modules that hold the same weight."""
+        return frozenset((self.name, *self.tied))
 
     @property
     def activation(self) -> str:

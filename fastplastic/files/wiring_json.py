@@ -63,6 +63,7 @@ def encode_layer(layer: UnitLayer) -> dict[str, Any]:
         "head": layer.head,
         "unknown": dict(layer.unknown),
         "tied": list(layer.tied),
+        "without_grad": list(layer.without_grad),
     }
 
 
@@ -167,6 +168,7 @@ class _Decoder:
             head=own.get("head", FLAG),
             unknown=_numbers(own, "unknown", units),
             tied=tuple(own.get("tied", NAMES)),
+            without_grad=tuple(own.get("without_grad", NAMES)),
         )
 
     def consumer(self, value: Fields, units: int) -> Consumer:
@@ -202,8 +204,10 @@ class _Decoder:
 
 def _completed(value: Mapping[str, object]) -> Mapping[str, object]:
     """Return a layer with the fields that files did not always have."""
-    added: dict[str, object] = {"z_sites": [], "g_sites": [], "unknown": {}, "tied": []}
-    return value if "z_site" not in value else added | dict(value)
+    added: dict[str, object] = {"without_grad": []}
+    if "z_site" in value:
+        added |= {"z_sites": [], "g_sites": [], "unknown": {}, "tied": []}
+    return added | dict(value)
 
 
 def _is_list_of(value: object, *kinds: type) -> bool:

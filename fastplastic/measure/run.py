@@ -112,7 +112,7 @@ def assemble(
     lent_head: LentHead | None = None,
 ) -> Profile:
     """Return the profile of what an observer has seen; InputError when it saw nothing."""
-    graph = _without_unforeseen(graph, observation)
+    graph = _with_learning(_without_unforeseen(graph, observation), model)
     layers = [
         LayerProfile(
             wiring,
@@ -150,6 +150,21 @@ def _without_unforeseen(graph: UnitGraph, observation: Observation) -> UnitGraph
         for layer in graph.layers
     )
     return replace(graph, layers=layers)
+
+
+def _with_learning(graph: UnitGraph, model: nn.Module) -> UnitGraph:
+    """Say which weights do not learn."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    still = {name for name, parameter in parameters.items() if not parameter.requires_grad}
+    # A model that is frozen as a whole is not being trained: what will learn is not known.
+    if len(still) in (0, len(parameters)):
+        return graph
+    layers = []
+    for layer in graph.layers:
+        weights = (layer.weight, *(consumer.weight for consumer in layer.consumers))
+        own = tuple(name for name in dict.fromkeys(weights) if name in still)
+        layers.append(replace(layer, without_grad=own))
+    return replace(graph, layers=tuple(layers))
 
 
 def _row_samples() -> "RowSamples":

@@ -166,11 +166,13 @@ def plan(
 ) -> Plan:
     """Choose the units, or the single weights, to re-initialise.
 
-    Units: eligible are the hidden units of the chosen layers with a known score. A unit made by
-    several rows is as healthy as its weakest row. Weights: eligible are the elements of the weights
-    of the chosen layers, but for NaN scores; a layer that no gradient reaches is left out, and so
-    is what makes the output. Biases, norms, embeddings, class tokens and the head are chosen only
-    if `include` has their full name. After Hernandez-Garcia et al. (SWR), arXiv 2508.00212.
+    Units: eligible are the hidden units of the chosen layers with a known score, but for those that
+    weights make or read which do not learn (`requires_grad` is false). A unit made by several rows
+    is as healthy as its weakest row. Weights: eligible are the elements of the weights of the
+    chosen layers, but for NaN scores; a layer that no gradient reaches is left out, and so is a
+    weight that does not learn and what makes the output. Biases, norms, embeddings, class tokens
+    and the head are chosen only if `include` has their full name. After Hernandez-Garcia et al.
+    (SWR), arXiv 2508.00212.
 
     Equal scores are ordered by a hash of (seed, name, unit or element), so the choice depends
     neither on the order of layers nor on which others are looked at.
@@ -187,7 +189,8 @@ def plan(
         granularity: "unit" or "weight".
         scope: "global" compares the scores of all layers, "layer" takes the ratio of each layer
             (largest remainders get the units left over, so that the total is exact).
-        include: Patterns (fnmatch) of layer names to choose from; empty for all.
+        include: Patterns (fnmatch) of layer names to choose from; empty for all. A full name also
+            takes what does not learn.
         exclude: Patterns of layer names whose rows stay as they are.
         max_layer_fraction: Never more than floor(this * eligible units) of a layer, in (0, 1].
         seed: Any integer.

@@ -48,12 +48,14 @@ def _chosen_layers(layers: Iterable["LayerProfile"], request: Request) -> list["
     """Return the layers that may lose units; exclusion holds for coupled rows too."""
     layers = list(layers)
     names = [layer.name for layer in layers]
-    included = matching(names, request.include, "include") if request.include else set(names)
-    excluded = matching(names, request.exclude, "exclude")
+    tied = [other for layer in layers for other in layer.wiring.tied]
+    included = matching(names, request.include or ["*"], "include", tied)
+    excluded = matching(names, request.exclude, "exclude", tied)
     return [
         layer
         for layer in layers
-        if layer.name in included
+        if not included.isdisjoint(layer.wiring.names)
+        and excluded.isdisjoint(layer.wiring.tied)
         and excluded.isdisjoint({layer.name, *(member.name for member in layer.wiring.coupled)})
     ]
 
@@ -67,19 +69,54 @@ def _pools(
 ) -> list[Pool]:
     pools = []
     unknown: dict[str, int] = {}
+    still: dict[str, int] = {}
     for layer in chosen:
         scores = _unit_scores(profile, layer, rule, request.seed)
         hidden = layer.wiring.hidden
+        if layer.wiring.names.isdisjoint(request.include):
+            learning = _learning(profile, layer)
+            if (hidden & ~learning).any():
+                still[layer.name] = int((hidden & ~learning).sum())
+            hidden = hidden & learning
         eligible = hidden & scores.isfinite()
         if (hidden & ~eligible).any():
             unknown[layer.name] = int((hidden & ~eligible).sum())
         if eligible.any():
             pools.append(_pool(layer, scores, eligible, rule, request))
+    if still:
+        notes.append(_still_note(still))
     if unknown:
         notes.append(_unknown_note(unknown, rule))
     if not pools:
+        if still and not unknown:
+            raise InputError(f"there is no unit to choose from, expected at least one: {notes[-1]}")
         raise InputError(_nothing_eligible(chosen, unknown, rule))
     return pools
+
+
+def _learning(profile: "Profile", layer: "LayerProfile") -> Tensor:
+    """Return which units are made by weights that learn, and read by such alone."""
+    wiring = layer.wiring
+    learning = torch.full((wiring.n_units,), wiring.weight not in wiring.without_grad)
+    for consumer in wiring.consumers:
+        if consumer.weight in wiring.without_grad:
+            read = consumer.unit_of_column
+            learning[read[read >= 0]] = False
+    for member in wiring.coupled:
+        other = profile[member.name].wiring
+        if other.without_grad:
+            rows = member.row_of_unit
+            known = rows >= 0
+            learning[known] &= _learning(profile, profile[member.name])[rows[known]]
+    return learning
+
+
+def _still_note(still: dict[str, int]) -> str:
+    return (
+        f"{sum(still.values())} hidden units are made or read by weights that do not learn "
+        "(requires_grad=False) and are left out: to take them, include the full names of their "
+        f"layers, or let the weights learn: {some_of(still)}"
+    )
 
 
 def _unit_scores(profile: "Profile", layer: "LayerProfile", rule: Criterion, seed: int) -> Tensor:

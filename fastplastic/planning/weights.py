@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _HEAD = "as it makes the output (include '*' and its name to take it too)"
 _TRANSFORMED = "as it is transformed before use"
 _NOT_KEPT = "as the profile does not hold it (computed, shared, or lent for the loss)"
+_STILL = "as it does not learn (requires_grad=False; include its full name to take it)"
 _NO_GRADIENT = "as no gradient reaches it"
 
 
@@ -98,11 +99,12 @@ def _candidates(
     others = [name for name in request.include if name in weights and name not in layers]
     names = [layer.name for layer in layers.values()]
     usual = [pattern for pattern in request.include if pattern not in others]
-    included = matching(names, usual or ["*"] * (not others), "include", layers)
-    excluded = matching(names, request.exclude, "exclude", [*layers, *others])
+    tied = [other for layer in layers.values() for other in layer.tied]
+    included = matching(names, usual or ["*"] * (not others), "include", [*layers, *tied])
+    excluded = matching(names, request.exclude, "exclude", [*layers, *others, *tied])
     found: dict[str, UnitLayer | None] = {name: None for name in others if name not in excluded}
     for weight, layer in layers.items():
-        both = {layer.name, weight}
+        both = {weight, *layer.names}
         if not both & included or both & excluded:
             continue
         reason = _reason(layer, weights, named=bool(both & set(request.include)))
@@ -119,6 +121,8 @@ def _reason(layer: UnitLayer, weights: Weights, *, named: bool) -> str:
         return _TRANSFORMED
     if layer.weight not in weights:
         return _NOT_KEPT
+    if layer.weight in layer.without_grad and not named:
+        return _STILL
     return _HEAD if layer.head and not named else ""
 
 
