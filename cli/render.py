@@ -234,7 +234,9 @@ def _resettable(rows: Sequence[LayerRow]) -> str:
 
 
 def _coverage(report: Report) -> str:
-    text = f"{len(report.rows)} of {number_of(report.found, 'weight layer')} measured"
+    # There are rows, too, of layers without figures of activations.
+    measured = report.found - len(report.skipped)
+    text = f"{measured} of {number_of(report.found, 'weight layer')} measured"
     return "; ".join([text, *starmap("{} skipped: {}".format, report.skipped)])
 
 

@@ -33,6 +33,17 @@ def branch_point(node: Node) -> bool:
     return len(users) > 1 and not all(base_name(op_name(user)) in _SLICING for user in users)
 
 
+def without_own_module(node: Node, layer: str) -> str | None:
+    """Return the class of the module that runs a layer by a function; None if the layer is called.
+
+    Args:
+        node: The operator that reads the layer's weight.
+        layer: Name of the layer.
+    """
+    name, kind = next(reversed((node.meta.get("nn_module_stack") or {"": ("", "")}).values()))
+    return None if str(name) == layer else str(kind).rpartition(".")[2] or "the model"
+
+
 def module_calls(node: Node) -> dict[str, str]:
     """Return {call: module name} of the modules that were running, the outermost first."""
     stack = node.meta.get("nn_module_stack") or {}

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from fastplastic.graph.ledger import ConsumerCall, Layer, Ledger
+from fastplastic.graph.nodes import without_own_module
 from fastplastic.graph.points import Meeting, Point, Points, downstream, upstream
 from fastplastic.graph.sites import Sites
 from fastplastic.graph.values import distinct
@@ -116,9 +117,11 @@ class _Describer:
         """Return how the units of one call of a layer are measured."""
         sites = self.sites[layer.node.graph]
         whole = torch.arange(layer.start, layer.stop, dtype=torch.int32)
-        return [self._group(sites, meeting, whole) for meeting in self.points.meetings(layer)]
+        maker = without_own_module(layer.node, layer.name)
+        why = "" if maker is None else f": {maker} computes it without calling a module of its own"
+        return [self._group(sites, meeting, whole, why) for meeting in self.points.meetings(layer)]
 
-    def _group(self, sites: Sites, meeting: Meeting, whole: Tensor) -> "_Group":
+    def _group(self, sites: Sites, meeting: Meeting, whole: Tensor, why: str) -> "_Group":
         """Return where hooks see units that have the same activation function."""
         norms = {point.norm for point, _ in meeting.points}
         norm = norms.pop() if len(norms) == 1 else None
@@ -130,7 +133,7 @@ class _Describer:
             what = "its value"
             if meeting.function != "identity":
                 what = f"what goes into its activation function ({meeting.function})"
-            return _Group(meeting.units, "unknown", f"no hook can see {what}", norm, [], [])
+            return _Group(meeting.units, "unknown", f"no hook can see {what}{why}", norm, [], [])
         gradients = [self._g_site(sites, point, ids) for point, ids in meeting.points]
         g_sites = [site for site in gradients if site is not None]
         if meeting.function == "identity":

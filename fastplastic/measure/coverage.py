@@ -75,14 +75,14 @@ def notes_of(
 
 
 def _unknown(layers: Iterable[LayerProfile]) -> list[str]:
-    """Return a remark on units with an unknown activation function, if there are any."""
+    """Return a remark on units whose activations are not measured, if there are any."""
     lost = [layer for layer in layers if layer.wiring.unknown]
     if not lost:
         return []
     units = sum(sum(layer.wiring.unknown.values()) for layer in lost)
     reasons = "; ".join(dict.fromkeys(text for layer in lost for text in layer.wiring.unknown))
     return [
-        f"the activation function of {units} units is unknown, in "
+        f"activations of {units} units are not measured, in "
         f"{_names([layer.name for layer in lost])}: they are not counted as dead, frozen or "
         f"dormant ({reasons})"
     ]
@@ -94,9 +94,18 @@ def _seen(layer: LayerProfile) -> bool:
 
 def _reason(layer: LayerProfile, observation: Observation) -> str:
     if not layer.wiring.z_sites:
-        return "; ".join(layer.wiring.unknown) or "no hook can see its pre-activation"
+        why = "; ".join(layer.wiring.unknown) or "no hook can see its pre-activation"
+        return f"{why}{_other_figures(layer)}"
     modes = " and ".join(sorted(observation.modes))
     return observation.problems.get(layer.name, f"it was not run on this data in {modes} mode")
+
+
+def _other_figures(layer: LayerProfile) -> str:
+    """Say what is measured of a layer without activations."""
+    if not layer.stats["n_in"].any():
+        return ""
+    what = "weights are" if layer.no_gradient else "weights and their gradients are"
+    return f"; its {what} measured"
 
 
 def _example(skipped: list[tuple[str, str]]) -> str:
