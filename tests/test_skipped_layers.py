@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from fastplastic import Profile, plan, profile
 from fastplastic.cli import render
 from fastplastic.cli.report import report_of
+from fastplastic.graph import build_graph
 
 X = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0))
 OWN = "computes it without calling a module of its own"
@@ -113,3 +114,23 @@ def test_the_report_counts_layers_with_activations() -> None:
     with console.capture() as capture:
         console.print(render.summary(report_of(measured(net(Fused())), ())))
     assert "2 of 3 weight layers measured; part.qkv skipped: no hook can" in capture.get()
+
+
+class Computed(nn.Module):
+    """Two layers of different sizes with weights that are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(3, 6)), nn.Parameter(torch.randn(6, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.a * 2).relu(), self.b * 2)
+
+
+def test_computed_weights_of_one_module_are_several_layers() -> None:
+    graph = build_graph(net(Computed()), X)
+    assert [(layer.name, layer.n_units) for layer in graph.layers] == [
+        ("part", 3), ("part.b", 6), ("head", 3),
+    ]  # fmt: skip
+    for name in ("part", "part.b"):
+        assert graph[name].reasons == {"its weight is transformed before use": graph[name].n_units}

@@ -20,7 +20,7 @@ from fastplastic.graph.values import Value, distinct, values_in, without_repeats
 
 @dataclass(eq=False)
 class Layer:
-    """A weight layer while the graph is being read."""
+    """A call of a weight layer while the graph is being read; of some of its rows where `part`."""
 
     name: str
     kind: str
@@ -34,6 +34,7 @@ class Layer:
     mode: str
     transformed: bool = False
     tied: tuple[str, ...] = ()
+    part: bool = False
 
     @property
     def stop(self) -> int:

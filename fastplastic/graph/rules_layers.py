@@ -49,19 +49,28 @@ def batch_norm(ledger: Ledger, node: Node, args: list[Any]) -> Any:
 
 @dataclass(frozen=True)
 class Weight:
-    """The weight argument of a node: `name` is None where it is no plain parameter."""
+    """The weight argument of a node: `name` is None where it is no plain parameter.
+
+    Where it is a range of its rows, `first_row` is where that begins.
+    """
 
     node: Any
     name: str | None
     unit_dim: int
     kind: str
     groups: int = 1
+    first_row: int | None = None
 
 
 @rule("linear")
 def linear(ledger: Ledger, node: Node, args: list[Any]) -> Any:
-    name, turned = ledger.parameter(node.args[1])
-    return weight_layer(ledger, node, args, Weight(node.args[1], name, int(turned), "linear"))
+    source = node.args[1]
+    if isinstance(source, Node) and source in ledger.program.parts:
+        name, first = ledger.program.parts[source]
+        weight = Weight(source, name, 0, "linear", first_row=first)
+        return weight_layer(ledger, node, args, weight)
+    plain_name, turned = ledger.parameter(source)
+    return weight_layer(ledger, node, args, Weight(source, plain_name, int(turned), "linear"))
 
 
 @rule("mm", "matmul", reads=(0, 1))
@@ -119,9 +128,11 @@ def weight_layer(
         return spatial(ledger, node, args) if fixed else unknown(ledger, node, args)
     if bias is None and len(node.args) > 2 and weight.node is node.args[1]:
         bias = node.args[2]
-    layer = _call(ledger, _new_layer(ledger, node, weight, ledger.parameter(bias)[0], shape[axis]))
+    name = _bias_name(ledger, bias, weight)
+    layer = _call(ledger, _new_layer(ledger, node, weight, name, shape[axis]))
     _read(ledger, layer, args[0], axis, weight.groups)
-    ids = torch.arange(layer.start, layer.stop, dtype=torch.int32)
+    first = layer.start + (weight.first_row or 0)
+    ids = torch.arange(first, first + shape[axis], dtype=torch.int32)
     uses = ledger.program.uses.get(layer.weight, 0)
     if layer.transformed:
         ledger.leak(ids, "its weight is transformed before use")
@@ -131,29 +142,65 @@ def weight_layer(
         ledger.leak(ids, f"its weight is used {uses} times")
     elif layer.bias is not None and ledger.program.uses.get(layer.bias, 0) > 1:
         ledger.leak(ids, "its bias is used more than once")
-    return on_axis(ids, axis, shape, pristine=True)
+    return on_axis(ids, axis, shape, pristine=not layer.part)
+
+
+def _bias_name(ledger: Ledger, bias: Any, weight: Weight) -> str | None:
+    """Return the name of the parameter that the bias is, or the same rows of it."""
+    name, first = ledger.program.parts.get(bias, (None, None))
+    return name if name and first == weight.first_row else ledger.parameter(bias)[0]
 
 
 def _new_layer(ledger: Ledger, node: Node, weight: Weight, bias: str | None, n_units: int) -> Layer:
     source = node.args[1] if op_name(node) == "addmm" else node.args[0]
     assert isinstance(source, Node)
     owner = ledger.program.owners.get(node, "")
-    name, tied = (owner, ()) if weight.name is None else _names_of(ledger, weight.name, owner)
+    name, tied = (
+        (_computed_name(ledger, weight, owner, n_units), ())
+        if weight.name is None
+        else _names_of(ledger, weight.name, owner)
+    )
+    part = weight.first_row is not None
+    if part:
+        n_units = ledger.program.sizes[weight.name or ""]
     return Layer(
-        name=name, kind=weight.kind, weight=weight.name or f"{owner}.weight", bias=bias,
+        name=name, kind=weight.kind, weight=weight.name or f"{name}.weight", bias=bias,
         unit_dim=weight.unit_dim, start=-1, n_units=n_units, source=source, node=node,
         mode=ledger.program.mode, transformed=weight.name is None, tied=tied,
+        part=part,
     )  # fmt: skip
+
+
+def _computed_name(ledger: Ledger, weight: Weight, owner: str, n_units: int) -> str:
+    """Return the name of a layer with a computed weight: the module, if it runs no other layer."""
+    own = [call for call in ledger.calls if call.name == owner]
+    if all(call.n_units == n_units for call in own):
+        return owner
+    return _layer_name(_from_parameters(ledger, weight.node) or owner)
 
 
 def _call(ledger: Ledger, layer: Layer) -> Layer:
     """Note a call of a layer; give it units, or those that another mode gave to the same call."""
+    if layer.part:
+        return _call_of_part(ledger, layer)
     number = ledger.program.calls[layer.name]
     ledger.program.calls[layer.name] += 1
     ledger.calls.append(layer)
     known = [call for call in ledger.layers if call.name == layer.name and call.mode != layer.mode]
     if number < len(known) and known[number].n_units == layer.n_units:
         layer.start = known[number].start
+    else:
+        layer.start = ledger.new_units(layer.n_units)
+        ledger.layers.append(layer)
+    return layer
+
+
+def _call_of_part(ledger: Ledger, layer: Layer) -> Layer:
+    """Note a call of some rows of a layer: its other calls have the units of the other rows."""
+    ledger.calls.append(layer)
+    known = [x for x in ledger.layers if x.name == layer.name and x.n_units == layer.n_units]
+    if known:
+        layer.start = known[0].start
     else:
         layer.start = ledger.new_units(layer.n_units)
         ledger.layers.append(layer)
@@ -170,16 +217,16 @@ def _names_of(ledger: Ledger, weight: str, owner: str) -> tuple[str, tuple[str, 
     return name, tuple(other for other in names if other != name)
 
 
-def _from_parameters(ledger: Ledger, weight: Any) -> bool:
-    """Tell whether a weight is computed from parameters, and is not a fixed filter."""
+def _from_parameters(ledger: Ledger, weight: Any) -> str | None:
+    """Return a parameter that a weight is computed from; None for a fixed filter."""
     todo, seen = [weight] if isinstance(weight, Node) else [], set[Node]()
     while todo:
         item = todo.pop()
         if item in ledger.program.parameters:
-            return True
+            return ledger.program.parameters[item][0]
         seen.add(item)
         todo.extend(x for x in item.all_input_nodes if x not in seen)
-    return False
+    return None
 
 
 def _layer_name(weight: str) -> str:
@@ -194,6 +241,8 @@ def _read(ledger: Ledger, layer: Layer, source: Value, axis: int, groups: int) -
     columns = along(source.ids, axis if axis < len(source.shape) else -1)
     if columns is None:
         ledger.leak(source.ids, f"read by {layer.name} with different units at different positions")
+    elif layer.part:
+        ledger.leak(columns, f"read by {layer.name}, whose columns read other units, too")
     elif layer.transformed:
         ledger.leak(columns, f"read by {layer.name}, whose weight is transformed before use")
     elif ledger.program.uses.get(layer.weight, 0) > 1:

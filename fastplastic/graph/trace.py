@@ -20,6 +20,7 @@ from fastplastic.graph.nodes import module_calls, op_name
 from fastplastic.model import attributes_kept
 
 _SHAPE_OPS = ("sym_size", "size", "sym_numel", "dim")
+_SPLITS = ("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "tensor_split")
 
 
 @dataclass(eq=False)
@@ -29,8 +30,10 @@ class Program:
     Attributes:
         mode: "eval" or "train", that it was traced in.
         parameters: {node: (name, transposed)} of parameters and plain views of them.
+        parts: {node: (parameter name, first row)} of ranges of rows that a parameter is split into.
         buffers: {node: name}.
         constants: {node: value} of tensors that the forward pass makes from numbers.
+        sizes: {parameter name: its number of rows}, of those that are split.
         uses: {parameter name: number of operators that read it}.
         owners: {node: name of the module that was running}.
         tied: {parameter name: all its names}.
@@ -39,8 +42,10 @@ class Program:
 
     mode: str = "eval"
     parameters: dict[Node, tuple[str, bool]] = field(default_factory=dict)
+    parts: dict[Node, tuple[str, int]] = field(default_factory=dict)
     buffers: dict[Node, str] = field(default_factory=dict)
     constants: dict[Node, Tensor] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
     uses: Counter[str] = field(default_factory=Counter)
     owners: dict[Node, str] = field(default_factory=dict)
     tied: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -134,6 +139,7 @@ def program_of(
             found.constants[node] = program.constants[constants[node.name]]
         elif node.op == "call_function":
             _note_view_of_parameter(node, found.parameters)
+            _note_part_of_parameter(node, found)
     return found
 
 
@@ -157,3 +163,23 @@ def _note_view_of_parameter(node: Node, parameters: dict[Node, tuple[str, bool]]
         parameters[node] = name, not turned
     elif op_name(node) in ("to", "_to_copy", "alias", "detach"):
         parameters[node] = name, turned
+
+
+def _note_part_of_parameter(node: Node, program: Program) -> None:
+    """Note a range of rows, as cross-attention takes them of the weight of q, k and v."""
+    split = node.args[0] if op_name(node) == "getitem" else None
+    if not isinstance(split, Node) or op_name(split) not in _SPLITS:
+        return
+    weight, dim = split.args[0], split.kwargs.get("dim", (*split.args[1:], 0, 0)[1])
+    if not isinstance(weight, Node) or weight not in program.parameters or dim != 0:
+        return
+    name, turned = program.parameters[weight]
+    if turned:
+        return
+    number = node.args[1]
+    assert isinstance(number, int)
+    rows = [part.shape[0] for part in split.meta["val"]]
+    program.parts[node] = name, sum(rows[:number])
+    program.sizes[name] = sum(rows)
+    # What reads one part twice reads the parameter twice.
+    program.uses[name] += max(len(node.users) - 1, 0)

@@ -119,6 +119,11 @@ class _Describer:
         whole = torch.arange(layer.start, layer.stop, dtype=torch.int32)
         maker = without_own_module(layer.node, layer.name)
         why = "" if maker is None else f": {maker} computes it without calling a module of its own"
+        if layer.part:
+            # Its rows are in several tensors, and none has them all.
+            every = torch.ones(layer.n_units, dtype=torch.bool)
+            reason = f"no hook sees all of its rows together{why}"
+            return [_Group(every, "unknown", reason, None, [], [])]
         return [self._group(sites, meeting, whole, why) for meeting in self.points.meetings(layer)]
 
     def _group(self, sites: Sites, meeting: Meeting, whole: Tensor, why: str) -> "_Group":
