@@ -296,7 +296,7 @@ class ReinitOptions(SelectOptions):
         bool, _option("--dry-run", panel=_OUTPUT, help="Show what would be done; write nothing.")
     ] = False
     force: Annotated[
-        bool, _option("--force", panel=_OUTPUT, help="Overwrite a file that exists.")
+        bool, _option("--force", panel=_OUTPUT, help="Overwrite a file; take non-finite weights.")
     ] = False
 
     def check(self) -> None:

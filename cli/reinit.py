@@ -4,6 +4,7 @@ import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from fastplastic.cli.options import DataOptions, ReinitOptions
@@ -137,7 +138,11 @@ def _loss(job: _Job, report: "ReinitReport") -> tuple[tuple[str, str], ...]:
                 "that was fitted to them",
             ),
         )
-    return (("loss", f"{report.loss_before:.4g} before, {report.loss_after:.4g} after"),)
+    return (("loss", f"{_number(report.loss_before)} before, {_number(report.loss_after)} after"),)
+
+
+def _number(loss: float | None) -> str:
+    return f"{loss:.4g}" if loss is not None and isfinite(loss) else "not finite"
 
 
 def _following(options: ReinitOptions) -> str:

@@ -4,9 +4,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fastplastic.cli.options import DataOptions, SelectOptions
+from fastplastic.cli.options import DataOptions, ReinitOptions, SelectOptions
 from fastplastic.cli.terminal import progress, warn
-from fastplastic.errors import InputError
+from fastplastic.errors import FileError, InputError
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,25 @@ def load(options: DataOptions, *, pretrained: bool | None) -> "LoadedModel":
         warn(loaded.warning)
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     loaded.model.to(device).to(memory_format=layout).eval()
+    _check_finite(options, loaded)
     return loaded
+
+
+def _check_finite(options: DataOptions, loaded: "LoadedModel") -> None:
+    """Name tensors with NaN or infinity on stderr; FileError where they would be written anew."""
+    from fastplastic.model import nonfinite_tensors
+    from fastplastic.planning import some_of
+
+    names = nonfinite_tensors(loaded.model)
+    if not names:
+        return
+    found = f"{loaded.weights}: NaN or infinity in {len(names)} tensors: {some_of(names)}"
+    if isinstance(options, ReinitOptions) and not options.force:
+        raise FileError(
+            f"{found}; expected finite weights: take another checkpoint, or pass --force to "
+            "re-initialise this one all the same"
+        )
+    warn(f"{found}. Layers that they reach cannot be measured, and no unit of them is planned")
 
 
 def precision(options: DataOptions) -> AbstractContextManager[object]:

@@ -1,7 +1,14 @@
 """What is asked of any live model: its batches, weights and head, and how it is left as found."""
 
 from fastplastic.model.batches import Batch, loss_of, read_batches
-from fastplastic.model.checks import check_built, device_of, dtype_of, fingerprint, mode_of
+from fastplastic.model.checks import (
+    check_built,
+    device_of,
+    dtype_of,
+    fingerprint,
+    mode_of,
+    nonfinite_tensors,
+)
 from fastplastic.model.left_as_found import attributes_kept, undisturbed
 from fastplastic.model.lent_head import LentHead, loss_head
 from fastplastic.model.weights import MeanGradient, Weights, weights_of
@@ -19,6 +26,7 @@ __all__ = [
     "loss_head",
     "loss_of",
     "mode_of",
+    "nonfinite_tensors",
     "read_batches",
     "undisturbed",
     "weights_of",

@@ -30,6 +30,22 @@ def check_built(model: nn.Module) -> None:
             )
 
 
+def nonfinite_tensors(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of parameters and buffers that hold NaN or infinity.
+
+    An infinity in a buffer counts in running statistics only: attention masks are made of it.
+    """
+    found = []
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not tensor.is_floating_point():
+            continue
+        parameter = isinstance(tensor, nn.Parameter)
+        strict = parameter or name.endswith(("running_mean", "running_var"))
+        if not bool(tensor.isfinite().all() if strict else not tensor.isnan().any()):
+            found.append(name)
+    return tuple(found)
+
+
 def fingerprint(model: nn.Module) -> str:
     """Return a name for the model's structure: the sha256 of its parameters' names, shapes, dtypes.
 

@@ -19,6 +19,8 @@ from fastplastic.wiring import UnitLayer
 if TYPE_CHECKING:
     from fastplastic.measure import LayerProfile, Profile
 
+# Sums over weights, which are as finite as the weights are.
+_SUMS = ("sum_abs_w", "sum_abs_w_out")
 _WITHOUT_GRADIENT = ", or trained weights (random ones often begin with norms of zero)"
 
 
@@ -70,6 +72,7 @@ def _pools(
     pools = []
     unknown: dict[str, int] = {}
     still: dict[str, int] = {}
+    spoiled: dict[str, int] = {}
     for layer in chosen:
         scores = _unit_scores(profile, layer, rule, request.seed)
         hidden = layer.wiring.hidden
@@ -78,20 +81,44 @@ def _pools(
             if (hidden & ~learning).any():
                 still[layer.name] = int((hidden & ~learning).sum())
             hidden = hidden & learning
+        if hidden.any() and _spoiled(profile, layer, rule):
+            spoiled[layer.name] = int(hidden.sum())
+            continue
         eligible = hidden & scores.isfinite()
         if (hidden & ~eligible).any():
             unknown[layer.name] = int((hidden & ~eligible).sum())
         if eligible.any():
             pools.append(_pool(layer, scores, eligible, rule, request))
-    if still:
-        notes.append(_still_note(still))
+    lost = [_still_note(still)] * bool(still) + [_spoiled_note(spoiled)] * bool(spoiled)
+    notes += lost
     if unknown:
         notes.append(_unknown_note(unknown, rule))
     if not pools:
-        if still and not unknown:
-            raise InputError(f"there is no unit to choose from, expected at least one: {notes[-1]}")
+        if lost and not unknown:
+            why = "; ".join(lost)
+            raise InputError(f"there is no unit to choose from, expected at least one: {why}")
         raise InputError(_nothing_eligible(chosen, unknown, rule))
     return pools
+
+
+def _spoiled(profile: "Profile", layer: "LayerProfile", rule: Criterion) -> bool:
+    """Tell whether the figures of a layer, or of rows coupled to it, are not all finite."""
+    rows = ["n_nonfinite_h"]
+    if rule.needs == "gradients":
+        rows += ["n_nonfinite_g", "n_nonfinite_dw", "n_nonfinite_dw_out"]
+    layers = [layer, *(profile[member.name] for member in layer.wiring.coupled)]
+    return any(
+        any(bool(own.stats[row].any()) for row in rows)
+        or not bool(torch.stack([own.stats[row] for row in _SUMS]).isfinite().all())
+        for own in layers
+    )
+
+
+def _spoiled_note(spoiled: dict[str, int]) -> str:
+    return (
+        f"{sum(spoiled.values())} hidden units are left out, as NaN or infinity was seen in their "
+        f"layers (activations, gradients or weights), so scores are unknown: {some_of(spoiled)}"
+    )
 
 
 def _learning(profile: "Profile", layer: "LayerProfile") -> Tensor:

@@ -264,6 +264,7 @@ class Adjustment:
             )
         written = []
         for name, shift in shifts.items():
+            _check_finite(f"what columns contributed to {name!r}", shift)
             tensor = self._tensors[name].detach()
             undo.keep(partial(tensor.copy_, tensor.clone()))
             tensor.copy_(tensor.double() + shift.to(tensor.device))
@@ -283,4 +284,13 @@ class Adjustment:
                 if name in fresh:
                     place = place_of(self._tensors[name], Region(name, region.index))
                     values = place_of(fresh[name], Region(name, region.index)).read()
+                    _check_finite(f"the fresh {name!r}", values)
                     place.write(values)
+
+
+def _check_finite(what: str, values: Tensor) -> None:
+    if not bool(values.isfinite().all()):
+        raise InputError(
+            f"{what} is NaN or infinite over the batches, expected numbers: mend the weights or "
+            "the data, or leave out compensate and recalibrate"
+        )
