@@ -109,7 +109,8 @@ def test_a_functional_activation_is_unknown_and_nothing_is_said_of_its_units(mea
     layer = result["a"]
     assert is_unknown(layer.wiring, NO_FUNCTION)
     assert not layer.dead.any() and not layer.frozen.any() and not layer.dormant.any()
-    assert result.coverage.skipped == (("a", NO_FUNCTION),)
+    said = f"{NO_FUNCTION}; its weights and their gradients are measured"
+    assert result.coverage.skipped == (("a", said),)
     assert result["b"].activation == "identity"
 
 

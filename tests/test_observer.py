@@ -265,7 +265,7 @@ def test_tensor_that_does_not_fit_is_reported():
     assert dict(coverage.skipped) == {
         "extra": "not reached",
         "fc1": "its hook saw torch.float32 (16, 8), expected 9 channels on axis 1",
-        "fc2": "no hook can see its pre-activation",
+        "fc2": "no hook can see its pre-activation; its weights are measured",
     }
 
 
