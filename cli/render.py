@@ -223,7 +223,8 @@ def _where(rows: Sequence[LayerRow], number: Callable[[LayerRow], int | None]) -
     )
     layers = number_of(len(touched), "layer")
     found = f"{count(total)} of {count(units)} units ({percent(total / units)}) in {layers}"
-    return f"{found}, resettable ones first: {worst}"
+    order = ", resettable ones first" if not all(row.fixed for row in touched) else ""
+    return f"{found}{order}: {worst}"
 
 
 def _resettable(rows: Sequence[LayerRow]) -> str:

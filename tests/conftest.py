@@ -36,8 +36,10 @@ Outcome = namedtuple("Outcome", "code output error")
 
 @pytest.fixture
 def run(capsys, monkeypatch, tmp_path):
-    """Run the program in an empty folder, with the model hub out of reach."""
+    """Run the program in an empty folder, into a pipe, with the model hub out of reach."""
     monkeypatch.chdir(tmp_path)
+    # Workers that run tests side by side may set it.
+    monkeypatch.delenv("COLUMNS", raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
 

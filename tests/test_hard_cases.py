@@ -126,8 +126,15 @@ def test_gradient_criteria_leave_out_a_layer_without_gradient_and_say_so(build, 
     assert set(made.units) == {"b"} and made.eligible == 8
     to_h = criterion == "activation_gradient"
     why = "no gradient to their activation was seen" if to_h else "no gradient reaches them"
-    text = f"8 hidden units have no {criterion} score and are left out ({why})"
-    assert made.notes == (f"{text}: cut",)
+    text = f"8 hidden units have no {criterion} score and are left out ({why}): cut"
+    if build is frozen_layer:
+        text = (
+            "8 hidden units are made or read by weights that do not learn (requires_grad=False) "
+            "and are left out: to take them, include the full names of their layers, or let the "
+            "weights learn: cut"
+        )
+    # Of the 4 units that half of b is, none is weak.
+    assert made.notes[0] == text and len(made.notes) == 2 and "healthy" in made.notes[1]
     with pytest.raises(FastPlasticError, match=f"none of the 8 hidden .* has a {criterion} score"):
         plan(found, criterion=criterion, ratio=0.5, include="cut")
     assert set(plan(found, criterion="dormant", ratio=0.5, include="cut").units) == {"cut"}

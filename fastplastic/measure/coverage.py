@@ -23,6 +23,11 @@ def coverage_of(
     # Of a model that cannot be traced, gradients may be all that is known.
     untraced = graph.note is not None
     gradients = untraced and any(not layer.no_gradient for layer in layers)
+    if not found:
+        raise InputError(
+            "the model has no linear or convolution layer, expected at least one: pass the module "
+            "that holds them"
+        )
     if len(skipped) == found and not gradients:
         raise InputError(
             f"none of {found} weight layers was measured{_example(skipped)}: call the model itself "

@@ -135,6 +135,12 @@ def _cross_entropy(logits: Any, targets: Any) -> Tensor:
     if not isinstance(logits, Tensor) or not isinstance(targets, Tensor):
         pair = f"{type(logits).__name__} and {type(targets).__name__}"
         raise InputError(f"outputs and targets are {pair}, expected tensors: pass your own loss_fn")
+    if logits.ndim == 3 and targets.shape == logits.shape[:2] != (len(logits), logits.shape[2]):
+        raise InputError(
+            f"outputs of shape {tuple(logits.shape)} for targets of shape {tuple(targets.shape)} "
+            "look like (batch, tokens, classes), expected (batch, classes, ...): yield mappings "
+            "with 'labels', so that the model's own loss is used, or pass your own loss_fn"
+        )
     if not targets.is_floating_point() and targets.numel() and logits.ndim > 1:
         highest, classes = int(targets.max()), logits.shape[1]
         if highest >= classes:

@@ -73,11 +73,12 @@ class _Attributes:
 
     def __init__(self, module: nn.Module, left: frozenset[str]) -> None:
         self._own, self._left = vars(module), left
-        self._saved = {name: x for name, x in self._own.items() if name not in left}
+        self._saved = dict(self._own)
 
     def put_back(self) -> None:
         left = {name: x for name, x in self._own.items() if name in self._left}
         self._own.clear()
+        # In the old order, which `|` keeps.
         self._own.update(self._saved | left)
 
 
