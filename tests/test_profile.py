@@ -117,7 +117,7 @@ def test_generator_is_read_once_and_completely():
     ("model", "text"),
     [
         (nn.Identity(), "the model has no parameters, expected weight layers: nothing to profile"),
-        (nn.Sequential(nn.BatchNorm2d(3), nn.Flatten()).eval(), "none of 0 weight layers was meas"),
+        (nn.Sequential(nn.BatchNorm2d(3), nn.Flatten()).eval(), "no linear or convolution layer"),
     ],
 )
 def test_nothing_to_measure_is_an_error(model, text):

@@ -6,6 +6,7 @@ h = f(z) and whether f is flat at z are made from z in registers (`functions.py`
 z is of half precision, min and max are rounded to it, and h counts as 0 where that makes it 0.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -155,33 +156,33 @@ def activation(name: str, kind: str) -> Sums:
         flat_is_zero=name == "relu" and kind != "float16",
         z_is_h=name in ("identity", "leaky_relu"),
     )
-    step, fold = _activation_step(function), _activation_fold(function)
-    fold_each = _activation_fold_each(function)
-    again = _activation_again(function)
     # Eight rows of a longer function are too many for LLVM to unroll, and then it does not
     # vectorise them either.
     unroll = 8 if name in _SHORT else 4
-
-    @inline
-    def lanes_of() -> Any:
-        return (
-            float_lanes(), float_lanes(), float_lanes(), float_lanes(), float_lanes(),
-            count_lanes(), count_lanes(),
-        )  # fmt: skip
-
-    @inline
-    def clear(lanes: Any, width: Any) -> None:
-        sums, sizes, squares, lows, highs, zeros, flats = lanes
-        for j in range(width):
-            sums[j], sizes[j], squares[j] = F(0), F(0), F(0)
-            lows[j], highs[j] = _INFINITY, -_INFINITY
-            zeros[j], flats[j] = np.int32(0), np.int32(0)
-
-    run, keep = _activation_run(function), _activation_keep(function)
+    # Functions of the same kind share what is made of these: it takes longer to compile.
+    kept = function.signed, function.flat_is_zero
     return Sums(
-        function.itemsize, unroll, _ACTIVATION_START, lanes_of, clear, step, fold, fold_each, again,
-        run, keep,
+        function.itemsize, unroll, _ACTIVATION_START, _lanes, _clear, _activation_step(function),
+        _activation_fold(*kept), _activation_fold_each(*kept), _activation_again(function),
+        _activation_run(function), _activation_keep(*kept),
     )  # fmt: skip
+
+
+@inline
+def _lanes() -> Any:
+    return (
+        float_lanes(), float_lanes(), float_lanes(), float_lanes(), float_lanes(),
+        count_lanes(), count_lanes(),
+    )  # fmt: skip
+
+
+@inline
+def _clear(lanes: Any, width: Any) -> None:
+    sums, sizes, squares, lows, highs, zeros, flats = lanes
+    for j in range(width):
+        sums[j], sizes[j], squares[j] = F(0), F(0), F(0)
+        lows[j], highs[j] = _INFINITY, -_INFINITY
+        zeros[j], flats[j] = np.int32(0), np.int32(0)
 
 
 def _activation_step(function: _Function) -> Any:
@@ -216,9 +217,8 @@ def _activation_step(function: _Function) -> Any:
     return step
 
 
-def _activation_fold(function: _Function) -> Any:
-    signed, flat_is_zero = function.signed, function.flat_is_zero
-
+@cache
+def _activation_fold(signed: bool, flat_is_zero: bool) -> Any:
     @inline_finite
     def reduce(lanes: Any, begin: Any, end: Any, square: Any, out: Any, unit: Any) -> Any:
         sums, sizes, _, lows, highs, zeros, flats = lanes
@@ -286,9 +286,8 @@ def _activation_run(function: _Function) -> Any:
     return run
 
 
-def _activation_keep(function: _Function) -> Any:
-    signed, flat_is_zero = function.signed, function.flat_is_zero
-
+@cache
+def _activation_keep(signed: bool, flat_is_zero: bool) -> Any:
     @inline
     def keep(found: Any, out: Any, unit: Any) -> Any:
         total, size, square, low, high, zero, flat = found
@@ -312,9 +311,8 @@ def _of_order(key: Any, signed: Any) -> Any:
     return np.int32(flipped if signed else key).view(np.float32)
 
 
-def _activation_fold_each(function: _Function) -> Any:
-    signed, flat_is_zero = function.signed, function.flat_is_zero
-
+@cache
+def _activation_fold_each(signed: bool, flat_is_zero: bool) -> Any:
     @inline
     def fold_each(lanes: Any, begin: Any, end: Any, out: Any, unit: Any) -> Any:
         sums, sizes, squares, lows, highs, zeros, flats = lanes

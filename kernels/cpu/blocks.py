@@ -219,7 +219,8 @@ def by_lanes(spec: str) -> Any:
                 while done < there:
                     _step(spec, lanes, first + done * stride * size, stride, 1, lines, slope)
                     done += 1
-                lane = 0
+                # Not a literal, or all that takes it is compiled for the literal, too.
+                lane = np.int64(0)
                 while lane < lines:
                     unit = (at + lane) // run % units
                     stop = min(
@@ -269,6 +270,7 @@ def by_runs(spec: str) -> Any:
         for row in range(statistics):
             for unit in range(first_unit, last_unit):
                 out[row, unit] = start[row]
+        one, none = np.int64(1), np.int64(0)
         for index in range(chunk * chunk_size, min((chunk + 1) * chunk_size, ahead)):
             for unit in range(first_unit, last_unit):
                 run = address + (index * stride + unit * unit_stride) * size
@@ -276,7 +278,7 @@ def by_runs(spec: str) -> Any:
                     piece, count = run + begin * size, min(_RUN_PIECE, length - begin)
                     found = _run(spec, piece, count, slope)
                     if not _keep(spec, found, out, unit):
-                        _again(spec, piece, 1, 0, 0, count, slope, out, unit)
+                        _again(spec, piece, one, none, none, count, slope, out, unit)
 
     return kernel
 

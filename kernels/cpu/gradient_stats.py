@@ -36,15 +36,6 @@ def gradient(kind: str) -> Sums:
     load, itemsize = LOADERS[kind]
 
     @inline
-    def lanes_of() -> Any:
-        return float_lanes(), float_lanes()
-
-    @inline
-    def clear(lanes: Any, width: Any) -> None:
-        for j in range(width):
-            lanes[0][j], lanes[1][j] = F(0), F(0)
-
-    @inline
     def step(lanes: Any, address: Any, stride: Any, rows: Any, width: Any, slope: Any) -> Any:
         sizes, squares = lanes
         for j in range(width):
@@ -69,11 +60,11 @@ def gradient(kind: str) -> Sums:
         itemsize,
         8,
         (0.0, 0.0, 0.0),
-        lanes_of,
-        clear,
+        _lanes,
+        _clear,
         step,
-        _gradient_fold(),
-        _gradient_fold_each(),
+        _gradient_fold,
+        _gradient_fold_each,
         _gradient_again(load, itemsize),
         run,
         _gradient_keep,
@@ -89,29 +80,34 @@ def _gradient_keep(found: Any, out: Any, unit: Any) -> Any:
     return True
 
 
-def _gradient_fold_each() -> Any:
-    @inline
-    def fold_each(lanes: Any, begin: Any, end: Any, out: Any, unit: Any) -> Any:
-        if not total_of(lanes[1], begin, end) <= _LARGEST:
-            return False
-        add_each(lanes[0], begin, end, out, _G_ABS, unit)
-        add_each(lanes[1], begin, end, out, _G_SQUARE, unit)
-        return True
-
-    return fold_each
+@inline
+def _lanes() -> Any:
+    return float_lanes(), float_lanes()
 
 
-def _gradient_fold() -> Any:
-    @inline
-    def fold(lanes: Any, begin: Any, end: Any, out: Any, unit: Any) -> Any:
-        square = total_of(lanes[1], begin, end)
-        if not square <= _LARGEST:
-            return False
-        out[_G_ABS, unit] += total_of(lanes[0], begin, end)
-        out[_G_SQUARE, unit] += square
-        return True
+@inline
+def _clear(lanes: Any, width: Any) -> None:
+    for j in range(width):
+        lanes[0][j], lanes[1][j] = F(0), F(0)
 
-    return fold
+
+@inline
+def _gradient_fold_each(lanes: Any, begin: Any, end: Any, out: Any, unit: Any) -> Any:
+    if not total_of(lanes[1], begin, end) <= _LARGEST:
+        return False
+    add_each(lanes[0], begin, end, out, _G_ABS, unit)
+    add_each(lanes[1], begin, end, out, _G_SQUARE, unit)
+    return True
+
+
+@inline
+def _gradient_fold(lanes: Any, begin: Any, end: Any, out: Any, unit: Any) -> Any:
+    square = total_of(lanes[1], begin, end)
+    if not square <= _LARGEST:
+        return False
+    out[_G_ABS, unit] += total_of(lanes[0], begin, end)
+    out[_G_SQUARE, unit] += square
+    return True
 
 
 def _gradient_again(load: Any, itemsize: int) -> Any:
