@@ -4,9 +4,13 @@ Nothing here holds a model. Index maps are int64 tensors on the CPU with -1 for 
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
+
+Argument = Literal["query", "key", "value"]
+ARGUMENTS: tuple[Argument, ...] = get_args(Argument)
+Where = Literal["input", "output", Argument]
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,13 +19,14 @@ class Site:
 
     Attributes:
         module: Dotted name of the module to hook.
-        where: Whether its first input or its output is the tensor.
+        where: Whether its first input or its output is the tensor. "query", "key" and "value" are
+            what `nn.MultiheadAttention` multiplies with this argument, and no hook sees.
         unit_axis: Dimension of that tensor which runs over channels.
         unit_of_channel: int64 [size of that dimension], the layer's unit in each channel, or -1.
     """
 
     module: str
-    where: Literal["input", "output"]
+    where: Where
     unit_axis: int
     unit_of_channel: Tensor
 

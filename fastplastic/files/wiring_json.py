@@ -6,7 +6,7 @@ is checked in full, because these maps decide where weights are written.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from fastplastic.files.fields import (
     integer,
     one_of,
 )
-from fastplastic.wiring import Consumer, Coupling, Norm, Site, UnitLayer
+from fastplastic.wiring import Consumer, Coupling, Norm, Site, UnitLayer, Where
 
 _KINDS = ("linear", "conv", "depthwise conv", "conv transpose", "conv1d")
 # A few hundred bytes of JSON can ask for any amount of memory: all maps of one file share this.
@@ -183,7 +183,7 @@ class _Decoder:
     def site(self, value: Fields, units: int) -> Site:
         return Site(
             module=value.get("module", TEXT),
-            where=value.get("where", one_of(("input", "output"))),
+            where=value.get("where", one_of(get_args(Where))),
             unit_axis=value.get("unit_axis", integer(-_MAX_DIM, _MAX_DIM)),
             unit_of_channel=self.index(value, "unit_of_channel", units),
         )

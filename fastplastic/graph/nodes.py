@@ -40,8 +40,14 @@ def without_own_module(node: Node, layer: str) -> str | None:
         node: The operator that reads the layer's weight.
         layer: Name of the layer.
     """
+    name, kind = innermost_module(node)
+    return None if name == layer else kind.rpartition(".")[2] or "the model"
+
+
+def innermost_module(node: Node) -> tuple[str, str]:
+    """Return the name and the class, with its package, of the innermost module that was running."""
     name, kind = next(reversed((node.meta.get("nn_module_stack") or {"": ("", "")}).values()))
-    return None if str(name) == layer else str(kind).rpartition(".")[2] or "the model"
+    return str(name), str(kind)
 
 
 def module_calls(node: Node) -> dict[str, str]:

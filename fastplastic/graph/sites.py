@@ -5,14 +5,15 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from fastplastic.graph.ledger import Ledger
-from fastplastic.graph.nodes import module_calls
+from fastplastic.graph.ledger import Layer, Ledger
+from fastplastic.graph.nodes import innermost_module, module_calls
 from fastplastic.graph.values import Value, along
-from fastplastic.wiring import Site
+from fastplastic.wiring import ARGUMENTS, Site
 
+_ATTENTION = f"{nn.MultiheadAttention.__module__}.{nn.MultiheadAttention.__qualname__}"
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
 
 
@@ -88,6 +89,21 @@ class Sites:
         target = node.args[1] if len(node.args) > 1 else None
         owned = isinstance(target, Node) and target.op == "placeholder" and len(target.users) > 1
         return len(self._calls_of[name]) == 1 or owned
+
+
+def projection_sites(layer: Layer) -> list[Site]:
+    """Return where rows of an input projection of `nn.MultiheadAttention` are seen; [] for others.
+
+    No module of its own computes it: the rows are found by the argument that they multiply.
+    """
+    owner, kind = innermost_module(layer.node)
+    weight = layer.weight.removeprefix(f"{owner}." if owner else "")
+    rows = torch.arange(layer.n_units)
+    if kind != _ATTENTION:
+        return []
+    if weight != "in_proj_weight":
+        return [Site(owner, x, -1, rows) for x in ARGUMENTS if weight == f"{x[0]}_proj_weight"]
+    return [Site(owner, x, -1, r) for x, r in zip(ARGUMENTS, rows.chunk(3), strict=True)]
 
 
 def _only_view(node: Node) -> Node | None:

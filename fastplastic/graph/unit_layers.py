@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 from fastplastic.graph.ledger import ConsumerCall, Layer, Ledger
 from fastplastic.graph.nodes import without_own_module
 from fastplastic.graph.points import Meeting, Point, Points, downstream, upstream
-from fastplastic.graph.sites import Sites
+from fastplastic.graph.sites import Sites, projection_sites
 from fastplastic.graph.values import distinct
 from fastplastic.wiring import Consumer, Coupling, Norm, Site, UnitLayer
 
@@ -115,6 +115,10 @@ class _Describer:
 
     def _measured(self, layer: Layer) -> list["_Group"]:
         """Return how the units of one call of a layer are measured."""
+        projected = projection_sites(layer)
+        if projected:
+            every = torch.ones(layer.n_units, dtype=torch.bool)
+            return [_Group(every, "identity", "", None, projected, projected)]
         sites = self.sites[layer.node.graph]
         whole = torch.arange(layer.start, layer.stop, dtype=torch.int32)
         maker = without_own_module(layer.node, layer.name)

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastplastic.kernels import activation_stats, gradient_stats, untraced
-from fastplastic.measure.padding import Tokens, unpadded
+from fastplastic.measure.attention import projection
+from fastplastic.measure.padding import Tokens, unpadded, unpadded_tokens
 from fastplastic.measure.parameters import WeightReader
 from fastplastic.measure.slots import TensorRead, TensorReads
 from fastplastic.measure.sums import DeviceSums, fold_weights
 from fastplastic.model import mode_of
 from fastplastic.stats import STATISTICS, UnitStats, columns_of, empty_table, merge_into
-from fastplastic.wiring import UnitGraph, UnitLayer
+from fastplastic.wiring import Argument, UnitGraph, UnitLayer
 
 _ROW = {name: row for row, name in enumerate(STATISTICS)}
 _NONFINITE_GRADIENTS = [
@@ -142,6 +143,9 @@ class Observer:
             if where == "output":
                 hook = partial(self._see_output, reads)
                 self._handles.append(module.register_forward_hook(hook))
+            elif where != "input":
+                hook = partial(self._see_attention, where, reads)
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
             else:
                 pre_hook = partial(self._see_input, reads)
                 self._handles.append(module.register_forward_pre_hook(pre_hook, with_kwargs=True))
@@ -202,7 +206,8 @@ class Observer:
             self._steps += 1
             self._samples += _samples([*args, *kwargs.values()])
             self._modes.add(mode_of(self.model))
-            self._tokens = self._unpadded_tokens(kwargs)
+            self._tokens = unpadded_tokens(self.model, kwargs)
+            self._masked |= self._tokens is not None
             self._factor = 1.0 if self._scale is None else self._scale()
             if self._parameters:
                 self._hook_parameters()
@@ -211,22 +216,6 @@ class Observer:
     def _end(self, *_: Any) -> None:
         if not in_backward():
             self._running = False
-
-    def _unpadded_tokens(self, kwargs: Mapping[str, Any]) -> Tokens | None:
-        """Return the tokens that count, or None for all."""
-        mask = kwargs.get("attention_mask")
-        # In an encoder-decoder the mask is for the encoder's tokens only.
-        config = getattr(self.model, "config", None)
-        if getattr(config, "is_encoder_decoder", False) or not isinstance(mask, Tensor):
-            return None
-        if mask.ndim != 2:
-            return None
-        # Here the host waits for a GPU, once in a step.
-        positions = mask.flatten().nonzero().flatten()
-        if positions.numel() == mask.numel():
-            return None
-        self._masked = True
-        return Tokens(mask.shape, positions)
 
     def _hook_parameters(self) -> None:
         named = dict(self.model.named_parameters(remove_duplicate=False))
@@ -251,17 +240,30 @@ class Observer:
         self._see(reads, (*args, *kwargs.values()))
 
     @untraced
+    def _see_attention(
+        self, where: Argument, reads: Sequence[TensorRead],
+        attention: nn.MultiheadAttention, args: Any, kwargs: Mapping[str, Any], output: Any,
+    ) -> None:  # fmt: skip
+        again = in_backward()
+        result = _first_tensor(output)
+        assert result is not None
+        for read in reads if self._reads_now(again) else ():
+            found = projection(attention, where, args, kwargs)
+            if read.activations and not again:
+                self._read_activations(read, found.values())
+            if read.gradients is not None:
+                hook = partial(self._see_gradient, read, self._tokens)
+                found.hook_gradient(result, hook)
+
+    @untraced
     def _note_run(self, name: str, *_: Any) -> None:
         if self._running and not self.paused:
             self._unforeseen.add(name)
 
     def _see(self, reads: Sequence[TensorRead], values: Any) -> None:
-        # During backward modules run again where activations are recomputed (checkpointing).
         again = in_backward()
-        if self.paused or not (self._measuring if again else self._running):
-            return
         tensor = _first_tensor(values)
-        for read in reads:
+        for read in reads if self._reads_now(again) else ():
             if tensor is None or not self._fits(read, tensor):
                 self._note_problem(read, tensor)
                 continue
@@ -275,6 +277,14 @@ class Observer:
     def _fits(self, read: TensorRead, tensor: Tensor) -> bool:
         inside = -tensor.ndim <= read.axis < tensor.ndim and tensor.is_floating_point()
         return inside and tensor.shape[read.axis] == read.channels
+
+    def _reads_now(self, again: bool) -> bool:
+        """Tell whether what a module gets or returns counts.
+
+        Args:
+            again: Whether it runs in a backward pass, where activations are recomputed.
+        """
+        return not self.paused and (self._measuring if again else self._running)
 
     def _note_problem(self, read: TensorRead, tensor: Tensor | None) -> None:
         found = "no tensor" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"

@@ -1,9 +1,11 @@
 """Tokens that are padding count in no statistic."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,6 +19,20 @@ class Tokens:
 
     shape: torch.Size
     positions: Tensor
+
+
+def unpadded_tokens(model: nn.Module, kwargs: Mapping[str, Any]) -> Tokens | None:
+    """Return the tokens that count in a call with these keyword arguments, or None for all."""
+    mask = kwargs.get("attention_mask")
+    # In an encoder-decoder the mask is for the encoder's tokens only.
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False) or not isinstance(mask, Tensor):
+        return None
+    if mask.ndim != 2:
+        return None
+    # Here the host waits for a GPU, once in a step.
+    positions = mask.flatten().nonzero().flatten()
+    return None if positions.numel() == mask.numel() else Tokens(mask.shape, positions)
 
 
 def unpadded(x: Tensor, axis: int, tokens: Tokens | None) -> tuple[Tensor, int]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastplastic.wiring import Site, UnitGraph, UnitLayer
+from fastplastic.wiring import Site, UnitGraph, UnitLayer, Where
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,13 @@ class TensorReads:
         columns: {layer name: its columns of the statistics table}.
 
     Attributes:
-        sites: (module name, "input" or "output") -> what is read there, each tensor once.
+        sites: (module name, where) of a `Site` -> what is read there, each tensor once.
         activations: Slots of the activations.
         gradients: Slots of the gradients.
     """
 
     def __init__(self, graph: UnitGraph, columns: Mapping[str, slice]) -> None:
-        self.sites: dict[tuple[str, str], list[TensorRead]] = {}
+        self.sites: dict[tuple[str, Where], list[TensorRead]] = {}
         self.activations = SlotMap()
         self.gradients = SlotMap()
         for layer in graph.layers:

@@ -178,8 +178,8 @@ class Case:
         """Tell whether hooks see the activations of all units of the layer where they are made."""
         # Behind a norm of the consumer's own, zero here is not zero at the column.
         own_norms = {norm.name for norm in layer.norms} <= {layer.norm}
-        seen = [site.unit_of_channel for site in layer.g_sites]
-        return own_norms and len(seen) == 1 and bool((seen[0] >= 0).all())
+        seen = [site for site in layer.g_sites if site.where in ("input", "output")]
+        return own_norms and len(seen) == 1 and bool((seen[0].unit_of_channel >= 0).all())
 
     def _force_at_sites(self, layer: UnitLayer, rows: Tensor, number: float) -> list[Any]:
         return [
