@@ -1,11 +1,13 @@
 """Set-up for all tests: what has to be decided before triton is imported."""
 
+import gc
 import os
 from collections import namedtuple
 
 import pytest
 import torch
 from hypothesis import settings
+from torch.utils._pytree import tree_leaves
 
 HAS_GPU = torch.cuda.is_available()
 # Triton reads this when it is imported: without a GPU its kernels run in the interpreter.
@@ -31,11 +33,41 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
+def pytest_collection_finish() -> None:
+    # What is loaded by now stays, and is much: the garbage collector need not look at it again.
+    gc.freeze()
+
+
 Outcome = namedtuple("Outcome", "code output error")
 
 
+@pytest.fixture(scope="session")
+def traced():
+    """Return the traces of small models that the program was run on, by what they depend on."""
+    return {}
+
+
 @pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
+def traced_once(monkeypatch, traced):
+    """Trace a small model once for all tests that take it, by name, with inputs of one form."""
+    from fastplastic.graph import build
+    from fastplastic.graph.trace import export_program
+
+    def export_once(model, inputs, mode):
+        if sum(parameter.numel() for parameter in model.parameters()) > 1e6:
+            return export_program(model, inputs, mode)
+        tensors = [*tree_leaves(inputs), *model.parameters()]
+        forms = [(x.shape, x.stride(), x.dtype) for x in tensors if isinstance(x, torch.Tensor)]
+        key = type(model), repr(model), str(forms), mode
+        if key not in traced:
+            traced[key] = export_program(model, inputs, mode)
+        return traced[key]
+
+    monkeypatch.setattr(build, "export_program", export_once)
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path, traced_once):
     """Run the program in an empty folder, into a pipe, with the model hub out of reach."""
     monkeypatch.chdir(tmp_path)
     # Workers that run tests side by side may set it.

@@ -36,8 +36,8 @@ _INFINITY = F(np.inf)
 _REST = np.int32(0x7FFFFFFF)
 _LEAST = np.int32(-0x80000000)
 _LARGEST = np.finfo(np.float32).max
-# Statistics as the kernels give them.
-_SUM, _ABS, _SQUARE, _MIN, _MAX, _ZERO, _FLAT, _BAD = range(8)
+# Statistics as the kernels give them. Of a plain integer, what takes it is compiled for each value.
+_SUM, _ABS, _SQUARE, _MIN, _MAX, _ZERO, _FLAT, _BAD = np.arange(8)
 _ACTIVATION_START = (0.0, 0.0, 0.0, np.inf, -np.inf, 0.0, 0.0, 0.0)
 
 

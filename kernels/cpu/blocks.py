@@ -207,6 +207,8 @@ def by_lanes(spec: str) -> Any:
             for unit in range(first_unit, last_unit):
                 out[row, unit] = start[row]
         lanes = _new_lanes(spec)
+        # Not literals, or all that takes them is compiled for each literal.
+        many, one = np.int64(unroll), np.int64(1)
         for begin in range(chunk * chunk_rows, end, _ROWS):
             there = min(_ROWS, end - begin)
             for at in range(left, left + count, LANES):
@@ -214,12 +216,11 @@ def by_lanes(spec: str) -> Any:
                 _clear(spec, lanes, lines)
                 done = 0
                 while done + unroll <= there:
-                    _step(spec, lanes, first + done * stride * size, stride, unroll, lines, slope)
+                    _step(spec, lanes, first + done * stride * size, stride, many, lines, slope)
                     done += unroll
                 while done < there:
-                    _step(spec, lanes, first + done * stride * size, stride, 1, lines, slope)
+                    _step(spec, lanes, first + done * stride * size, stride, one, lines, slope)
                     done += 1
-                # Not a literal, or all that takes it is compiled for the literal, too.
                 lane = np.int64(0)
                 while lane < lines:
                     unit = (at + lane) // run % units

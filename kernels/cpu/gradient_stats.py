@@ -17,7 +17,7 @@ from fastplastic.kernels.tables import check_axis, gradient_table
 F = np.float32
 _LARGEST = np.finfo(np.float32).max
 # Statistics as the kernels give them.
-_G_ABS, _G_SQUARE, _G_BAD = range(3)
+_G_ABS, _G_SQUARE, _G_BAD = np.arange(3)
 
 
 def gradient_stats(g: Tensor, unit_axis: int = 1, *, out: Tensor | None = None) -> Tensor:

@@ -16,6 +16,8 @@ from fastplastic.kernels.cpu.lines import FIELDS
 from fastplastic.kernels.cpu.memory import LANES, LOADERS, double_at, float_lanes, int_at, total_of
 
 F = np.float32
+# Of plain integers, what takes them is compiled for each value.
+_ZERO, _ONE = np.int64(0), np.int64(1)
 _LARGEST = np.finfo(np.float32).max
 # Sums that are made in both directions; each table takes its own.
 _W, _W2, _DW, _DW2, _WDW_SIZE, _WDW, _BAD = range(7)
@@ -190,7 +192,7 @@ def _sum_line(spec: Any, lanes: Any, weight: Any, gradient: Any, width: Any, sum
             sums[which] = found[which]
         sums[_BAD] = 0
     else:
-        _again(spec, weight, gradient, 0, 1, width, sums)
+        _again(spec, weight, gradient, _ZERO, _ONE, width, sums)
 
 
 @inline
