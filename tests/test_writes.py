@@ -1,77 +1,17 @@
 """What `reinit_` refuses before it writes anything."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import plan_of_units
-from torch import Tensor, nn
+from helpers.written import Case, consumer, identical, layer, mlp, norm, snapshot, swiglu
+from torch import nn
 
 from fastplastic.errors import FileError, FingerprintError, InputError
 from fastplastic.model import fingerprint
-from fastplastic.planning import Plan
 from fastplastic.reinit import reinit_
-from fastplastic.wiring import Consumer, Coupling, Norm, UnitLayer
-
-
-def layer(model: nn.Module, name: str, **fields) -> UnitLayer:
-    """Return the wiring of a layer with all units hidden."""
-    kind, unit_dim = fields.pop("kind", "linear"), fields.pop("unit_dim", 0)
-    module = model.get_submodule(name)
-    units = module.weight.shape[unit_dim]
-    bias = None if module.bias is None else f"{name}.bias"
-    hidden = fields.pop("hidden", torch.ones(units, dtype=torch.bool))
-    return UnitLayer(
-        name, kind, f"{name}.weight", bias, unit_dim, units, None, ((0, units, "relu"),), hidden,
-        **fields,
-    )  # fmt: skip
-
-
-def consumer(name: str, unit_of_column: Tensor, column_dim: int = 1, groups: int = 1) -> Consumer:
-    return Consumer(name, f"{name}.weight", column_dim, groups, unit_of_column)
-
-
-def norm(name: str, channels: int) -> Norm:
-    return Norm(name, torch.arange(channels))
-
-
-@dataclass
-class Case:
-    """A model and a plan for it."""
-
-    model: nn.Module
-    plan: Plan
-
-
-class SwiGLU(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.up, self.down = nn.Linear(5, 8), nn.Linear(5, 8), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
-
-
-def mlp() -> Case:
-    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
-    first = layer(model, "0", consumers=(consumer("2", torch.arange(8)),))
-    return Case(model, plan_of_units(model, [first], {"0": [1, 4]}))
-
-
-def swiglu() -> Case:
-    model = SwiGLU()
-    down = (consumer("down", torch.arange(8)),)
-    gate = layer(model, "gate", coupled=(Coupling("up", torch.arange(8)),), consumers=down)
-    up = layer(model, "up", hidden=torch.zeros(8, dtype=torch.bool))
-    return Case(model, plan_of_units(model, [gate, up], {"gate": [2, 7]}))
-
-
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def identical(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+from fastplastic.wiring import Coupling, Norm
 
 
 def refused(made: Case, error: type[Exception], text: str, **arguments) -> None:
@@ -197,7 +137,7 @@ def test_shared_weights_are_refused(tie):
     shared = model[3].weight
     model[2].weight = shared if tie == "same" else nn.Parameter(shared.data.t())
     first = layer(model, "0", consumers=(consumer("2", torch.arange(8)),))
-    made = Case(model, plan_of_units(model, [first], {"0": [1]}))
+    made = replace(mlp(), model=model, plan=plan_of_units(model, [first], {"0": [1]}))
     refused(made, InputError, "'2.weight' shares its values with '3.weight', expected a tensor of")
 
 
