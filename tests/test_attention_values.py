@@ -160,6 +160,13 @@ def test_training_goes_on_as_without_a_monitor() -> None:
     assert len(gradients[0]) == 8 and all(map(torch.equal, *gradients))
 
 
+def test_a_module_of_two_names_is_skipped_with_the_reason() -> None:
+    a = nn.MultiheadAttention(E, HEADS, batch_first=True)
+    model = Net(lambda s, x: s.b(*(s.a(x, x, x)[0],) * 3)[0], a=a, b=a)
+    (skipped,) = profiled(model).coverage.skipped
+    assert skipped[0] == "a.in_proj" and skipped[1].startswith("no hook can see its value")
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("tokens", [5, 7])
 def test_padding_counts_neither_in_values_nor_in_gradients(tokens: int, batch_first: bool) -> None:

@@ -237,10 +237,12 @@ class _Measured:
         self.functions = _of_units(calls[0], "function")
         why = _of_units(calls[0], "reason")
         for groups in calls[1:]:
+            reasons = _of_units(groups, "reason")
             for unit, function in enumerate(_of_units(groups, "function")):
                 if function != self.functions[unit]:
+                    other = "its calls have different activation functions"
+                    why[unit] = why[unit] or reasons[unit] or other
                     self.functions[unit] = "unknown"
-                    why[unit] = "its calls have different activation functions"
         groups = [group for groups in calls for group in groups]
         self.unknown = dict(Counter(reason for reason in why if reason))
         norms = {group.norm for group in groups}
