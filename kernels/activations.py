@@ -39,13 +39,6 @@ class Activation:
     operators: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
 
-    def derivative(self, z: Tensor) -> Tensor:
-        """Return f'(z), by autograd."""
-        with torch.enable_grad():
-            z = z.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(self.function(z).sum(), z)
-        return slope
-
 
 ACTIVATIONS: Mapping[str, Activation] = {
     "identity": Activation(lambda z: z),

@@ -67,13 +67,14 @@ USE_ACTIVATION = """
 import os, torch
 os.environ["TRITON_INTERPRET"] = "1"
 from fastplastic.graph import build_graph
-from fastplastic.kernels import ACTIVATIONS, activate, activation_stats
+from fastplastic.kernels import activate, activation_stats
 from fastplastic.kernels.dispatch import kernel_of
 
 z = 3 * torch.randn(200, 7)
 h = torch.erf(z).double()
 assert torch.equal(activate(z, "erf"), torch.erf(z))
-flat = (ACTIVATIONS["erf"].derivative(z) <= 0.01).sum(0).tolist()
+(slope,) = torch.autograd.grad(torch.erf(z.requires_grad_()).sum(), z)
+flat, z = (slope <= 0.01).sum(0).tolist(), z.detach()
 for backend in ("pytorch", "numba", "triton"):
     table = kernel_of(backend, "activation_stats")(z, 1, "erf").double()
     torch.testing.assert_close(table[1], h.sum(0), rtol=1e-5, atol=1e-4)
