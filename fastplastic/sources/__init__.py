@@ -1,6 +1,17 @@
 """Where models and data come from: timm, the hub, checkpoint files, folders, the sample."""
 
 from fastplastic.sources.data import DataSource, batches
+from fastplastic.sources.loaders import Augmentation
 from fastplastic.sources.models import LoadedModel, create_model
+from fastplastic.sources.splits import Splits, WantedSplits, split_data
 
-__all__ = ["DataSource", "LoadedModel", "batches", "create_model"]
+__all__ = [
+    "Augmentation",
+    "DataSource",
+    "LoadedModel",
+    "Splits",
+    "WantedSplits",
+    "batches",
+    "create_model",
+    "split_data",
+]

@@ -4,13 +4,10 @@ Images are resized and normalised as the model's own timm data configuration say
 gives the same batches, as often as they are asked for, and the global RNG is not touched.
 """
 
-import io
 import os
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from itertools import count, islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,26 +15,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from fastplastic.errors import FileError, InputError
-from fastplastic.sources.hub import quiet, reason
+from fastplastic.sources.datasets import class_names_of, image_set_of, open_dataset
+from fastplastic.sources.hub import reason
 from fastplastic.sources.images import (
     ChosenImages,
-    Files,
     ImageSet,
-    Indexed,
     Pipeline,
     Sample,
     balanced,
     checked,
     collate,
 )
+from fastplastic.sources.shape import InputShape
 
 Batch = tuple[Tensor, Tensor]
-
-# Prefixes that timm.data.create_dataset knows; other names are folders.
-_LIBRARIES = ("torch", "hfds", "hfids", "tfds", "wds")
-# Small enough to be downloaded unasked, once.
-_SMALL = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
-_CHOICES = "expected a folder of class folders, 'sample', 'noise' or a name such as hfds/NAME"
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +103,7 @@ def batches(
             f"batch size {batch_size}, batches {max_batches}: expected 1 or more: correct them"
         )
     wanted = _Wanted(str(spec), batch_size, max_batches, workers, seed)
-    shape = _Shape.of(model, img_size, in_chans, input_size)
+    shape = InputShape.of(model, img_size, in_chans, input_size)
     if wanted.name == "noise":
         return _noise(wanted, shape, model)
     if wanted.name == "sample":
@@ -135,62 +126,8 @@ class _Wanted:
         return min(limit, available)
 
 
-@dataclass(frozen=True, eq=False)
-class _Shape:
-    """How an image becomes a tensor: timm's data configuration and the number of channels."""
-
-    channels: int
-    config: dict[str, Any]
-
-    @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        img_size: int | tuple[int, int] | None,
-        in_chans: int | None,
-        input_size: tuple[int, int, int] | None,
-    ) -> "_Shape":
-        own = _own_input_size(model)
-        channels, *side = input_size or own
-        if img_size is not None:
-            side = [img_size, img_size] if isinstance(img_size, int) else list(img_size)
-        channels = in_chans or (channels if input_size else own[0])
-        if min(channels, *side) < 1:
-            raise InputError(
-                f"input size {[channels, *side]}: expected numbers above 0: correct it"
-            )
-        args = {"input_size": (channels, *side)}
-        known = getattr(model, "pretrained_cfg", {})
-        return cls(channels, _timm_data().resolve_data_config(args, pretrained_cfg=known))
-
-    def pipeline(self) -> "Pipeline":
-        config = dict(self.config)
-        if self.channels != 3:  # one channel, repeated: the statistics of the three are averaged
-            config["input_size"] = (1, *config["input_size"][1:])
-            for key in ("mean", "std"):
-                config[key] = (sum(config[key]) / len(config[key]),)
-        return Pipeline(_timm_data().create_transform(**config, is_training=False), self.channels)
-
-
-def _timm_data() -> Any:
-    import timm.data
-
-    return timm.data
-
-
-def _own_input_size(model: nn.Module) -> tuple[int, ...]:
-    """Return the model's (channels, height, width), which may differ from the pretrained one's."""
-    import timm.models
-
-    get = getattr(timm.models, "get_model_input_config", None)  # newer versions of timm
-    if get is not None:
-        return tuple(get(model)["input_size"])
-    size = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
-    return (getattr(model, "in_chans", size[0]), *size[1:])
-
-
 def _image_source(
-    wanted: _Wanted, shape: _Shape, image_set: ImageSet, class_names: tuple[str, ...]
+    wanted: _Wanted, shape: InputShape, image_set: ImageSet, class_names: tuple[str, ...]
 ) -> DataSource:
     """Return the source for images that can be read by index."""
     samples = wanted.samples(len(image_set))
@@ -220,7 +157,7 @@ def _image_source(
     return DataSource(wanted.name, len(class_names), class_names, samples, wanted.batch_size, make)
 
 
-def _noise(wanted: _Wanted, shape: _Shape, model: nn.Module) -> DataSource:
+def _noise(wanted: _Wanted, shape: InputShape, model: nn.Module) -> DataSource:
     if wanted.max_batches is None:
         raise InputError("noise has no end: expected a number of batches: pass max_batches")
     size, number = tuple(shape.config["input_size"]), wanted.max_batches
@@ -237,76 +174,20 @@ def _noise(wanted: _Wanted, shape: _Shape, model: nn.Module) -> DataSource:
     return DataSource(wanted.name, num_classes, None, samples, wanted.batch_size, make)
 
 
-def _from_timm(wanted: _Wanted, shape: _Shape, model: nn.Module) -> DataSource:
+def _from_timm(wanted: _Wanted, shape: InputShape, model: nn.Module) -> DataSource:
     """Return the source for everything that `timm.data.create_dataset` opens."""
-    dataset = _open(wanted)
-    reader = getattr(dataset, "reader", None)
+    dataset = open_dataset(wanted.name, "validation", wanted.batch_size)
     if isinstance(dataset, IterableDataset):
         return _streamed(wanted, shape, dataset, model)
-    names = _class_names(reader or dataset)
-    image_set = Files(reader) if reader is not None else Indexed(dataset)
-    found = names or tuple(str(label) for label in range(1 + max(image_set.labels or [-1])))
-    if len(found) < 2:
-        raise FileError(
-            f"{wanted.name}: has {len(found)} class{'es' * (not found)} ({', '.join(found)}), "
-            "expected at least two class folders with images in each: rearrange the images"
-        )
-    return _image_source(wanted, shape, image_set, found)
+    image_set, names = image_set_of(wanted.name, dataset)
+    return _image_source(wanted, shape, image_set, names)
 
 
-def _open(wanted: _Wanted) -> Any:
-    prefix, slash, rest = wanted.name.partition("/")
-    library = prefix.lower() if slash and prefix.lower() in _LIBRARIES else None
-    options: dict[str, Any] = {"split": "validation", "batch_size": wanted.batch_size}
-    if library and not Path(wanted.name).exists():
-        name, _, root = wanted.name.partition("@")
-        options |= {"name": name, "root": root or None}
-        if library == "torch":
-            options["root"] = root or str(Path(torch.hub.get_dir()).with_name("datasets"))
-            options["download"] = rest.partition("@")[0].lower() in _SMALL
-    else:
-        options |= {"name": "", "root": _existing(wanted.name)}
-        if options["root"].endswith(".tar"):
-            options["cache_tarinfo"] = False  # timm would unpickle the cache, with all code in it
-    try:
-        with quiet(), redirect_stdout(io.StringIO()):
-            return _timm_data().create_dataset(**options)
-    except ImportError as error:
-        raise InputError(f"{wanted.name}: needs a library ({reason(error)}): install it") from error
-    except Exception as error:  # many libraries stand behind this call, each with its own errors
-        if not library and "Found 0 images" in str(error):
-            raise FileError(
-                f"{wanted.name}: no images found, expected class folders with .jpg, .jpeg or .png "
-                "files: check the folder"
-            ) from error
-        raise FileError(
-            f"{wanted.name}: cannot be opened ({reason(error)}), {_CHOICES}: check the name"
-        ) from error
-
-
-def _existing(name: str) -> str:
-    path = Path(name)
-    if path.is_dir() or (path.is_file() and path.suffix == ".tar"):
-        return str(path)
-    what = "is a file" if path.exists() else "no such folder"
-    raise FileError(f"{name}: {what}, {_CHOICES}: check the path")
-
-
-def _class_names(holder: Any) -> tuple[str, ...] | None:
-    classes = getattr(holder, "classes", None)
-    if isinstance(classes, list | tuple):  # first: torchvision's ImageNet maps synonyms too
-        return tuple(str(name) for name in classes)
-    names = getattr(holder, "class_to_idx", None) or getattr(holder, "class_name_to_idx", None)
-    if isinstance(names, dict) and names:
-        return tuple(str(name) for name in sorted(names, key=names.__getitem__))
-    return None
-
-
-def _streamed(wanted: _Wanted, shape: _Shape, dataset: Any, model: nn.Module) -> DataSource:
+def _streamed(wanted: _Wanted, shape: InputShape, dataset: Any, model: nn.Module) -> DataSource:
     """Return the source for a dataset that can only be read from its start."""
     if wanted.max_batches is None:
         raise InputError(f"{wanted.name}: a stream: expected a number of batches: pass max_batches")
-    names = _class_names(dataset.reader)
+    names = class_names_of(dataset.reader)
     num_classes = len(names) if names else int(getattr(model, "num_classes", 0) or 1000)
     pipeline, samples = shape.pipeline(), wanted.max_batches * wanted.batch_size
 

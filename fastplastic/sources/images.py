@@ -35,6 +35,12 @@ class ImageSet(Protocol):
     def describe(self, index: int) -> str:
         """Return what to call the image in an error."""
 
+    def size(self, index: int) -> int:
+        """Return a number that the same images share, if possible without reading them."""
+
+    def content(self, index: int) -> bytes:
+        """Return what makes the image: the bytes of its file, or its pixels."""
+
 
 class Sample:
     """The images shipped with the package: 320 of Fashion-MNIST, 32 of each class."""
@@ -65,6 +71,14 @@ class Sample:
         """Return what to call the image in an error."""
         return f"sample image {index}"
 
+    def size(self, index: int) -> int:
+        """Return the number of pixels."""
+        return int(self.images[index].size)
+
+    def content(self, index: int) -> bytes:
+        """Return the pixels."""
+        return bytes(self.images[index].tobytes())
+
 
 class Files:
     """What a reader of timm finds: folders, tar files, Hugging Face datasets."""
@@ -91,6 +105,17 @@ class Files:
         """Return the name of the file."""
         return str(self.reader.filename(index, absolute=True))
 
+    def size(self, index: int) -> int:
+        """Return the size of the file in bytes."""
+        path = Path(self.describe(index))
+        return path.stat().st_size if path.is_file() else len(self.content(index))
+
+    def content(self, index: int) -> bytes:
+        """Return the bytes of the file."""
+        file, *_ = self.reader[index]
+        with file:
+            return bytes(file.read())
+
 
 class Indexed:
     """A dataset of torchvision."""
@@ -112,6 +137,15 @@ class Indexed:
     def describe(self, index: int) -> str:
         """Return what to call the image in an error."""
         return f"image {index} of {type(self.dataset).__name__}"
+
+    def size(self, index: int) -> int:
+        """Return 0: how large an image is, only reading it tells."""
+        return 0
+
+    def content(self, index: int) -> bytes:
+        """Return the pixels."""
+        image, _ = self.dataset[index]
+        return bytes(image.tobytes())
 
 
 @dataclass(frozen=True, eq=False)
