@@ -11,8 +11,8 @@ from fastplastic.criteria import CRITERIA
 from fastplastic.errors import FileError, InputError
 from fastplastic.files import StoredPlan, read_plan, write_plan
 from fastplastic.planning.request import DEFAULT_CRITERIA, Request, patterns, stored_checks
-from fastplastic.planning.units import choose_units
-from fastplastic.planning.weights import choose_weights
+from fastplastic.planning.units import choose_units, choose_units_like
+from fastplastic.planning.weights import choose_weights, choose_weights_like
 from fastplastic.wiring import UnitLayer
 
 if TYPE_CHECKING:
@@ -222,6 +222,32 @@ def plan(
         profile.fingerprint, chosen.masks, (*chosen.notes, *nothing),
     )  # fmt: skip
     return replace(made, notes=(*made.notes, *_health(made)))
+
+
+def control(plan: Plan, profile: "Profile", *, seed: int) -> Plan:
+    """Return the control of a plan: as many units (or weights) of each layer, chosen at random.
+
+    What such a plan does to a network, the dose alone does; only what the first plan does better is
+    the work of its criterion.
+
+    Args:
+        plan: Made from the profile.
+        profile: What the plan was made from.
+        seed: Of the choice, any integer.
+
+    Raises:
+        InputError: The profile holds no gradients or the weights have changed, for weights.
+    """
+    request = replace(plan.request, criterion="random", seed=int(seed))
+    if request.threshold is not None:
+        share = plan.count / max(plan.eligible, 1)
+        request = replace(request, threshold=None, ratio=share)
+    choose = choose_units_like if plan.granularity == "unit" else choose_weights_like
+    chosen = choose(profile, request, plan.counts)
+    return Plan(
+        request, chosen.units, chosen.scores, chosen.wiring, plan.eligible, plan.fingerprint,
+        chosen.masks,
+    )  # fmt: skip
 
 
 def _health(plan: Plan) -> tuple[str, ...]:

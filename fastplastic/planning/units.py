@@ -46,6 +46,19 @@ def choose_units(profile: "Profile", request: Request) -> Choice:
     )
 
 
+def choose_units_like(profile: "Profile", request: Request, counts: Mapping[str, int]) -> Choice:
+    """Choose as many units of each layer as `counts` says, by the criterion of the request."""
+    rule = CRITERIA[request.criterion]
+    pools = _pools(profile, _chosen_layers(profile.layers, request), rule, request, [])
+    units, scores = take(pools, {pool.name: counts.get(pool.name, 0) for pool in pools})
+    return Choice(
+        eligible=sum(len(pool.units) for pool in pools),
+        wiring=_wiring_of(profile, units),
+        units=units,
+        scores=scores,
+    )
+
+
 def _chosen_layers(layers: Iterable["LayerProfile"], request: Request) -> list["LayerProfile"]:
     """Return the layers that may lose units; exclusion holds for coupled rows too."""
     layers = list(layers)

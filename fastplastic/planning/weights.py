@@ -78,6 +78,18 @@ def choose_weights(profile: "Profile", request: Request) -> Choice:
     return Choice(eligible=eligible, wiring=_bare(layers, masks), masks=masks, notes=notes)
 
 
+def choose_weights_like(profile: "Profile", request: Request, counts: Mapping[str, int]) -> Choice:
+    """Choose as many elements of each parameter as `counts` says, at random."""
+    weights, _ = _kept(profile)
+    layers = _candidates(profile, weights, request, {})
+    # At random: the gradients are not read.
+    pool = _pool(layers, weights, None).only(counts)
+    masks = _masks(pool, sum(counts.values()), counts, request)
+    return Choice(
+        eligible=sum(_eligible(pool, request).values()), wiring=_bare(layers, masks), masks=masks
+    )
+
+
 def _kept(profile: "Profile") -> tuple[Weights, Mapping[str, Tensor]]:
     if profile.weights is None or profile.gradients is None:
         raise InputError(

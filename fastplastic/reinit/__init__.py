@@ -2,5 +2,7 @@
 
 from fastplastic.reinit.report import ReinitReport, Written
 from fastplastic.reinit.run import OUTGOING, reinit_
+from fastplastic.reinit.shrink import shrink_perturb_
+from fastplastic.reinit.silence import removal
 
-__all__ = ["OUTGOING", "ReinitReport", "Written", "reinit_"]
+__all__ = ["OUTGOING", "ReinitReport", "Written", "reinit_", "removal", "shrink_perturb_"]
