@@ -7,15 +7,20 @@ import fastplastic
 
 PUBLIC_NAMES = {
     "FastPlasticError",
+    "FineTuning",
     "LayerProfile",
     "Monitor",
     "Plan",
     "Profile",
     "ReinitReport",
+    "TrainSettings",
+    "Trial",
     "__version__",
+    "finetune",
     "plan",
     "profile",
     "reinit_",
+    "trial",
 }
 
 

@@ -1,6 +1,6 @@
 """What is asked of any live model: its batches, weights and head, and how it is left as found."""
 
-from fastplastic.model.batches import Batch, loss_of, read_batches
+from fastplastic.model.batches import Batch, loss_of, outputs_of, read_batches
 from fastplastic.model.checks import (
     check_built,
     device_of,
@@ -10,7 +10,7 @@ from fastplastic.model.checks import (
     nonfinite_tensors,
 )
 from fastplastic.model.left_as_found import attributes_kept, undisturbed
-from fastplastic.model.lent_head import LentHead, loss_head
+from fastplastic.model.lent_head import LentHead, loss_head, output_layers
 from fastplastic.model.weights import MeanGradient, Weights, weights_of
 
 __all__ = [
@@ -27,6 +27,8 @@ __all__ = [
     "loss_of",
     "mode_of",
     "nonfinite_tensors",
+    "output_layers",
+    "outputs_of",
     "read_batches",
     "undisturbed",
     "weights_of",

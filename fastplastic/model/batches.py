@@ -89,6 +89,20 @@ def loss_of(model: nn.Module, batch: Batch, loss_fn: Callable[[Any, Any], Tensor
     return loss.reshape(())
 
 
+def outputs_of(model: nn.Module, batch: Batch) -> Tensor:
+    """Run the model on a batch and return its logits [samples, classes, ...].
+
+    Raises:
+        InputError: The output is no tensor and has no `logits`.
+    """
+    logits = _logits(model(*batch.args, **batch.kwargs))
+    if not isinstance(logits, Tensor):
+        raise InputError(
+            f"the model returned a {type(logits).__name__}, expected logits: wrap the model"
+        )
+    return logits
+
+
 def _default_loss(output: Any, batch: Batch) -> Any:
     """Return the model's own loss of a mapping, else the cross-entropy of its logits."""
     loss = getattr(output, "loss", None) if batch.mapping else None

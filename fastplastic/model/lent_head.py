@@ -41,7 +41,7 @@ def loss_head(model: nn.Module, num_classes: int, seed: int = 0) -> Iterator[Len
     Raises:
         InputError: The model has no classifier that can be replaced.
     """
-    heads = _output_layers(model)
+    heads = output_layers(model)
     # A head can stand in two places: it is replaced in both.
     modules = model.named_modules(remove_duplicate=False)
     names = [name for name, module in modules if any(module is head for head in heads)]
@@ -60,7 +60,7 @@ def loss_head(model: nn.Module, num_classes: int, seed: int = 0) -> Iterator[Len
             _place(model, name, head)
 
 
-def _output_layers(model: nn.Module) -> list[nn.Linear | nn.Conv2d]:
+def output_layers(model: nn.Module) -> list[nn.Linear | nn.Conv2d]:
     """Return the layers that make the model's outputs; more than one where heads are averaged."""
     get = getattr(model, "get_classifier", None)
     found = get() if get is not None else ()

@@ -1,0 +1,43 @@
+"""Does re-initialisation help here? Arms fine-tuned side by side, and what they show."""
+
+from fastplastic.trials.arms import BASELINE, Arm, Dose, parse_arm, with_controls
+from fastplastic.trials.compare import DEFAULT_ARMS, FineTuning, finetune, run_trial, trial
+from fastplastic.trials.loop import evaluate, train
+from fastplastic.trials.outcome import outcome_of
+from fastplastic.trials.probe import fit_head
+from fastplastic.trials.profile_figures import figures
+from fastplastic.trials.record import ArmResult, Trial
+from fastplastic.trials.results import Results, TrialRun
+from fastplastic.trials.run import Progress
+from fastplastic.trials.settings import TrainSettings
+from fastplastic.trials.statistics import Comparison, Estimate
+from fastplastic.trials.task import Task, TrialData, digest_of
+
+__all__ = [
+    "BASELINE",
+    "DEFAULT_ARMS",
+    "Arm",
+    "ArmResult",
+    "Comparison",
+    "Dose",
+    "Estimate",
+    "FineTuning",
+    "Progress",
+    "Results",
+    "Task",
+    "TrainSettings",
+    "Trial",
+    "TrialData",
+    "TrialRun",
+    "digest_of",
+    "evaluate",
+    "figures",
+    "finetune",
+    "fit_head",
+    "outcome_of",
+    "parse_arm",
+    "run_trial",
+    "train",
+    "trial",
+    "with_controls",
+]

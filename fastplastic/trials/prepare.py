@@ -1,0 +1,198 @@
+"""What is done to a model before it is trained: probe, profile, plan, treatment of the arm."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
+
+from fastplastic.errors import FastPlasticError, InputError
+from fastplastic.measure import Profile, profile
+from fastplastic.model import device_of, output_layers, read_batches
+from fastplastic.planning import Plan, control, plan
+from fastplastic.reinit import ReinitReport, reinit_, removal, shrink_perturb_
+from fastplastic.trials.arms import Arm, Dose
+from fastplastic.trials.loop import precision
+from fastplastic.trials.probe import fit_head
+from fastplastic.trials.settings import TrainSettings
+from fastplastic.trials.task import Task
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A model as an arm begins to train it.
+
+    Attributes:
+        model: The model, on its device.
+        hold: To be called after each update, or None.
+        report: What was re-initialised, or None.
+        plan: What was chosen, or None.
+        seconds: What each part of the preparation took.
+    """
+
+    model: nn.Module
+    hold: Callable[[], None] | None = None
+    report: ReinitReport | None = None
+    plan: Plan | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+class Start:
+    """Where all arms of one seed start from: the model with its head, and its profiles.
+
+    Args:
+        task: The task.
+        settings: The budget.
+        seed: The seed.
+    """
+
+    def __init__(self, task: Task, settings: TrainSettings, seed: int) -> None:
+        self._task, self._settings, self.seed = task, settings, seed
+        self.data = task.data(seed)
+        self.seconds: dict[str, float] = {}
+        self.model = task.model(seed)
+        self._profiles: dict[bool, Profile] = {}
+        self._batches: list[Any] = []
+        if task.probe_first:
+            with self._timed("probe"), self._precision():
+                fit_head(self.model, self.data.plain)
+
+    def profile(self, gradients: bool = False) -> Profile:
+        """Return the profile of the model on some of the plain training images, in eval mode."""
+        if gradients not in self._profiles:
+            self.model.eval()
+            name = "profile with gradients" if gradients else "profile"
+            with self._timed(name), self._precision():
+                self._profiles[gradients] = profile(
+                    self.model, self._profiled(), gradients=gradients
+                )
+        return self._profiles[gradients]
+
+    def profile_again(self) -> Profile:
+        """Return the profile of the model as it is now, on the same images."""
+        self.model.eval()
+        with self._precision():
+            return profile(self.model, self._profiled())
+
+    def plan(self, dose: Dose) -> Plan:
+        """Return the plan for a dose; InputError when the model cannot give it."""
+        return plan(
+            self.profile(dose.granularity == "weight"), criterion=dose.criterion,
+            ratio=dose.ratio, threshold=dose.threshold,
+            granularity=dose.granularity, scope=dose.scope, include=dose.include,
+            exclude=dose.exclude, max_layer_fraction=dose.max_layer_fraction, seed=self.seed,
+        )  # fmt: skip
+
+    def check(self, arm: Arm) -> None:
+        """Raise InputError, with the arm's name, where the model cannot give its dose."""
+        if arm.kind == "fresh" and self._task.fresh is None:
+            raise InputError(f"arm {arm.name}: no way to make random weights: pass fresh=...")
+        if arm.dose is not None and arm.kind == "reinit":
+            with _named(arm):
+                self.plan(arm.dose)
+
+    def prepare(self, arm: Arm) -> Prepared:
+        """Return a model of its own for an arm, treated; errors name the arm."""
+        with _named(arm):
+            return self._prepare(arm)
+
+    def treat(self, arm: Arm, chosen: Plan | None) -> Prepared:
+        """Treat the model itself as an arm that re-initialises says, or as a plan does."""
+        assert arm.dose is not None
+        return self._dosed(self.model, arm, arm.dose, chosen)
+
+    def _prepare(self, arm: Arm) -> Prepared:
+        if arm.kind == "fresh":
+            assert self._task.fresh is not None
+            return Prepared(self._task.fresh(self.seed))
+        model = copy.deepcopy(self.model)
+        if arm.dose is not None:
+            return self._dosed(model, arm, arm.dose)
+        begun = perf_counter()
+        if arm.kind == "recalibrate":
+            recalibrate_norms(model, self.data.plain)
+        elif arm.kind == "shrink-perturb":
+            heads = [id(head) for head in output_layers(model)]
+            names = [name for name, module in model.named_modules() if id(module) in heads]
+            shrink = {} if arm.shrink is None else {"shrink": arm.shrink}
+            shrink_perturb_(model, exclude=names, seed=self.seed, **shrink)
+        seconds = {"reinit": perf_counter() - begun} if arm.kind != "baseline" else {}
+        return Prepared(model, seconds=seconds)
+
+    def _dosed(
+        self, model: nn.Module, arm: Arm, dose: Dose, chosen: Plan | None = None
+    ) -> Prepared:
+        profiled = self.profile(dose.granularity == "weight")
+        begun = perf_counter()
+        if chosen is None:
+            chosen = self.plan(dose)
+        if arm.kind == "random":
+            chosen = control(chosen, profiled, seed=self.seed)
+        planned = perf_counter()
+        hold, outgoing, compensate = None, dose.outgoing, dose.compensate
+        if arm.kind == "remove":
+            hold = removal(model, chosen)
+            if dose.granularity == "unit" and outgoing not in ("zero", "small"):
+                outgoing = "zero"
+        with self._precision():
+            report = reinit_(
+                model, chosen, init=dose.init, outgoing=outgoing, compensate=compensate,
+                recalibrate=dose.recalibrate, seed=self.seed,
+                batches=self._profiled() if compensate or dose.recalibrate else None,
+            )  # fmt: skip
+        if hold is not None:
+            hold()
+        seconds = {"plan": planned - begun, "reinit": perf_counter() - planned}
+        return Prepared(model, hold, report, chosen, seconds)
+
+    def _profiled(self) -> list[Any]:
+        """Return the batches that are profiled, whole ones, kept in memory."""
+        if not self._batches:
+            images = 0
+            for batch in self.data.plain:
+                self._batches.append(batch)
+                images += len(batch["labels"] if isinstance(batch, Mapping) else batch[1])
+                if images >= self._settings.profile_images:
+                    break
+        return self._batches
+
+    def _precision(self) -> Any:
+        return precision(self._settings, device_of(self.model))
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        begun = perf_counter()
+        yield
+        self.seconds[name] = perf_counter() - begun
+
+
+@contextmanager
+def _named(arm: Arm) -> Iterator[None]:
+    """Let errors say which arm they are about."""
+    try:
+        yield
+    except FastPlasticError as error:
+        raise type(error)(f"arm {arm.name}: {error}") from error
+
+
+def recalibrate_norms(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Measure the running statistics of all BatchNorm layers anew over the batches, in place.
+
+    Raises:
+        InputError: The model has none.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        raise InputError("the model has no BatchNorm to recalibrate: leave this arm out")
+    modes = {module: module.training for module in model.modules()}
+    with torch.random.fork_rng(devices=[]):
+        inputs = (batch.args[0] for batch in read_batches(batches, device_of(model)))
+        update_bn(inputs, model)
+    for module, mode in modes.items():
+        module.training = mode

@@ -1,0 +1,104 @@
+"""What a trial found, as values: one result for each arm, and all of them."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fastplastic.files import atomic_write
+from fastplastic.trials.results import TrialRun
+from fastplastic.trials.statistics import Comparison, Estimate
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One arm over its seeds; accuracies are shares of right answers on the test images.
+
+    Attributes:
+        name: Name of the arm.
+        kind: What it does.
+        seeds: Seeds of its runs.
+        diverged: Number of runs whose loss was not finite.
+        steps: Updates at the points of the curve.
+        curve: Mean accuracy at each.
+        loss_curve: Mean loss at each; None where it is not finite.
+        final: Accuracy at the end.
+        best: Largest accuracy of the curve.
+        area: Mean accuracy over the run: area under the curve over its length.
+        steps_to_baseline: Median share of the updates after which the accuracy is that of the
+            baseline's end for the first time, between points by a straight line; None where half
+            of the runs never got there.
+        reached: Number of runs that got there.
+        final_tests: Comparisons of `final`, with the baseline and the random control.
+        area_tests: The same of `area`.
+        validation: Mean accuracy on the images that arms are chosen by, or None.
+        cost: Time of profile, plan and re-initialisation as a share of the training; None without.
+        count: Units or weights that were treated, mean over seeds.
+    """
+
+    name: str
+    kind: str
+    seeds: tuple[int, ...]
+    diverged: int
+    steps: tuple[int, ...]
+    curve: tuple[float, ...]
+    loss_curve: tuple[float | None, ...]
+    final: Estimate
+    best: Estimate
+    area: Estimate
+    steps_to_baseline: float | None
+    reached: int
+    final_tests: tuple[Comparison, ...]
+    area_tests: tuple[Comparison, ...]
+    validation: float | None
+    cost: float | None
+    count: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The outcome of a trial.
+
+    Attributes:
+        arms: The baseline first, then the others as they were asked for.
+        runs: Every run.
+        settings: What settled the results.
+        verdict: One sentence for each arm that re-initialises.
+        chosen: Name of the best arm by the validation images, or None without any.
+    """
+
+    arms: tuple[ArmResult, ...]
+    runs: tuple[TrialRun, ...]
+    settings: Mapping[str, Any]
+    verdict: tuple[str, ...]
+    chosen: str | None
+
+    def __getitem__(self, name: str) -> ArmResult:
+        """Return an arm by its name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as values that `json.dumps` takes."""
+        found = {
+            "schema_version": SCHEMA_VERSION, "verdict": self.verdict, "chosen": self.chosen,
+            "settings": self.settings, "arms": [asdict(arm) for arm in self.arms],
+            "runs": [asdict(run) for run in self.runs],
+        }  # fmt: skip
+        return dict(_plain(found))
+
+    def save(self, path: str | Path, *, force: bool = False) -> None:
+        """Write it as JSON; FileError when the file exists or cannot be written."""
+        with atomic_write(path, force) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

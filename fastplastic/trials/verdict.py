@@ -1,0 +1,78 @@
+"""The verdict of a trial in plain words: what is shown, and what could not have been seen."""
+
+from collections.abc import Mapping, Sequence
+
+from fastplastic.trials.arms import BASELINE
+from fastplastic.trials.record import ArmResult
+from fastplastic.trials.statistics import Comparison
+
+
+def verdict_of(arms: Sequence[ArmResult]) -> tuple[str, ...]:
+    """Return one sentence or two for every arm that re-initialises."""
+    by_name = {arm.name: arm for arm in arms}
+    return tuple(_sentence(arm, by_name) for arm in arms if arm.kind == "reinit")
+
+
+def _sentence(arm: ArmResult, by_name: Mapping[str, ArmResult]) -> str:
+    tests = {test.against == BASELINE: test for test in arm.final_tests}
+    against = tests.get(True)
+    if against is None:
+        return f"{arm.name}: there is no baseline to compare with"
+    text = f"{arm.name}: {_compared(against, 'the baseline')}"
+    diverged = f"; it diverged in {arm.diverged} of {len(arm.seeds)} runs" if arm.diverged else ""
+    control = tests.get(False)
+    if against.shown > 0 and control is not None:
+        text += f"; {_controlled(control)}"
+    return text + diverged + _alternatives(arm, by_name)
+
+
+def _compared(test: Comparison, other: str) -> str:
+    seeds = f"{test.difference.n} seed{'s' * (test.difference.n != 1)}"
+    if test.difference.n < 2:
+        gain = _points(test.difference.mean)
+        return f"{gain} points against {other} with one seed, which says nothing: take more seeds"
+    if test.shown:
+        word = "better" if test.shown > 0 else "worse"
+        return f"{word} than {other} by {_gain(test)}, {seeds}"
+    assert test.detectable is not None
+    return (
+        f"no difference to {other} shown ({_gain(test)}, {seeds}; an effect under "
+        f"{100 * test.detectable:.1f} points would hardly have been seen)"
+    )
+
+
+def _controlled(test: Comparison) -> str:
+    if test.shown > 0:
+        return f"and better than as many at random by {_gain(test)}"
+    if test.shown < 0:
+        return f"but as many at random do better by {100 * -test.difference.mean:.1f} points"
+    return f"whether the choice does better than as many at random is not shown ({_gain(test)})"
+
+
+def _alternatives(arm: ArmResult, by_name: Mapping[str, ArmResult]) -> str:
+    """Say whether something simpler does as well."""
+    simpler = {f"remove:{arm.name}": "removing the same", "recalibrate": "recalibrating alone"}
+    found = [
+        text
+        for name, text in simpler.items()
+        if name in by_name and by_name[name].final.mean >= arm.final.mean
+    ]
+    return f"; {' and '.join(found)} did as well" if found else ""
+
+
+def _gain(test: Comparison) -> str:
+    found = test.difference
+    interval = ""
+    if found.low is not None and found.high is not None:
+        interval = f" (95 % interval {_points(found.low)} to {_points(found.high)}"
+        p = test.corrected
+        interval += ")" if p is None else f", p {_p(p)} after Holm)"
+    return f"{_points(found.mean)} points{interval}"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}"
+
+
+def _p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"= {p:.2g}"

@@ -1,0 +1,71 @@
+import pytest
+import timm
+import torch
+from helpers.tuned import TRAIN, data, small
+from torch.nn.functional import cross_entropy
+
+from fastplastic.errors import InputError
+from fastplastic.trials import fit_head
+
+
+def test_only_the_head_is_fitted_and_nothing_is_random():
+    model, other = small(), small()
+    state = torch.get_rng_state()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fit_head(model, data().plain)
+    torch.manual_seed(77)
+    fit_head(other, data().plain)
+    assert torch.equal(model[-1].weight, other[-1].weight)
+    torch.set_rng_state(state)
+    same = {name for name, value in model.state_dict().items() if torch.equal(value, before[name])}
+    assert before.keys() - same == {"4.weight", "4.bias"}
+    assert model.training
+
+
+def test_the_head_is_the_minimum_of_its_loss():
+    """No direction is better: the gradient of the regularised loss is 0."""
+    model = small()
+    loss = fit_head(model, data().plain)
+    features = model[:-1](TRAIN.tensors[0]).detach()
+    mean, std = features.mean(0), features.std(0, correction=0)
+    live = std > 0
+    w = (model[-1].weight.detach() * std)[:, live].requires_grad_()
+    b = (model[-1].bias + model[-1].weight @ mean).detach().requires_grad_()
+    inputs = ((features - mean) / std)[:, live]
+    plain = cross_entropy(inputs @ w.T + b, TRAIN.tensors[1])
+    assert plain.item() == pytest.approx(loss, rel=1e-4)
+    (plain + 5e-4 * w.square().sum()).backward()
+    assert w.grad.abs().max() < 2e-3 and b.grad.abs().max() < 2e-3
+
+
+def test_dead_features_do_not_matter():
+    model = small()
+    with torch.no_grad():
+        model[2].bias[:3] = -100.0
+    fit_head(model, data().plain)
+    assert not model[-1].weight[:, :3].any() and model[-1].weight.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "deit_tiny_distilled_patch16_224"])
+def test_heads_of_timm(name):
+    model = timm.create_model(name, num_classes=4).eval()
+    size = model.pretrained_cfg["input_size"]
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.arange(12) % 4
+    images = torch.randn(12, *size, generator=generator) + targets.reshape(-1, 1, 1, 1)
+    with torch.no_grad():
+        before = cross_entropy(model(images), targets)
+    fit_head(model, [(images[:7], targets[:7]), (images[7:], targets[7:])])
+    with torch.no_grad():
+        assert cross_entropy(model(images), targets) < 0.7 * before
+
+
+def test_what_cannot_be_fitted():
+    with pytest.raises(InputError, match="no batches to fit the head to"):
+        fit_head(small(), [])
+    with pytest.raises(InputError, match="has no classifier to fit"):
+        fit_head(torch.nn.Sequential(torch.nn.ReLU()), data().plain)
+    broken = small()
+    broken[0].weight.data[0, 0] = torch.nan
+    with pytest.raises(InputError, match="expected finite features"):
+        fit_head(broken, data().plain)

@@ -1,0 +1,110 @@
+import json
+
+import pytest
+
+from fastplastic.errors import FileError
+from fastplastic.trials import Results, TrialRun
+
+SETTINGS = {"lr": 0.1, "sizes": {"train": 5}, "scale": (0.3, 1.0)}
+
+
+def run(arm="baseline", seed=0, **values):
+    curve = {"steps": [0, 2], "accuracy": [0.1, 0.5], "loss": [2.0, 1.0], "train_loss": [1.5]}
+    return TrialRun(arm=arm, seed=seed, total=2, **curve | values)
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "trial.jsonl"
+    results = Results(path, SETTINGS)
+    results.add(run())
+    results.add(run("dormant@0.3:zero", layers={"fc": 3}))
+    return path
+
+
+def test_runs_come_back(file):
+    results = Results(file, SETTINGS)
+    assert results.runs == [run(), run("dormant@0.3:zero", layers={"fc": 3})]
+    assert results.find("baseline", 0) == run() and results.find("baseline", 1) is None
+    results.add(run(seed=1))
+    assert len(Results(file, SETTINGS).runs) == 3 and results.note == ""
+    assert Results.read(file) == results.runs
+
+
+def test_numbers_that_json_does_not_have_become_null(file):
+    Results(file, SETTINGS).add(run(seed=5, loss=[2.0, float("nan")]))
+    assert Results(file, SETTINGS).find("baseline", 5).loss == [2.0, None]
+
+
+@pytest.mark.parametrize("cut", [1, 20, 100])
+def test_a_last_line_that_was_cut_off_is_taken_away(file, cut):
+    whole = file.read_bytes()
+    last = whole.splitlines(keepends=True)[-1]
+    file.write_bytes(whole[: -min(cut, len(last) - 1)])
+    results = Results(file, SETTINGS)
+    assert results.runs == [run()] and "the last line was cut off" in results.note
+    results.add(run(seed=7))
+    assert Results(file, SETTINGS).runs == [run(), run(seed=7)]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"lr": 0.2}, "lr is 0.1 there, 0.2 here"),
+        ({"sizes": {"train": 6}}, "sizes.train is 5 there, 6 here"),
+        ({"opt": "sgd"}, "opt is None there, 'sgd' here"),
+    ],
+)
+def test_other_settings_are_refused_with_the_difference(file, change, said):
+    before = file.read_bytes()
+    with pytest.raises(FileError, match="results of other settings") as error:
+        Results(file, SETTINGS | change)
+    assert said in str(error.value) and file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"hello\n", "line 1 is no JSON object"),
+        (b'{"a": 1}\n', "not a file of trial results"),
+        (b"\x00\xff", "not a file of trial results|line 1 is no JSON"),
+        (b"[1]\n", "line 1 is no JSON object"),
+    ],
+)
+def test_another_file_is_refused_and_left_alone(tmp_path, content, said):
+    path = tmp_path / "other"
+    path.write_bytes(content)
+    with pytest.raises(FileError, match=said):
+        Results(path, SETTINGS)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "line", ["{}", '{"arm": 1}', json.dumps({"arm": "a", "seed": 0, "total": 1, "steps": [0],
+    "accuracy": [], "loss": [], "train_loss": []}), "nonsense"],
+)  # fmt: skip
+def test_a_line_in_the_middle_that_is_no_run_is_named(file, line):
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:2], line, *lines[2:]]) + "\n")
+    with pytest.raises(FileError, match="line 3 is no"):
+        Results(file, SETTINGS)
+
+
+def test_a_full_disk_leaves_the_finished_runs(file, monkeypatch):
+    before = file.read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    results = Results(file, SETTINGS)
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(FileError, match=r"No space left on device.*finished runs are kept"):
+        results.add(run(seed=1))
+    assert file.read_bytes() == before and len(results.runs) == 2
+
+
+def test_a_file_that_cannot_be_written(tmp_path):
+    with pytest.raises(FileError, match="cannot be read or written"):
+        Results(tmp_path / "missing" / "trial.jsonl", SETTINGS)
+    with pytest.raises(FileError, match="cannot be read or written"):
+        Results(tmp_path, SETTINGS)
