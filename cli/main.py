@@ -16,7 +16,17 @@ from typing import Annotated
 import typer
 
 import fastplastic
-from fastplastic.cli import listing, options, parsing, plan, profile, reinit
+from fastplastic.cli import (
+    finetune,
+    listing,
+    options,
+    parsing,
+    plan,
+    profile,
+    reinit,
+    training_options,
+    trial,
+)
 from fastplastic.errors import FileError, InputError
 
 # Typer carries its own copy of click, whose base class of usage errors has no public name.
@@ -36,6 +46,10 @@ fastplastic plan resnet50 --ratio 0.05 -o plan.json
 
 fastplastic reinit resnet50 --plan plan.json -o resnet50-fresh.safetensors
 
+fastplastic trial resnet50 --data DIR
+
+fastplastic finetune resnet50 --data DIR --ratio 0.3 -o resnet50-tuned.safetensors
+
 fastplastic list criteria
 """
 
@@ -48,6 +62,8 @@ app = typer.Typer(
 app.command("profile")(parsing.command(options.ProfileOptions, profile.run))
 app.command("plan")(parsing.command(options.PlanOptions, plan.run))
 app.command("reinit")(parsing.command(options.ReinitOptions, reinit.run))
+app.command("trial")(parsing.command(training_options.TrialOptions, trial.run))
+app.command("finetune")(parsing.command(training_options.FinetuneOptions, finetune.run))
 app.command("list")(listing.command)
 
 

@@ -6,9 +6,24 @@ from dataclasses import MISSING, fields
 from functools import partial
 from typing import Any, cast, get_type_hints
 
+import typer
+
+
+def option(*names: str, panel: str, help: str, **more: Any) -> Any:
+    """Return what typer needs to know of an option."""
+    return typer.Option(*names, rich_help_panel=panel, help=help, **more)
+
+
+def strings(*names: str, panel: str, help: str, metavar: str) -> Any:
+    """Return what typer needs to know of an option that may be given several times."""
+    return option(*names, panel=panel, help=help, metavar=metavar, show_default=False)
+
 
 def _default(item: Any) -> Any:
-    return item.default if item.default_factory is MISSING else item.default_factory()
+    """Return the default of an option; `inspect.Parameter.empty` where it has to be given."""
+    if item.default_factory is not MISSING:
+        return item.default_factory()
+    return inspect.Parameter.empty if item.default is MISSING else item.default
 
 
 def given(options: Any) -> dict[str, Any]:
@@ -54,7 +69,7 @@ def command(options: type[Any], run: Callable[[Any], None]) -> Callable[..., Cal
             inspect.Parameter(
                 item.name,
                 inspect.Parameter.KEYWORD_ONLY,
-                default=inspect.Parameter.empty if item.name == "model" else _default(item),
+                default=_default(item),
                 annotation=hints[item.name],
             )
             for item in fields(options)

@@ -266,7 +266,8 @@ def summary(report: Report) -> Table:
     return facts(pair for pair in pairs if absent.get(pair[0]) != pair[1])
 
 
-def _stacked(*parts: RenderableType) -> Group:
+def stacked(*parts: RenderableType) -> Group:
+    """Return the parts with an empty line between them."""
     spaced = [line for part in parts for line in (Text(), part)]
     return Group(*spaced[1:])
 
@@ -284,7 +285,7 @@ def profile(report: Report, width: int) -> RenderableType:
     legend = [_LEGEND.format(tau=report.tau, saturated=report.saturated)]
     legend += [_RANK_LEGEND.format(rows=report.rank_rows)] if report.rank_rows else []
     words = Text("\n".join(legend), style="dim")
-    return _stacked(facts(report.facts), Group(*table), summary(report), words)
+    return stacked(facts(report.facts), Group(*table), summary(report), words)
 
 
 @dataclass(frozen=True)
@@ -318,7 +319,7 @@ class PlanView:
     notes: tuple[str, ...] = ()
 
 
-def _table(titles: Sequence[str], cells: Iterable[Sequence[str]]) -> Table:
+def table_of(titles: Sequence[str], cells: Iterable[Sequence[str]]) -> Table:
     """Return a table whose first column is text and whose others are numbers."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for index, title in enumerate(titles):
@@ -334,11 +335,11 @@ def plan(view: PlanView) -> RenderableType:
     parts += [_unit_table(view.rows)] if view.rows else []
     parts += [_mask_table(view.masks)] if view.masks else []
     parts += [facts(("note", note) for note in view.notes)] if view.notes else []
-    return _stacked(*parts)
+    return stacked(*parts)
 
 
 def _unit_table(rows: Sequence[PlanRow]) -> Table:
-    return _table(
+    return table_of(
         ("layer", "units", "resettable", "chosen", "share", "scores"),
         (
             (
@@ -355,7 +356,7 @@ def _unit_table(rows: Sequence[PlanRow]) -> Table:
 
 
 def _mask_table(rows: Sequence[MaskRow]) -> Table:
-    return _table(
+    return table_of(
         ("tensor", "weights", "chosen", "share"),
         (
             (row.name, count(row.weights), count(row.chosen), percent(row.chosen / row.weights))
@@ -381,4 +382,4 @@ def criteria(rows: Iterable[Sequence[str]]) -> RenderableType:
         "over samples and positions. candidates: the scores that are re-initialised first. "
         "A threshold of weights is a multiple of the mean score of their tensor."
     )
-    return _stacked(table, Text(words, style="dim"))
+    return stacked(table, Text(words, style="dim"))

@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fastplastic.cli.options import DataOptions, ReinitOptions, SelectOptions
+from fastplastic.cli.options import DataOptions, ModelOptions, ReinitOptions, SelectOptions
 from fastplastic.cli.terminal import progress, warn
 from fastplastic.errors import FileError, InputError
 
@@ -43,7 +43,7 @@ def device_of(name: str | None) -> "torch.device":
     return device
 
 
-def load(options: DataOptions, *, pretrained: bool | None) -> "LoadedModel":
+def load(options: ModelOptions, *, pretrained: bool | None) -> "LoadedModel":
     """Build the model on its device, in eval mode; say on stderr when its weights are random."""
     import torch
 
@@ -69,7 +69,7 @@ def load(options: DataOptions, *, pretrained: bool | None) -> "LoadedModel":
     return loaded
 
 
-def _check_finite(options: DataOptions, loaded: "LoadedModel") -> None:
+def _check_finite(options: ModelOptions, loaded: "LoadedModel") -> None:
     """Name tensors with NaN or infinity on stderr; FileError where they would be written anew."""
     from fastplastic.model import nonfinite_tensors
     from fastplastic.planning import some_of

@@ -12,6 +12,8 @@ from fastplastic.errors import FileError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fastplastic.trials import Progress
+
 # A pipe or a file has no width: enough for every column, and lines that can still be read.
 _WIDTH_OF_A_PIPE = 120
 
@@ -66,6 +68,61 @@ def progress(
     with Progress(*columns, console=console(sys.stderr), transient=True) as bar:
         task = bar.add_task(text, total=total)
         yield lambda done: bar.update(task, completed=done)
+
+
+@contextmanager
+def run_progress(*, quiet: bool) -> "Iterator[Callable[[Progress], None]]":
+    """Give what to tell of a trial's progress: a bar on a terminal, else one line for each run."""
+    if quiet:
+        yield lambda state: None
+        return
+    if not sys.stderr.isatty():
+        yield _say_run
+        return
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    with Bars(*columns, console=console(sys.stderr), transient=True) as bars:
+        task = bars.add_task("loading", total=1.0)
+
+        def tell(state: "Progress") -> None:
+            left = "" if state.left is None else f", {_minutes(state.left)} left"
+            text = f"run {min(state.done + 1, state.total)} of {state.total}: {state.arm}{left}"
+            part = 0.0 if state.run else state.share
+            bars.update(task, description=text, completed=(state.done + part) / state.total)
+
+        yield tell
+
+
+@contextmanager
+def share_progress(*, quiet: bool) -> Iterator[Callable[[float], None]]:
+    """Give what to tell of the share of a training that is done."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda share: None
+        return
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("training"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=console(sys.stderr), transient=True) as bars:
+        task = bars.add_task("training", total=1.0)
+        yield lambda share: bars.update(task, completed=share)
+
+
+def _say_run(state: "Progress") -> None:
+    if state.run is None:
+        return
+    left = f", about {_minutes(state.left)} left" if state.left else ""
+    end = f"{100 * state.run.accuracy[-1]:.1f} %"
+    if state.run.diverged_at is not None:
+        end = f"diverged at update {state.run.diverged_at}"
+    text = f"run {state.done} of {state.total}: {state.arm}, seed {state.seed}: {end}{left}"
+    print(text, file=sys.stderr, flush=True)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
 
 
 class Counted:

@@ -182,8 +182,9 @@ def test_arguments_repeat_what_was_given():
     model = "m --no-pretrained --checkpoint|a b.pth --input-size 3 32 32".replace(" ", "|")
     expected = model.replace("a|b.pth", "a b.pth").split("|")
     expected += ["--model-kwargs", "a=1", "--model-kwargs", "b=2"]
+    expected += ["--channels-last"]
     assert parsing.arguments(given, options.ModelOptions) == expected
-    expected += ["--batch-size", "8", "--channels-last"]
+    expected += ["--batch-size", "8"]
     assert parsing.arguments(given, DataOptions) == expected
     assert parsing.arguments(given, PlanOptions)[-4:] == ["--ratio", "0.5", "--include", "x.*"]
 

@@ -1,0 +1,87 @@
+"""`fastplastic finetune`: probe, profile, plan, re-initialise, train, and write the weights."""
+
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from fastplastic.cli.options import STDOUT
+from fastplastic.cli.terminal import console, share_progress
+from fastplastic.cli.training import learner
+from fastplastic.cli.training_options import FinetuneOptions
+from fastplastic.errors import InputError
+
+if TYPE_CHECKING:
+    from fastplastic import FineTuning, Plan
+
+
+def run(options: FinetuneOptions) -> None:
+    """Fine-tune a model after re-initialising what no longer learns, and write the weights.
+
+    Fits the head if it is new, profiles the model on training images, re-initialises what a plan or
+    --ratio says, and trains. --no-reinit only trains, for a fair comparison; fastplastic trial
+    makes such comparisons with several seeds.
+
+    For example: fastplastic finetune resnet50 --data DIR --ratio 0.3 -o resnet50-tuned.safetensors
+    """
+    options.check()
+    from fastplastic.files import save_state_dict
+    from fastplastic.trials import finetune
+
+    settings, arm = options.settings(), options.treatment()
+    plan = _plan(options)
+    loaded = learner(options)
+    splits = loaded.splits
+    with share_progress(quiet=options.quiet) as told:
+        tuned = finetune(
+            loaded.model, splits.train, splits.test, arm=arm, plan=plan, settings=settings,
+            plain=splits.plain, probe_first=loaded.probe_first, seed=options.seed, progress=told,
+        )  # fmt: skip
+    if tuned.run.diverged_at is not None:
+        raise InputError(
+            f"--lr {options.lr:g}: the loss was not finite at update {tuned.run.diverged_at}, so "
+            "nothing is written: take a smaller rate"
+        )
+    save_state_dict(options.output, loaded.model, options.force, dtypes=loaded.dtypes)
+    if options.json:
+        _write_json(options, tuned)
+    if options.quiet or options.json == STDOUT:
+        return
+    from fastplastic.cli import trial_view
+
+    out = console(sys.stdout)
+    facts = (*loaded.facts, ("reinit", _reset(tuned, arm.name)), ("seed", str(options.seed)))
+    out.print(trial_view.tuned(tuned, facts, str(options.output)))
+
+
+def _plan(options: FinetuneOptions) -> "Plan | None":
+    if options.plan is None:
+        return None
+    from fastplastic import Plan
+
+    found = Plan.load(options.plan)
+    if found.granularity == "weight":
+        options.check_treatment("weight")
+    return found
+
+
+def _reset(tuned: "FineTuning", name: str) -> str:
+    if tuned.plan is None:
+        return "none (--no-reinit)"
+    plan = tuned.plan
+    return f"{name}: {plan.count:,} of {plan.eligible:,} eligible {plan.granularity}s"
+
+
+def _write_json(options: FinetuneOptions, tuned: "FineTuning") -> None:
+    from fastplastic.files import atomic_write
+
+    report: dict[str, Any] = {
+        "schema_version": 1, "model": options.model, "run": asdict(tuned.run),
+        "before": asdict(tuned.before.totals), "after": asdict(tuned.after.totals),
+    }  # fmt: skip
+    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    if options.json == STDOUT:
+        sys.stdout.write(text)
+    elif options.json:
+        with atomic_write(options.json, force=options.force) as temporary:
+            temporary.write_text(text)

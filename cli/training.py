@@ -1,0 +1,137 @@
+"""What `trial` and `finetune` share: the model with a head for the data, and the data."""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fastplastic.cli.session import device_of, load
+from fastplastic.cli.terminal import warn
+from fastplastic.cli.training_options import TrainingOptions
+from fastplastic.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from fastplastic.sources import LoadedModel, Splits
+
+
+@dataclass(frozen=True, eq=False)
+class Learner:
+    """A model to fine-tune, with its data.
+
+    Attributes:
+        model: The model on its device, with a head for the classes.
+        splits: The data.
+        fresh: Seed -> the same architecture with random weights.
+        probe_first: Whether the head is to be fitted first.
+        facts: (label, value) pairs of the header.
+        digest: Of the weights.
+        keywords: Arguments of the model.
+        dtypes: In which to write tensors.
+    """
+
+    model: "nn.Module"
+    splits: "Splits"
+    fresh: "Callable[[int], nn.Module]"
+    probe_first: bool
+    facts: tuple[tuple[str, str], ...]
+    digest: str
+    keywords: dict[str, Any]
+    dtypes: "Mapping[str, torch.dtype]"
+
+    def copy(self) -> "nn.Module":
+        """Return a model of its own."""
+        return copy.deepcopy(self.model)
+
+
+def learner(options: TrainingOptions, *, validation_share: float = 0.0) -> Learner:
+    """Load the model and the data, and give the model a head for the classes.
+
+    Raises:
+        InputError: The options do not suit the model or the data.
+        FileError: The model or the data cannot be had.
+    """
+    from fastplastic.sources import split_data
+    from fastplastic.trials import digest_of
+
+    # Random weights are not worth fine-tuning: they have to be asked for.
+    pretrained = options.pretrained
+    if pretrained is None and not options.checkpoint:
+        pretrained = True
+    loaded = load(options, pretrained=pretrained)
+    splits = split_data(
+        options.data, model=loaded.model, wanted=options.splits(validation_share),
+        img_size=options.img_size, in_chans=options.in_chans, input_size=options.input_size,
+    )  # fmt: skip
+    for warning in splits.warnings:
+        warn(warning)
+    head = _fit_classes(options, loaded, splits.num_classes)
+    probe = bool(head) if options.probe_first is None else options.probe_first
+    return Learner(
+        model=loaded.model,
+        splits=splits,
+        fresh=_fresh(options, splits.num_classes),
+        probe_first=probe,
+        facts=_facts(options, loaded, splits, head, probe),
+        digest=digest_of(loaded.model),
+        keywords=options.keywords(),
+        dtypes=loaded.dtypes,
+    )
+
+
+def _fit_classes(options: TrainingOptions, loaded: "LoadedModel", classes: int) -> str:
+    """Give the model a fresh head where it has none for these classes; return words for it."""
+    import torch
+
+    model: Any = loaded.model
+    if model.num_classes == classes:
+        return "fresh" if loaded.weights == "random" else ""
+    if options.num_classes is not None:
+        raise InputError(
+            f"--num-classes {options.num_classes}: the data have {classes} classes: leave it out"
+        )
+    had, device = model.num_classes, next(model.parameters()).device
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(options.seed)
+        model.reset_classifier(classes)
+    model.to(device).eval()
+    return f"fresh, of {classes} classes: the model had {had}"
+
+
+def _fresh(options: TrainingOptions, classes: int) -> "Callable[[int], nn.Module]":
+    def make(seed: int) -> "nn.Module":
+        from fastplastic.sources import create_model
+
+        made = create_model(
+            options.model, pretrained=False, num_classes=classes, in_chans=options.in_chans,
+            img_size=options.img_size, input_size=options.input_size,
+            model_kwargs=options.keywords(), seed=seed,
+        )  # fmt: skip
+        return made.model.to(device_of(options.device))
+
+    return make
+
+
+def _facts(
+    options: TrainingOptions, loaded: "LoadedModel", splits: "Splits", head: str, probe: bool
+) -> tuple[tuple[str, str], ...]:
+    sizes = splits.sizes
+    images = f"{sizes['train']:,} to train on, {sizes['test']:,} to test on ({splits.tested_on})"
+    if "validation" in sizes:
+        images += f", {sizes['validation']:,} to choose by"
+    amp = f", amp {options.amp_dtype}" if options.amp else ""
+    budget = (
+        f"{options.epochs} epochs of {options.opt} at {options.lr:g}, {options.sched}, batch "
+        f"{options.batch_size}{amp}, on {device_of(options.device)}"
+    )
+    fitted = "fitted to the training images first" if probe else "not fitted first"
+    return (
+        ("model", options.model),
+        ("weights", loaded.weights),
+        ("head", f"{head or 'of the weights'}; {fitted}"),
+        ("data", f"{options.data} ({splits.num_classes} classes)"),
+        ("images", images),
+        ("budget", budget),
+    )
