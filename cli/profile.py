@@ -1,19 +1,15 @@
 """`fastplastic profile`: run data through a model and show where it has lost plasticity."""
 
 import json
-import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastplastic.cli.options import STDOUT, DataOptions, ProfileOptions
-from fastplastic.cli.parsing import arguments
+from fastplastic.cli.following import after_profile
+from fastplastic.cli.options import STDOUT, ProfileOptions
 from fastplastic.cli.session import measure
 from fastplastic.cli.terminal import console, follow
-
-# What the plan for a first try looks like.
-_SUGGESTION = ("--ratio", "0.05", "-o", "plan.json")
 
 
 def _write_json(path: Path, schema: Mapping[str, Any], *, force: bool) -> None:
@@ -47,5 +43,4 @@ def run(options: ProfileOptions) -> None:
 
     out = console(sys.stdout)
     out.print(render.profile(report_of(measured.profile, measured.facts), out.width))
-    plan = ["fastplastic", "plan", *arguments(options, DataOptions), *_SUGGESTION]
-    follow(out, shlex.join(plan))
+    follow(out, after_profile(options))

@@ -1,14 +1,13 @@
 """`fastplastic reinit`: re-initialise, and write the weights to a new file."""
 
-import shlex
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from fastplastic.cli.options import DataOptions, ReinitOptions
-from fastplastic.cli.parsing import arguments
+from fastplastic.cli.following import after_reinit
+from fastplastic.cli.options import ReinitOptions
 from fastplastic.cli.session import choose, load, measure_for, precision, source_of
 from fastplastic.cli.terminal import Counted, console, follow, progress
 
@@ -45,6 +44,7 @@ def _job(options: ReinitOptions) -> _Job:
     loaded = load(options, pretrained=pretrained)
     source = source_of(options, loaded) if options.needs_data else None
     facts = [("model", options.model), ("weights", loaded.weights)]
+    facts += [("head", loaded.head)] if loaded.head else []
     if source is not None:
         facts.append(("data", f"{source.name} ({source.num_classes} classes)"))
     return _Job(loaded, plan, source, tuple(facts))
@@ -107,7 +107,7 @@ def run(options: ReinitOptions) -> None:
     view = plan_view(job.plan, shown, report.notes)
     out = console(sys.stdout)
     out.print(render.plan(view))
-    follow(out, "" if options.dry_run else _following(options))
+    follow(out, "" if options.dry_run else after_reinit(options))
 
 
 def _written(
@@ -143,9 +143,3 @@ def _loss(job: _Job, report: "ReinitReport") -> tuple[tuple[str, str], ...]:
 
 def _number(loss: float | None) -> str:
     return f"{loss:.4g}" if loss is not None and isfinite(loss) else "not finite"
-
-
-def _following(options: ReinitOptions) -> str:
-    """Return the command to type next: a look at what was written."""
-    written = replace(options, checkpoint=options.output, pretrained=None)
-    return shlex.join(["fastplastic", "profile", *arguments(written, DataOptions)])

@@ -126,6 +126,11 @@ def measure(
     from fastplastic.model import loss_head
 
     loaded = load(options, pretrained=pretrained)
+    if options.checkpoint and options.data == "sample":
+        warn(
+            "the images are the Fashion-MNIST sample of the package, not those of your task: units "
+            "that are dead there may be needed here. Pass --data"
+        )
     model = loaded.model
     source = source_of(options, loaded)
     head: AbstractContextManager[LentHead | None] = nullcontext()
@@ -159,7 +164,9 @@ def _facts(
             "layer shows as dead and the layers before it get no gradient"
         )
         pairs.append(("note", text))
-    if head != source.num_classes:
+    if loaded.head:
+        pairs.append(("head", f"{loaded.head}; gradients say little until it is fitted"))
+    elif head != source.num_classes:
         text = (
             f"the model has {head} classes: a fresh head of {source.num_classes} was used for the "
             "loss only, so gradients say little until a head is fitted"

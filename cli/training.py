@@ -85,9 +85,11 @@ def _fit_classes(options: TrainingOptions, loaded: "LoadedModel", classes: int) 
     """Give the model a fresh head where it has none for these classes; return words for it."""
     import torch
 
+    from fastplastic.sources import fresh_head
+
     model: Any = loaded.model
     if model.num_classes == classes:
-        return "fresh" if loaded.weights == "random" else ""
+        return "fresh" if loaded.weights == "random" else loaded.head
     if options.num_classes is not None:
         raise InputError(
             f"--num-classes {options.num_classes}: the data have {classes} classes: leave it out"
@@ -97,7 +99,7 @@ def _fit_classes(options: TrainingOptions, loaded: "LoadedModel", classes: int) 
         torch.default_generator.manual_seed(options.seed)
         model.reset_classifier(classes)
     model.to(device).eval()
-    return f"fresh, of {classes} classes: the model had {had}"
+    return fresh_head(classes, had or None)
 
 
 def _fresh(options: TrainingOptions, classes: int) -> "Callable[[int], nn.Module]":

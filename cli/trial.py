@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastplastic.cli.following import tuned_file
 from fastplastic.cli.options import STDOUT
 from fastplastic.cli.parsing import arguments
 from fastplastic.cli.terminal import console, follow, run_progress, warn
@@ -176,4 +177,4 @@ def _following(options: TrialOptions, trial: "Trial", arms: "tuple[Arm, ...]") -
         line += ["--arm", best.name]
     else:
         line += ["--no-reinit"]
-    return shlex.join([*line, "-o", f"{options.model.rpartition('/')[2]}-tuned.safetensors"])
+    return shlex.join([*line, "-o", tuned_file(options.model)])

@@ -194,8 +194,46 @@ def test_only_the_first_names_are_shown(tmp_path):
 
 def test_a_head_of_another_size_has_a_way_out(tmp_path):
     save_state_dict(tmp_path / "a.safetensors", timm.create_model("test_resnet", num_classes=7))
-    with pytest.raises(FileError, match=r"only the classifier differs: pass --num-classes 7$"):
+    with pytest.raises(
+        FileError,
+        match=r"classifier differs: pass --num-classes 7 for that of the file, or the number of",
+    ):
         load_into(timm.create_model("test_resnet"), tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name", ["test_resnet", "test_vit", "deit_tiny_distilled_patch16_224", "test_mambaout"]
+)
+@pytest.mark.parametrize("classes", [7, 0])
+def test_a_head_that_does_not_fit_can_stay_as_it_is(tmp_path, name, classes):
+    base = timm.create_model(name, num_classes=classes)
+    save_state_dict(tmp_path / "a.safetensors", base)
+    model = timm.create_model(name, num_classes=3)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    loaded = load_into(model, tmp_path / "a.safetensors", own_head=True)
+    assert loaded.kept and loaded.classes == (classes or None)
+    for key, value in model.state_dict().items():
+        expected = before[key] if key in loaded.kept else base.state_dict()[key]
+        assert torch.equal(value, expected), key
+    assert {before[key].shape[0] for key in loaded.kept} == {3}
+
+
+def test_a_head_that_fits_is_loaded(tmp_path):
+    base = timm.create_model("test_resnet", num_classes=3)
+    save_state_dict(tmp_path / "a.safetensors", base)
+    model = timm.create_model("test_resnet", num_classes=3)
+    assert load_into(model, tmp_path / "a.safetensors", own_head=True).kept == ()
+    assert torch.equal(model.fc.weight, base.fc.weight)
+
+
+def test_only_a_head_may_differ(tmp_path):
+    other = timm.create_model("test_resnet", num_classes=7, in_chans=1)
+    save_state_dict(tmp_path / "a.safetensors", other)
+    model = timm.create_model("test_resnet", num_classes=3)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(FileError, match="1 of another shape"):
+        load_into(model, tmp_path / "a.safetensors", own_head=True)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_old_files_without_counters(tmp_path):

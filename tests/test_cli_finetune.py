@@ -27,7 +27,9 @@ def test_from_a_checkpoint_of_other_classes_to_a_tuned_model(run, data, tmp_path
         *QUICK, "--ratio", "0.1", "-o", "tuned.safetensors", "--json", "report.json",
     )  # fmt: skip
     assert code == 0, error
-    assert "fresh, of 3 classes: the model had 1000; fitted to the training images" in output
+    assert (
+        "fresh, of 3 classes: that of the weights has 1000; fitted to the training images" in output
+    )
     chosen, eligible = map(int, re.search(r"0\.1:zero: (\d+) of (\d+) eligible", output).groups())
     assert 0 < chosen == eligible // 10
     for name in ("accuracy", "loss", "dead units", "dormant units", "curve", "time"):

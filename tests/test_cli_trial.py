@@ -36,7 +36,10 @@ def test_a_trial_from_start_to_end(run, data, tmp_path):
     assert "random:dormant@0.2:zero" in output and "verdict" in output
     # Three images of a class are kept apart to choose by, rounded.
     assert "18 to train on, 12 to test on (split val), 6 to choose by" in output
-    assert "head     fresh, of 3 classes: the model had 1000; fitted to the training" in output
+    assert (
+        "head     fresh, of 3 classes: that of the weights has 1000; fitted to the training"
+        in output
+    )
     assert output.splitlines()[-1].startswith("next: fastplastic finetune test_resnet")
     assert error.count("\n") == 6 and "run 6 of 6" in error
     report = json.loads((tmp_path / "a.json").read_text())

@@ -286,7 +286,7 @@ def test_layer_decay_is_that_of_timm():
         model = timm.create_model("test_vit", num_classes=8, img_size=32)
         before = model.blocks[0].mlp.fc1.weight.detach().clone()
         train(model, DataLoader(images, 4), settings(epochs=1, layer_decay=decay), seed=0)
-        moved[decay] = float((model.blocks[0].mlp.fc1.weight - before).abs().mean())
+        moved[decay] = (model.blocks[0].mlp.fc1.weight - before).abs().mean().item()
     assert 0 < moved[0.1] < 0.2 * moved[None]
 
 

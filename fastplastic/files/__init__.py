@@ -1,7 +1,7 @@
 """The only code that reads or writes files of weights, plans and profiles."""
 
 from fastplastic.files.atomic import atomic_write
-from fastplastic.files.checkpoint import load_into, load_state_dict, save_state_dict
+from fastplastic.files.checkpoint import Loaded, load_into, load_state_dict, save_state_dict
 from fastplastic.files.fields import SHARE, Check, integer, is_number, is_share, one_of
 from fastplastic.files.plan_file import StoredPlan, read_plan, write_plan
 from fastplastic.files.profile_file import (
@@ -15,6 +15,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "SHARE",
     "Check",
+    "Loaded",
     "StoredPlan",
     "StoredProfile",
     "atomic_write",

@@ -9,6 +9,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from fastplastic.errors import FileError, InputError
 from fastplastic.files.atomic import atomic_write
-from fastplastic.model import fingerprint
+from fastplastic.model import fingerprint, output_layers
 
 # Where timm, and most training scripts after it, put the weights inside a checkpoint; the averaged
 # weights come first, as in timm.
@@ -53,21 +54,46 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return dict(clean_state_dict(_unwrap(checkpoint, path)))
 
 
-def load_into(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, torch.dtype]:
+@dataclass(frozen=True)
+class Loaded:
+    """What `load_into` found.
+
+    Attributes:
+        dtypes: {name: dtype} of the tensors in the file; those of the model keep their own.
+        kept: Names of the head's tensors that the model keeps, as those of the file do not fit.
+        classes: Number of classes of the file's head, where it does not fit; None without one.
+    """
+
+    dtypes: Mapping[str, torch.dtype]
+    kept: tuple[str, ...] = ()
+    classes: int | None = None
+
+
+def load_into(model: nn.Module, path: str | os.PathLike[str], *, own_head: bool = False) -> Loaded:
     """Load a checkpoint file into the model: every tensor, or none when one does not fit.
 
     A name that is missing from the file is filled where it is tied to one that is there. The
     counters of BatchNorm ("num_batches_tracked"), which old files lack, may be missing.
 
-    Returns:
-        {name: dtype} of the tensors in the file; those of the model keep their own.
+    Args:
+        model: The model.
+        path: The file.
+        own_head: Where the layers that make the outputs do not fit, or are missing from the file,
+            let the model keep its own.
 
     Raises:
         FileError: As in `load_state_dict`, or tensors are missing, unexpected or of another shape;
             the first of each kind are named. The model is then as before.
     """
     state = load_state_dict(path)
+    dtypes = {name: tensor.dtype for name, tensor in state.items()}
     own = model.state_dict()
+    kept: tuple[str, ...] = ()
+    classes = None
+    if own_head:
+        kept, classes = _unfit_head(model, own, state)
+        state = {name: value for name, value in state.items() if name not in kept}
+        state |= {name: own[name] for name in kept if name in own}
     missing = _missing(own, state)
     unexpected = [name for name in state if name not in own]
     mismatched = [
@@ -84,7 +110,25 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, torch
         )
     # Names were compared above: what strict loading would still refuse is tied or a counter.
     model.load_state_dict(state, strict=False)
-    return {name: tensor.dtype for name, tensor in state.items()}
+    return Loaded(dtypes, tuple(name for name in kept if name in own), classes)
+
+
+def _unfit_head(
+    model: nn.Module, own: Mapping[str, Tensor], state: Mapping[str, Tensor]
+) -> tuple[tuple[str, ...], int | None]:
+    """Return the names of a head that does not fit, in the model or the file, and its classes."""
+    layers = output_layers(model)
+    modules = model.named_modules(remove_duplicate=False)
+    heads = tuple(f"{name}." for name, module in modules if any(module is x for x in layers))
+    names = {name for name in (*own, *state) if heads and name.startswith(heads)}
+
+    def fits(name: str) -> bool:
+        return name in own and name in state and own[name].shape == state[name].shape
+
+    if all(fits(name) for name in names):
+        return (), None
+    sizes = {state[name].shape[0] for name in names if name in state and state[name].ndim}
+    return tuple(sorted(names)), max(sizes, default=None)
 
 
 def save_state_dict(
@@ -168,7 +212,10 @@ def _way_out(model: nn.Module, mismatched: list[str], others: list[str]) -> str:
     heads = tuple(f"{name}." for name in ([head] if isinstance(head, str) else head or ()))
     if heads and not others and all(name.startswith(heads) for name in mismatched):
         classes = mismatched[0].partition("[")[2].partition("]")[0].partition(", ")[0]
-        return f"only the classifier differs: pass --num-classes {classes}"
+        return (
+            f"only the classifier differs: pass --num-classes {classes} for that of the file, or "
+            "the number of your own classes for a fresh one"
+        )
     return "pass the checkpoint of this very model"
 
 

@@ -2,7 +2,7 @@
 
 from fastplastic.sources.data import DataSource, batches
 from fastplastic.sources.loaders import Augmentation
-from fastplastic.sources.models import LoadedModel, create_model
+from fastplastic.sources.models import LoadedModel, create_model, fresh_head
 from fastplastic.sources.splits import Splits, WantedSplits, split_data
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "WantedSplits",
     "batches",
     "create_model",
+    "fresh_head",
     "split_data",
 ]

@@ -30,6 +30,7 @@ class LoadedModel:
         weights: "pretrained", "random" or "checkpoint: FILE".
         warning: One line that the user must see, or None: the weights are not what is expected.
         dtypes: {name: dtype} of the tensors in the checkpoint file; empty without one.
+        head: "" where the head is that of the weights, or what is to be said of a fresh one.
     """
 
     model: nn.Module
@@ -37,6 +38,7 @@ class LoadedModel:
     weights: str
     warning: str | None = None
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    head: str = ""
 
 
 def create_model(
@@ -60,7 +62,8 @@ def create_model(
             when they cannot be had; whether the hub answers is decided within 5 s. True refuses
             instead. False takes random weights.
         checkpoint: Weight file to load instead.
-        num_classes: Size of the head; by default that of the pretrained weights.
+        num_classes: Size of the head; by default that of the pretrained weights. Where that of the
+            weights has another, the model has a fresh one.
         in_chans: Input channels.
         img_size: Side of the images, or (height, width), in pixels.
         input_size: (channels, height, width) in one.
@@ -91,8 +94,10 @@ def create_model(
         model = _random(name, source, arguments, seed)
         if checkpoint is None:
             return LoadedModel(model, name, "random")
-        dtypes = load_into(model, checkpoint)
-        return LoadedModel(model, name, f"checkpoint: {checkpoint}", dtypes=dtypes)
+        loaded = load_into(model, checkpoint, own_head=bool(num_classes))
+        head = fresh_head(num_classes or 0, loaded.classes) if loaded.kept else ""
+        weights = f"checkpoint: {checkpoint}"
+        return LoadedModel(model, name, weights, dtypes=loaded.dtypes, head=head)
 
 
 def _try_pretrained(
@@ -107,7 +112,10 @@ def _try_pretrained(
         except Exception as error:
             lack = reason(error)
         else:
-            return LoadedModel(model, name, "pretrained")
+            wanted = arguments.get("num_classes")
+            had = getattr(model, "pretrained_cfg", {}).get("num_classes")
+            head = fresh_head(wanted, had) if wanted and wanted != had else ""
+            return LoadedModel(model, name, "pretrained", head=head)
     model = _random(name, source, arguments, seed)
     if refuse and not source.offered:
         raise InputError(
@@ -125,6 +133,12 @@ def _try_pretrained(
         f"below is of an untrained network. {advice} --checkpoint FILE"
     )
     return LoadedModel(model, name, "random", warning)
+
+
+def fresh_head(classes: int, had: int | None) -> str:
+    """Return what is said of a head that is not that of the weights."""
+    others = "the weights have none" if had is None else f"that of the weights has {had}"
+    return f"fresh, of {classes} classes: {others}"
 
 
 def _random(name: str, source: Source, arguments: dict[str, Any], seed: int) -> nn.Module:

@@ -1,0 +1,84 @@
+"""A checkpoint of other classes than the data: all but its head is taken."""
+
+import shlex
+
+import pytest
+import timm
+import torch
+from helpers.pictures import folder
+
+from fastplastic.cli.main import main
+from fastplastic.files import load_state_dict
+
+SMALL = ("--img-size", "32", "--batches", 1, "-b", 8)
+HEAD = "head     fresh, of 3 classes: that of the weights has 1000; gradients say little until"
+
+
+@pytest.fixture
+def base(tmp_path):
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "base.pt")
+    return ("test_resnet", "--checkpoint", "base.pt", *SMALL)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return folder(tmp_path / "data")
+
+
+def test_profile_plan_and_reinit_take_all_but_the_head(run, base, data, tmp_path):
+    options = (*base, "--data", data, "--num-classes", 3)
+    profile = run("profile", *options)
+    assert profile.code == 0 and HEAD in profile.output and profile.error == ""
+    plan = run("plan", *options, "--ratio", "0.1", "-o", "plan.json")
+    assert plan.code == 0 and HEAD in plan.output
+    following = plan.output.splitlines()[-1].removeprefix("next: fastplastic ")
+    assert main(shlex.split(following)) == 0
+    assert (tmp_path / "test_resnet-fresh.safetensors").exists()
+    reinit = run("reinit", *options, "--plan", "plan.json", "-o", "b.safetensors")
+    assert reinit.code == 0 and "head     fresh, of 3 classes: that of the weights" in reinit.output
+    model = timm.create_model("test_resnet", num_classes=3, checkpoint_path="b.safetensors")
+    old, new = load_state_dict("base.pt"), model.state_dict()
+    same = [name for name in old if old[name].shape == new[name].shape]
+    assert len(same) == len(old) - 2
+    assert sum(torch.equal(old[name], new[name]) for name in same) > len(same) / 2
+
+
+def test_without_a_number_of_classes_it_is_measured_behind_another_head(run, base, data):
+    outcome = run("profile", *base, "--data", data)
+    assert outcome.code == 0
+    assert "the model has 1000 classes: a fresh head of 3 was used for the loss only" in (
+        " ".join(outcome.output.split())
+    )
+
+
+def test_the_next_command_leads_to_a_tuned_model(run, base, data):
+    options = (*base, "--data", data, "--num-classes", 3)
+    last = run("profile", *options).output.splitlines()[-1]
+    start = "next: fastplastic trial test_resnet --checkpoint base.pt --num-classes 3 --img-size 32"
+    assert last == f"{start} --data {data}"
+    last = run("reinit", *options, "--ratio", "0.1", "-o", "b.safetensors").output.splitlines()[-1]
+    assert last == (
+        "next: fastplastic finetune test_resnet --checkpoint b.safetensors --num-classes 3 "
+        f"--img-size 32 --data {data} --no-reinit -o test_resnet-tuned.safetensors"
+    )
+    more = ("--epochs", "1", "-b", "8", "--evals", "1", "--val-split", "0.25", "-q")
+    assert main([*shlex.split(last)[2:], *more]) == 0
+
+
+def test_the_sample_stands_for_no_data_of_the_user(run, base, data):
+    outcome = run("profile", *base)
+    assert outcome.code == 0
+    assert "warning: the images are the Fashion-MNIST sample of the package" in outcome.error
+    assert "next: fastplastic plan" in outcome.output
+    assert run("profile", *base, "--data", data).error == ""
+    assert run("profile", "test_resnet", "--no-pretrained", *SMALL).error == ""
+
+
+def test_a_checkpoint_that_differs_elsewhere_is_refused(run, data, tmp_path):
+    other = timm.create_model("test_resnet", in_chans=1)
+    torch.save(other.state_dict(), tmp_path / "base.pt")
+    code, _, error = run(
+        "profile", "test_resnet", "--checkpoint", "base.pt", *SMALL, "--data", data,
+        "--num-classes", 3,
+    )  # fmt: skip
+    assert code == 3 and "does not fit the model" in error
