@@ -46,6 +46,8 @@ def run(options: TrialOptions) -> None:
             _task(options, loaded), arms, seeds, settings, results=options.results_file,
             progress=told, keep=kept.keep,
         )  # fmt: skip
+    for note in trial.notes:
+        warn(note)
     kept.write(trial)
     if options.json:
         _write_json(options, trial)

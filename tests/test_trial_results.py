@@ -47,6 +47,30 @@ def test_a_last_line_that_was_cut_off_is_taken_away(file, cut):
     assert Results(file, SETTINGS).runs == [run(), run(seed=7)]
 
 
+def test_a_first_line_that_was_cut_off_is_written_anew(tmp_path):
+    path = tmp_path / "trial.jsonl"
+    Results(path, SETTINGS)
+    whole = path.read_bytes()
+    for cut in (1, 10, len(whole)):
+        path.write_bytes(whole[:-cut])
+        assert Results(path, SETTINGS).runs == [] and path.read_bytes() == whole
+
+
+def test_a_run_that_stands_there_twice_counts_once(file):
+    file.write_text(file.read_text() + file.read_text().splitlines()[1] + "\n")
+    assert len(Results(file, SETTINGS).runs) == 2
+
+
+def test_only_one_trial_writes_to_a_file(file):
+    first, second = Results(file, SETTINGS), Results(file, SETTINGS)
+    with first.locked():
+        with pytest.raises(FileError, match="another trial is writing to it"), second.locked():
+            pass
+        first.add(run(seed=3))
+    with second.locked():
+        pass
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

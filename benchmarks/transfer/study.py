@@ -176,7 +176,7 @@ def grid(pair: Pair) -> list[Arm]:
     weights = [f"{c}@{ratio}:weight" for c in entry[f"{small}weight_criteria"] for ratio in ratios]
     if pair.get("norms"):
         units = [f"{text}+recalibrate" for text in units]
-    return [parse_arm(text) for text in [*units, *weights, *entry["extra"]]]
+    return [parse_arm(text) for text in [*units, *weights, *entry[f"{small}extra"]]]
 
 
 def screen(pair: Pair) -> Iterator[tuple[float, list[Arm], list[int]]]:
@@ -201,13 +201,17 @@ def finalists(pair: Pair) -> list[str]:
 
 
 def final(pair: Pair) -> Iterator[tuple[float, list[Arm], list[int]]]:
-    """Yield the trials of the finalists at three learning rates."""
+    """Yield the trials of the finalists: with all controls, and at other learning rates."""
     entry, lr = pair.config["final"], best_rate(pair)
     chosen = finalists(pair)
-    for factor in sorted(pair.get("factors", entry["rates"]), key=lambda factor: factor != 1):
-        more = [*pair.get("alone", entry["alone"]), "remove"] if factor == 1 else ["fresh"]
-        alone = [x for x in more if x != "recalibrate" or pair.get("norms")]
-        yield lr * factor, list(with_controls([*chosen, *alone])), list(range(pair.get("seeds")))
+    seeds = list(range(pair.get("seeds")))
+    same = entry["always"] + "+recalibrate" * bool(pair.get("norms"))
+    alone = pair.get("alone", entry["alone"])
+    alone = [name for name in alone if name != "recalibrate" or pair.get("norms")]
+    everything = dict.fromkeys([*chosen, same, *alone, "remove"])
+    for factor in pair.get("factors", entry["rates"]):
+        texts = list(everything) if factor == 1 else [chosen[0], "fresh"]
+        yield lr * factor, list(with_controls(texts)), seeds
 
 
 STAGES: dict[str, Callable[[Pair], Iterator[tuple[float, list[Arm], list[int]]]]] = {

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,9 +166,11 @@ def run_trial(
     """Run a task of which model and data may depend on the seed; see `trial`."""
     told = {**settings.to_dict(), "probe_first": task.probe_first, **task.facts}
     store = Results(None if results is None else Path(results), told)
-    run_arms(task, arms, seeds, settings, store, progress=progress, keep=keep)
+    with store.locked():
+        run_arms(task, arms, seeds, settings, store, progress=progress, keep=keep)
     runs = [run for run in store.runs if run.seed in seeds]
-    return outcome_of(arms, runs, told)
+    found = outcome_of(arms, runs, told)
+    return replace(found, notes=(store.note,)) if store.note else found
 
 
 def check_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:

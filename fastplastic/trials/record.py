@@ -69,6 +69,7 @@ class Trial:
         settings: What settled the results.
         verdict: One sentence for each arm that re-initialises.
         chosen: Name of the best arm by the validation images, or None without any.
+        notes: What happened to the file of results, if anything.
     """
 
     arms: tuple[ArmResult, ...]
@@ -76,6 +77,7 @@ class Trial:
     settings: Mapping[str, Any]
     verdict: tuple[str, ...]
     chosen: str | None
+    notes: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> ArmResult:
         """Return an arm by its name."""

@@ -79,17 +79,46 @@ class Results:
         header = json.loads(json.dumps({_KEY: _VERSION, **settings}))
         if path is None:
             return
-        if path.exists() and path.stat().st_size:
-            self._read(path, header)
-        else:
+        with _writing(path):
+            content = path.read_bytes() if path.exists() else b""
+        if _line(header).startswith(content):
+            # Nothing is there yet, or the very first line was cut off.
+            with _writing(path):
+                path.write_bytes(b"")
             self._append(header)
+        else:
+            self._take(path, content, header)
 
     @classmethod
     def read(cls, path: Path) -> list[TrialRun]:
         """Return the runs in a file, whatever its settings; FileError when it is another one."""
         found = cls(None, {})
-        found._read(path, None)
+        with _writing(path):
+            content = path.read_bytes()
+        found._take(path, content, None)
         return found.runs
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Let nobody else write to the file inside the block.
+
+        Raises:
+            FileError: Another trial is writing to it.
+        """
+        if self.path is None or os.name != "posix":
+            yield
+            return
+        import fcntl
+
+        with self.path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise FileError(
+                    f"{self.path}: another trial is writing to it: wait for its end, or give "
+                    "another file"
+                ) from None
+            yield
 
     def find(self, arm: str, seed: int) -> TrialRun | None:
         """Return the run of an arm and a seed if it is finished."""
@@ -103,11 +132,11 @@ class Results:
     def _append(self, entry: Mapping[str, Any]) -> None:
         if self.path is None:
             return
-        line = json.dumps(_finite(entry), allow_nan=False) + "\n"
+        line = _line(entry)
         with _writing(self.path):
             before = self.path.stat().st_size if self.path.exists() else 0
             try:
-                with self.path.open("a", encoding="utf-8") as file:
+                with self.path.open("ab") as file:
                     file.write(line)
                     file.flush()
                     os.fsync(file.fileno())
@@ -117,9 +146,8 @@ class Results:
                     os.truncate(self.path, before)
                 raise
 
-    def _read(self, path: Path, header: Mapping[str, Any] | None) -> None:
-        with _writing(path):
-            content = path.read_bytes()
+    def _take(self, path: Path, content: bytes, header: Mapping[str, Any] | None) -> None:
+        """Take the runs of a file's content; without a header, whatever its settings."""
         whole, newline, rest = content.rpartition(b"\n")
         lines = [_entry(path, number, line) for number, line in enumerate(whole.split(b"\n"), 1)]
         if not newline or _KEY not in lines[0]:
@@ -130,7 +158,9 @@ class Results:
                 f"{path}: has results of other settings ({'; '.join(found[:3])}): repeat those, or "
                 "give another file"
             )
-        self.runs = [_run(path, number, line) for number, line in enumerate(lines[1:], 2)]
+        runs = [_run(path, number, line) for number, line in enumerate(lines[1:], 2)]
+        # The first of two, as of files that were put together.
+        self.runs = list({(run.arm, run.seed): run for run in reversed(runs)}.values())[::-1]
         if rest and header is not None:
             with _writing(path):
                 os.truncate(path, len(whole) + 1)
@@ -162,6 +192,10 @@ def _run(path: Path, number: int, entry: dict[str, Any]) -> TrialRun:
             "or remove that line"
         ) from error
     return run
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    return (json.dumps(_finite(entry), allow_nan=False) + "\n").encode()
 
 
 def _finite(value: Any) -> Any:

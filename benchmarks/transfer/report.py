@@ -1,0 +1,217 @@
+"""Make the tables and the figure of README.md from the result files.
+
+python benchmarks/transfer/report.py            # writes README.md and results.svg
+python benchmarks/transfer/report.py --check    # says whether README.md is up to date
+"""
+
+import argparse
+import sys
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from networks import NETWORKS
+from study import HERE, RESULTS, Pair, best_rate, pairs_of, runs_of
+
+from fastplastic.errors import FastPlasticError
+from fastplastic.trials import BASELINE, Arm, ArmResult, Comparison, Trial, outcome_of, parse_arm
+
+README = HERE / "README.md"
+FIGURE = HERE / "results.svg"
+# More than so many points of final accuracy, or at most so large a share of the updates.
+_POINTS, _STEPS = 0.05, 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Final:
+    """What the final of a pair shows.
+
+    Attributes:
+        pair: The pair.
+        lr: Learning rate.
+        trial: The outcome.
+    """
+
+    pair: Pair
+    lr: float
+    trial: Trial
+
+    def arms(self, kind: str) -> list[ArmResult]:
+        """Return the arms of a kind."""
+        return [arm for arm in self.trial.arms if arm.kind == kind]
+
+    @property
+    def best(self) -> ArmResult:
+        """Return the dose that ends best."""
+        return max(self.arms("reinit"), key=lambda arm: arm.final.mean)
+
+    def recovered(self, arm: ArmResult) -> float | None:
+        """Return the share of the gap to a fresh network that an arm closes, by the area."""
+        fresh = self.arms("fresh")
+        base = self.trial[BASELINE].area.mean
+        gap = fresh[0].area.mean - base if fresh else 0.0
+        return (arm.area.mean - base) / gap if gap > 0.01 else None
+
+
+def finals(config: dict[str, object]) -> Iterator[Final]:
+    """Yield the finals that have runs, each pair at the best rate of its baseline first."""
+    for pair in pairs_of(config, []):
+        try:
+            best = best_rate(pair)
+        except FastPlasticError:
+            continue
+        for factor in (1.0, 0.3, 3.0):
+            runs = runs_of(pair.file("final", best * factor))
+            names = dict.fromkeys(run.arm for run in runs)
+            arms = [Arm(BASELINE) if name == BASELINE else parse_arm(name) for name in names]
+            arms.sort(key=lambda arm: arm.kind != BASELINE)
+            if any(arm.kind == "reinit" for arm in arms):
+                yield Final(pair, best * factor, outcome_of(arms, runs, {}))
+
+
+def against(arm: ArmResult, baseline: bool) -> Comparison | None:
+    """Return the comparison of the accuracy at the end with the baseline, or with the control."""
+    found = (test for test in arm.final_tests if (test.against == BASELINE) == baseline)
+    return next(found, None)
+
+
+def row(cells: Sequence[str]) -> str:
+    """Return a line of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def points(test: Comparison | None) -> str:
+    """Return a difference in points with its interval and p."""
+    if test is None:
+        return ""
+    found = test.difference
+    text = f"{100 * found.mean:+.1f}"
+    if found.low is not None and found.high is not None:
+        text += f" [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+    p = test.corrected
+    return text if p is None else f"{text} p {'<' if p < 0.001 else ''}{max(p, 0.001):.2g}"
+
+
+def share(value: float | None) -> str:
+    """Return a share in percent."""
+    return "" if value is None else f"{100 * value:.0f} %"
+
+
+def table(found: Sequence[Final]) -> str:
+    """Return the table of all arms that re-initialise and what explains them."""
+    titles = (
+        "network", "target", "lr", "arm", "seeds", "end", "mean over the run", "to baseline",
+        "to random", "updates to the baseline's end", "recovered", "cost",
+    )  # fmt: skip
+    lines = [row(titles), row(["---"] * len(titles))]
+    for final in found:
+        for arm in final.trial.arms:
+            if arm.kind == "random":
+                continue
+            lines.append(
+                row(
+                    (
+                        final.pair.network, final.pair.target, f"{final.lr:g}", f"`{arm.name}`",
+                        str(len(arm.seeds)), f"{100 * arm.final.mean:.1f}",
+                        f"{100 * arm.area.mean:.1f}", points(against(arm, True)),
+                        points(against(arm, False)), _steps(arm), share(final.recovered(arm)),
+                        share(arm.cost) if arm.kind == "reinit" else "",
+                    )
+                )
+            )  # fmt: skip
+    return "\n".join(lines)
+
+
+def _steps(arm: ArmResult) -> str:
+    if arm.name == BASELINE:
+        return ""
+    reached = f"{arm.reached} of {len(arm.seeds)}"
+    return f"never ({reached})" if arm.steps_to_baseline is None else share(arm.steps_to_baseline)
+
+
+def targets(found: Sequence[Final]) -> str:
+    """Return the table of what had to be reached."""
+    damaged = [f for f in found if NETWORKS[f.pair.network].damaged and len(f.arms("fresh"))]
+    first: dict[str, Final] = {}
+    for final in damaged:
+        first.setdefault(final.pair.network, final)
+    lines = [row(("damaged network", "best arm", "gain", "updates", "to random", "recovered"))]
+    lines.append(row(["---"] * 6))
+    for final in first.values():
+        arm = final.best
+        lines.append(
+            row(
+                (
+                    f"{final.pair.network} on {final.pair.target}", f"`{arm.name}`",
+                    points(against(arm, True)), _steps(arm), points(against(arm, False)),
+                    share(final.recovered(arm)),
+                )
+            )
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
+def compute() -> str:
+    """Return how many runs there are, and what they took."""
+    files = sorted(RESULTS.rglob("*.jsonl"))
+    runs = [run for file in files for run in runs_of(file)]
+    hours = sum(run.seconds.get("train", 0.0) for run in runs) / 3600
+    return (
+        f"{len(runs):,} runs in {len(files)} trials, {hours:.1f} hours of training on one core; "
+        f"a run takes {median(run.seconds['train'] for run in runs):.1f} s in the middle."
+    )
+
+
+def draw(found: Sequence[Final]) -> None:
+    """Draw the gain of every dose over the baseline against that of as many at random."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for damaged, colour, marker in ((True, "#D55E00", "o"), (False, "#0072B2", "s")):
+        pairs = [
+            (against(arm, True), against(arm, False))
+            for final in found
+            if NETWORKS[final.pair.network].damaged == damaged
+            for arm in final.arms("reinit")
+        ]
+        known = [(b.difference.mean, r.difference.mean) for b, r in pairs if b and r]
+        xs, ys = ([100 * pair[i] for pair in known] for i in (0, 1))
+        label = "damaged networks" if damaged else "healthy networks"
+        axes.scatter(xs, ys, color=colour, marker=marker, label=label, alpha=0.8)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set(xlabel="gain over the baseline, points", ylabel="gain over as many at random, points")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(FIGURE, metadata={"Date": None})
+
+
+def readme(found: Sequence[Final]) -> str:
+    """Return README.md with its generated parts made anew."""
+    parts = {"targets": targets(found), "table": table(found), "compute": compute()}
+    text = README.read_text()
+    for name, content in parts.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = f"{before}{begin}{content}\n{end}{after}"
+    return text
+
+
+def main() -> None:
+    """Write the files, or compare them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args()
+    found = list(finals(tomllib.loads((HERE / "study.toml").read_text())))
+    text = readme(found)
+    if options.check:
+        sys.exit(README.read_text() != text)
+    README.write_text(text)
+    draw(found)
+
+
+if __name__ == "__main__":
+    main()
