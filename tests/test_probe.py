@@ -59,6 +59,17 @@ def test_dead_features_do_not_matter():
     assert not model[-1].weight[:, :3].any() and model[-1].weight.isfinite().all()
 
 
+def test_a_head_that_has_two_names_is_fitted_once(monkeypatch):
+    from fastplastic.trials import probe
+
+    model = timm.create_model("test_resnet", num_classes=4).eval()
+    fitted = []
+    real = probe._fit
+    monkeypatch.setattr(probe, "_fit", lambda *given: fitted.append(given[0]) or real(*given))
+    fit_head(model, [(torch.randn(8, *model.pretrained_cfg["input_size"]), torch.arange(8) % 4)])
+    assert fitted == [model.get_classifier()]
+
+
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "deit_tiny_distilled_patch16_224"])
 def test_heads_of_timm(name):
     model = timm.create_model(name, num_classes=4).eval()

@@ -73,7 +73,7 @@ def output_layers(model: nn.Module) -> list[nn.Linear | nn.Conv2d]:
     layers: list[nn.Linear | nn.Conv2d] = []
     for block in blocks:
         inside = [part for part in block.modules() if isinstance(part, nn.Linear | nn.Conv2d)]
-        layers += inside[-1:]
+        layers += [last for last in inside[-1:] if not any(last is layer for layer in layers)]
     return layers
 
 
