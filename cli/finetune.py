@@ -28,14 +28,16 @@ def run(options: FinetuneOptions) -> None:
     from fastplastic.files import save_state_dict
     from fastplastic.trials import finetune
 
-    settings, arm = options.settings(), options.treatment()
+    options.settings()
+    arm = options.treatment()
     plan = _plan(options)
     loaded = learner(options)
     splits = loaded.splits
     with share_progress(quiet=options.quiet) as told:
         tuned = finetune(
-            loaded.model, splits.train, splits.test, arm=arm, plan=plan, settings=settings,
-            plain=splits.plain, probe_first=loaded.probe_first, seed=options.seed, progress=told,
+            loaded.model, splits.train, splits.test, arm=arm, plan=plan,
+            settings=loaded.settings,
+            plain=splits.plain, seed=options.seed, progress=told,
         )  # fmt: skip
     if tuned.run.diverged_at is not None:
         raise InputError(

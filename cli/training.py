@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fastplastic.sources import LoadedModel, Splits
+    from fastplastic.trials import TrainSettings
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,7 @@ class Learner:
         model: The model on its device, with a head for the classes.
         splits: The data.
         fresh: Seed -> the same architecture with random weights.
-        probe_first: Whether the head is to be fitted first.
+        settings: The budget.
         facts: (label, value) pairs of the header.
         digest: Of the weights.
         keywords: Arguments of the model.
@@ -35,7 +36,7 @@ class Learner:
     model: "nn.Module"
     splits: "Splits"
     fresh: "Callable[[int], nn.Module]"
-    probe_first: bool
+    settings: "TrainSettings"
     facts: tuple[tuple[str, str], ...]
     digest: str
     keywords: dict[str, Any]
@@ -68,13 +69,13 @@ def learner(options: TrainingOptions, *, validation_share: float = 0.0) -> Learn
     for warning in splits.warnings:
         warn(warning)
     head = _fit_classes(options, loaded, splits.num_classes)
-    probe = bool(head) if options.probe_first is None else options.probe_first
+    settings = options.settings(new_head=bool(head))
     return Learner(
         model=loaded.model,
         splits=splits,
         fresh=_fresh(options, splits.num_classes),
-        probe_first=probe,
-        facts=_facts(options, loaded, splits, head, probe),
+        settings=settings,
+        facts=_facts(options, loaded, splits, head, settings),
         digest=digest_of(loaded.model),
         keywords=options.keywords(),
         dtypes=loaded.dtypes,
@@ -117,8 +118,14 @@ def _fresh(options: TrainingOptions, classes: int) -> "Callable[[int], nn.Module
 
 
 def _facts(
-    options: TrainingOptions, loaded: "LoadedModel", splits: "Splits", head: str, probe: bool
+    options: TrainingOptions,
+    loaded: "LoadedModel",
+    splits: "Splits",
+    head: str,
+    settings: "TrainSettings",
 ) -> tuple[tuple[str, str], ...]:
+    from fastplastic.trials import norms_of
+
     sizes = splits.sizes
     images = f"{sizes['train']:,} to train on, {sizes['test']:,} to test on ({splits.tested_on})"
     if "validation" in sizes:
@@ -128,11 +135,14 @@ def _facts(
         f"{options.epochs} epochs of {options.opt} at {options.lr:g}, {options.sched}, batch "
         f"{options.batch_size}{amp}, on {device_of(options.device)}"
     )
-    fitted = "fitted to the training images first" if probe else "not fitted first"
+    fitted = "fitted to the training images first" if settings.probe_first else "not fitted first"
+    norms = [("norms", "BatchNorm measured anew on the training images first")]
+    norms *= settings.norms_first and bool(norms_of(loaded.model))
     return (
         ("model", options.model),
         ("weights", loaded.weights),
         ("head", f"{head or 'of the weights'}; {fitted}"),
+        *norms,
         ("data", f"{options.data} ({splits.num_classes} classes)"),
         ("images", images),
         ("budget", budget),

@@ -99,6 +99,14 @@ class TrainingOptions(ModelOptions):
     profile_images: Annotated[
         int, option("--profile-images", panel=_TRAIN, min=1, help="Training images to profile.")
     ] = 512
+    norms_first: Annotated[
+        bool | None,
+        option(
+            "--norms-first/--no-norms-first",
+            panel=_TRAIN,
+            help="Measure BatchNorm anew before anything else. (default: where the head is new)",
+        ),
+    ] = None
     probe_first: Annotated[
         bool | None,
         option(
@@ -144,12 +152,17 @@ class TrainingOptions(ModelOptions):
         if self.data == "noise":
             raise InputError("--data noise: has no labels to learn: pass a folder of images")
 
-    def settings(self) -> "TrainSettings":
-        """Return the budget; InputError for numbers that nothing can be trained with."""
+    def settings(self, *, new_head: bool = True) -> "TrainSettings":
+        """Return the budget; InputError for numbers that nothing can be trained with.
+
+        Args:
+            new_head: Whether the head is not that of the weights.
+        """
         from fastplastic.trials import TrainSettings
 
-        names = {item.name for item in fields(TrainSettings)}
-        values = {name: getattr(self, name) for name in names}
+        values = {item.name: getattr(self, item.name) for item in fields(TrainSettings)}
+        for name in ("norms_first", "probe_first"):
+            values[name] = new_head if values[name] is None else values[name]
         found = TrainSettings(**values)
         found.check()
         return found

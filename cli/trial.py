@@ -36,14 +36,14 @@ def run(options: TrialOptions) -> None:
     options.check()
     from fastplastic.trials import DEFAULT_ARMS, run_trial, with_controls
 
-    settings = options.settings()
+    options.settings()
     arms = with_controls(options.arm or DEFAULT_ARMS, **options.common())
     seeds = range(options.seed, options.seed + options.seeds)
     loaded = learner(options, validation_share=options.choose_split if options.output else 0.0)
     kept = _Kept(options, loaded)
     with run_progress(quiet=options.quiet) as told, _resumable(options):
         trial = run_trial(
-            _task(options, loaded), arms, seeds, settings, results=options.results_file,
+            _task(options, loaded), arms, seeds, loaded.settings, results=options.results_file,
             progress=told, keep=kept.keep,
         )  # fmt: skip
     for note in trial.notes:
@@ -85,7 +85,7 @@ def _task(options: TrialOptions, loaded: Learner) -> "Task":
     }  # fmt: skip
     return Task(
         model=lambda seed: loaded.copy(), data=lambda seed: data, fresh=loaded.fresh,
-        probe_first=loaded.probe_first, facts=facts,
+        facts=facts,
     )  # fmt: skip
 
 

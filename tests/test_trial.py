@@ -146,15 +146,35 @@ def test_removed_weights_stay_out():
     assert all(not parameters[name][mask].any() for name, mask in prepared.plan.masks.items())
 
 
+def with_norm():
+    return task(model=lambda seed: small(seed, norm=True))
+
+
 def test_recalibrate_measures_all_norms_and_nothing_else():
-    start = Start(task(model=lambda seed: small(seed, norm=True)), settings(), 0)
+    start = Start(with_norm(), settings(norms_first=False), 0)
     model = start.prepare(Arm("recalibrate")).model
     x = model[0](TRAIN.tensors[0]).detach()
     torch.testing.assert_close(model[1].running_mean, x.mean(0))
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, start.model.get_parameter(name), rtol=0, atol=0)
-    with pytest.raises(InputError, match=r"arm recalibrate: the model has no BatchNorm"):
-        Start(task(), settings(), 0).prepare(Arm("recalibrate"))
+
+
+def test_norms_are_measured_before_the_head_is_fitted():
+    start = Start(with_norm(), settings(), 0)
+    x = start.model[0](TRAIN.tensors[0]).detach()
+    torch.testing.assert_close(start.model[1].running_mean, x.mean(0))
+    plain = Start(with_norm(), settings(norms_first=False), 0)
+    assert not plain.model[1].running_mean.any()
+    assert not torch.equal(plain.model[-1].weight, start.model[-1].weight)
+    assert start.seconds.keys() == {"norms", "probe"} and plain.seconds.keys() == {"probe"}
+
+
+def test_recalibrate_is_refused_where_it_does_nothing():
+    arms = with_controls(["recalibrate"])
+    with pytest.raises(InputError, match="arm recalibrate: the model has no BatchNorm"):
+        run_trial(task(), arms, [0], settings())
+    with pytest.raises(InputError, match="arm recalibrate: all arms begin so"):
+        run_trial(with_norm(), arms, [0], settings())
 
 
 def test_shrink_perturb_leaves_the_head():

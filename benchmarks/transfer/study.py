@@ -207,7 +207,6 @@ def final(pair: Pair) -> Iterator[tuple[float, list[Arm], list[int]]]:
     seeds = list(range(pair.get("seeds")))
     same = entry["always"] + "+recalibrate" * bool(pair.get("norms"))
     alone = pair.get("alone", entry["alone"])
-    alone = [name for name in alone if name != "recalibrate" or pair.get("norms")]
     everything = dict.fromkeys([*chosen, same, *alone, "remove"])
     for factor in pair.get("factors", entry["rates"]):
         texts = list(everything) if factor == 1 else [chosen[0], "fresh"]

@@ -4,6 +4,7 @@ from fastplastic.trials.arms import BASELINE, Arm, Dose, parse_arm, with_control
 from fastplastic.trials.compare import DEFAULT_ARMS, FineTuning, finetune, run_trial, trial
 from fastplastic.trials.loop import evaluate, train
 from fastplastic.trials.outcome import outcome_of
+from fastplastic.trials.prepare import norms_of
 from fastplastic.trials.probe import fit_head
 from fastplastic.trials.profile_figures import figures
 from fastplastic.trials.record import ArmResult, Trial
@@ -34,6 +35,7 @@ __all__ = [
     "figures",
     "finetune",
     "fit_head",
+    "norms_of",
     "outcome_of",
     "parse_arm",
     "run_trial",

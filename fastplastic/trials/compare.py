@@ -37,7 +37,6 @@ def trial(
     plain: Iterable[Any] | None = None,
     validation: Iterable[Any] | None = None,
     fresh: Callable[[int], nn.Module] | None = None,
-    probe_first: bool = True,
     results: str | Path | None = None,
     progress: Callable[[Progress], None] = lambda state: None,
 ) -> Trial:
@@ -62,8 +61,6 @@ def trial(
         plain: Training images without augmentation, each time the same; by default `train`.
         validation: Images apart from both, by which `Trial.chosen` is chosen.
         fresh: Seed -> the same architecture with random weights, for the arm "fresh".
-        probe_first: Fit the head before anything is measured, as behind a random head gradients
-            are noise. False for a head that was trained on these classes.
         results: A file of JSON lines to which every finished run is appended; with it, a trial that
             was broken off goes on where it was. Kept in memory only by default.
         progress: Told of every checkpoint.
@@ -82,7 +79,6 @@ def trial(
         model=lambda seed: copy.deepcopy(model),
         data=lambda seed: data,
         fresh=fresh,
-        probe_first=probe_first,
         facts={"weights": digest_of(model), "batches": len(train)},
     )
     return run_trial(task, chosen, numbers, settings, results=results, progress=progress)
@@ -116,7 +112,6 @@ def finetune(
     plan: Plan | None = None,
     settings: TrainSettings | None = None,
     plain: Iterable[Any] | None = None,
-    probe_first: bool = True,
     seed: int = 0,
     progress: Callable[[float], None] = lambda share: None,
 ) -> FineTuning:
@@ -130,7 +125,6 @@ def finetune(
         plan: A plan for this model to take instead of making one; the arm says how it is applied.
         settings: The budget.
         plain: As for `trial`.
-        probe_first: As for `trial`.
         seed: Of all draws.
         progress: Told which share of the training is done.
 
@@ -145,7 +139,7 @@ def finetune(
     settings.check()
     check_built(model)
     data = TrialData(train, test, train if plain is None else plain)
-    task = Task(lambda seed: model, lambda seed: data, probe_first=probe_first)
+    task = Task(lambda seed: model, lambda seed: data)
     start = Start(task, settings, seed)
     before = start.profile()
     prepared = Prepared(model) if chosen.dose is None else start.treat(chosen, plan)
@@ -164,7 +158,7 @@ def run_trial(
     keep: Callable[[Any, nn.Module], None] = lambda run, model: None,
 ) -> Trial:
     """Run a task of which model and data may depend on the seed; see `trial`."""
-    told = {**settings.to_dict(), "probe_first": task.probe_first, **task.facts}
+    told = {**settings.to_dict(), **task.facts}
     store = Results(None if results is None else Path(results), told)
     with store.locked():
         run_arms(task, arms, seeds, settings, store, progress=progress, keep=keep)

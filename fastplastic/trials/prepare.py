@@ -59,7 +59,10 @@ class Start:
         self.model = task.model(seed)
         self._profiles: dict[bool, Profile] = {}
         self._batches: list[Any] = []
-        if task.probe_first:
+        if settings.norms_first and norms_of(self.model):
+            with self._timed("norms"), self._precision():
+                recalibrate_norms(self.model, self.data.plain)
+        if settings.probe_first:
             with self._timed("probe"), self._precision():
                 fit_head(self.model, self.data.plain)
 
@@ -93,6 +96,9 @@ class Start:
         """Raise InputError, with the arm's name, where the model cannot give its dose."""
         if arm.kind == "fresh" and self._task.fresh is None:
             raise InputError(f"arm {arm.name}: no way to make random weights: pass fresh=...")
+        if arm.kind == "recalibrate" and (self._settings.norms_first or not norms_of(self.model)):
+            why = "all arms begin so" if norms_of(self.model) else "the model has no BatchNorm"
+            raise InputError(f"arm {arm.name}: {why}: leave it out, or norms_first")
         if arm.dose is not None and arm.kind == "reinit":
             with _named(arm):
                 self.plan(arm.dose)
@@ -181,15 +187,13 @@ def _named(arm: Arm) -> Iterator[None]:
         raise type(error)(f"arm {arm.name}: {error}") from error
 
 
-def recalibrate_norms(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Measure the running statistics of all BatchNorm layers anew over the batches, in place.
+def norms_of(model: nn.Module) -> list[nn.Module]:
+    """Return the BatchNorm layers of a model that keep statistics."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
-    Raises:
-        InputError: The model has none.
-    """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    if not norms:
-        raise InputError("the model has no BatchNorm to recalibrate: leave this arm out")
+
+def recalibrate_norms(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Measure the running statistics of all BatchNorm layers anew over the batches, in place."""
     modes = {module: module.training for module in model.modules()}
     with torch.random.fork_rng(devices=[]):
         inputs = (batch.args[0] for batch in read_batches(batches, device_of(model)))

@@ -41,6 +41,11 @@ class TrainSettings:
         amp_dtype: "bfloat16" or "float16".
         evals: Checkpoints of the curve, spread evenly over the updates, beside the start.
         profile_images: Training images that are profiled.
+        norms_first: Before all else, measure the statistics of BatchNorm anew on the training
+            images (where there are any such layers): in training they are those of the batches,
+            and a head that is fitted on others begins with a jump.
+        probe_first: Fit the head before anything is measured, as behind a random head gradients
+            are noise. False for a head that was trained on these classes.
     """
 
     opt: str = "adamw"
@@ -61,6 +66,8 @@ class TrainSettings:
     amp_dtype: str = "bfloat16"
     evals: int = 10
     profile_images: int = 512
+    norms_first: bool = True
+    probe_first: bool = True
 
     def check(self) -> None:
         """Refuse numbers that nothing can be trained with: InputError."""

@@ -36,14 +36,12 @@ class Task:
         model: Seed -> the pretrained model on its device; a new one each time.
         data: Seed -> its images.
         fresh: Seed -> the same architecture with random weights on the device, or None.
-        probe_first: Whether the head is fitted before anything is measured.
         facts: What settles the results beside the settings, as values that `json.dumps` takes.
     """
 
     model: Callable[[int], nn.Module]
     data: Callable[[int], TrialData]
     fresh: Callable[[int], nn.Module] | None = None
-    probe_first: bool = True
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
