@@ -1,5 +1,6 @@
 import copy
 import json
+import random
 
 import numpy as np
 import pytest
@@ -189,11 +190,15 @@ def test_the_model_stays_as_it_is():
     model = small()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batches = data()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     trial = fastplastic.trial(
         model, batches.train, batches.test, arms=[DOSE], seeds=1, plain=batches.plain,
         settings=settings(),
     )  # fmt: skip
     assert len(trial.runs) == 3
+    assert states[:2] == (random.getstate(), np.random.get_state()[1].tolist())
+    assert torch.equal(torch.get_rng_state(), states[2])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

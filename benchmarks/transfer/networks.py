@@ -293,4 +293,5 @@ NETWORKS = {
         arguments={"source": "digits", "size": 4000, "epochs": 25},
     ),
     "lite0": Network(lite0, None, False, "ImageNet weights", IMAGENET),
+    "lite0-as-is": Network(lite0, None, False, "ImageNet weights", IMAGENET),
 }  # fmt: skip

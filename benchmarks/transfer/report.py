@@ -9,7 +9,7 @@ import sys
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import mean, median
 
 from networks import NETWORKS
 from study import HERE, RESULTS, Pair, best_rate, pairs_of, runs_of
@@ -152,6 +152,44 @@ def targets(found: Sequence[Final]) -> str:
     return "\n".join(lines)
 
 
+def screened(config: dict[str, object]) -> str:
+    """Return how criteria did against random units, or weights, of the same dose and treatment."""
+    gains: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for pair in pairs_of(config, []):
+        for key, network, gain in _gains(pair):
+            gains.setdefault(key, {}).setdefault(network, []).append(gain)
+    names = list(dict.fromkeys(name for found in gains.values() for name in found))
+    lines = [row(("of", "criterion", *names)), row(["---"] * (2 + len(names)))]
+    for (granularity, criterion), found in sorted(gains.items()):
+        cells = []
+        for name in names:
+            own = found.get(name, [])
+            better = sum(gain > 0 for gain in own)
+            text = f"{100 * mean(own):+.1f} ({better} of {len(own)})" if own else ""
+            cells.append(text)
+        lines.append(row((granularity, f"`{criterion}`", *cells)))
+    return "\n".join(lines)
+
+
+def _gains(pair: Pair) -> Iterator[tuple[tuple[str, str], str, float]]:
+    """Yield ((of what, criterion), network, gain over random) of every setting and seed."""
+    try:
+        runs = runs_of(pair.file("screen", best_rate(pair)))
+    except FastPlasticError:
+        return
+    ends = {(run.arm, run.seed): run.accuracy[-1] for run in runs}
+    for (name, seed), end in ends.items():
+        dose = None if name == BASELINE else parse_arm(name).dose
+        if dose is None or dose.criterion == "random":
+            continue
+        control = name.replace(f"{dose.criterion}@", "random@", 1)
+        if dose.granularity == "weight" and ":weight" not in control:
+            ratio, _, options = control.partition(":")
+            control = f"{ratio}:weight" + f"+{options}" * bool(options)
+        if (control, seed) in ends:
+            yield (dose.granularity, dose.criterion), pair.network, end - ends[control, seed]
+
+
 def compute() -> str:
     """Return how many runs there are, and what they took."""
     files = sorted(RESULTS.rglob("*.jsonl"))
@@ -188,9 +226,12 @@ def draw(found: Sequence[Final]) -> None:
     figure.savefig(FIGURE, metadata={"Date": None})
 
 
-def readme(found: Sequence[Final]) -> str:
+def readme(found: Sequence[Final], config: dict[str, object]) -> str:
     """Return README.md with its generated parts made anew."""
-    parts = {"targets": targets(found), "table": table(found), "compute": compute()}
+    parts = {
+        "targets": targets(found), "table": table(found), "screened": screened(config),
+        "compute": compute(),
+    }  # fmt: skip
     text = README.read_text()
     for name, content in parts.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
@@ -205,8 +246,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args()
-    found = list(finals(tomllib.loads((HERE / "study.toml").read_text())))
-    text = readme(found)
+    config = tomllib.loads((HERE / "study.toml").read_text())
+    found = list(finals(config))
+    text = readme(found, config)
     if options.check:
         sys.exit(README.read_text() != text)
     README.write_text(text)

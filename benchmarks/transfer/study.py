@@ -97,7 +97,10 @@ class Pair:
 
     def settings(self, lr: float) -> TrainSettings:
         """Return the budget at a learning rate."""
-        return TrainSettings(lr=lr, **{key: self.get(key) for key in _BUDGET})
+        norms_first = self.get("norms_first", True)
+        return TrainSettings(
+            lr=lr, norms_first=norms_first, **{key: self.get(key) for key in _BUDGET}
+        )
 
     def task(self, cache: Path) -> Task:
         """Return what is fine-tuned on what."""

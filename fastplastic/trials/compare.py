@@ -14,6 +14,7 @@ from fastplastic.model import check_built
 from fastplastic.planning import Plan
 from fastplastic.reinit import ReinitReport
 from fastplastic.trials.arms import BASELINE, Arm, parse_arm, with_controls
+from fastplastic.trials.loop import random_state_kept
 from fastplastic.trials.outcome import outcome_of
 from fastplastic.trials.prepare import Prepared, Start
 from fastplastic.trials.record import Trial
@@ -45,7 +46,8 @@ def trial(
     Every arm starts from the same weights and the same head, and sees the same batches in the same
     order with the same augmentation; seeds differ in these, in fresh weights and in random choices.
     The model itself stays as it is. Probe, profile and plan see training images only; the test
-    images are seen at the checkpoints of the curves and nothing is chosen by them.
+    images are seen at the checkpoints of the curves and nothing is chosen by them. The global
+    random states are put back.
 
     Args:
         model: The pretrained model, with a head for these classes, on the device to train on.
@@ -140,11 +142,13 @@ def finetune(
     check_built(model)
     data = TrialData(train, test, train if plain is None else plain)
     task = Task(lambda seed: model, lambda seed: data)
-    start = Start(task, settings, seed)
-    before = start.profile()
-    prepared = Prepared(model) if chosen.dose is None else start.treat(chosen, plan)
-    run = train_prepared(start, prepared, chosen, settings, progress)
-    return FineTuning(run, prepared.plan, prepared.report, before, start.profile_again())
+    with random_state_kept():
+        start = Start(task, settings, seed)
+        before = start.profile()
+        prepared = Prepared(model) if chosen.dose is None else start.treat(chosen, plan)
+        run = train_prepared(start, prepared, chosen, settings, progress)
+        after = start.profile_again()
+    return FineTuning(run, prepared.plan, prepared.report, before, after)
 
 
 def run_trial(
@@ -160,7 +164,7 @@ def run_trial(
     """Run a task of which model and data may depend on the seed; see `trial`."""
     told = {**settings.to_dict(), **task.facts}
     store = Results(None if results is None else Path(results), told)
-    with store.locked():
+    with store.locked(), random_state_kept():
         run_arms(task, arms, seeds, settings, store, progress=progress, keep=keep)
     runs = [run for run in store.runs if run.seed in seeds]
     found = outcome_of(arms, runs, told)

@@ -5,8 +5,8 @@ architecture see the same batches in the same order with the same augmentation.
 """
 
 import random
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from hashlib import blake2b
 from time import perf_counter
@@ -57,15 +57,10 @@ def train(
         checkpoint: Called with the number of updates and the mean training loss since the last
             checkpoint, `settings.evals` times.
     """
-    timm = _timm()
-    optimizer = timm.optim.create_optimizer_v2(
-        model, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay,
-        momentum=settings.momentum, layer_decay=settings.layer_decay,
-    )  # fmt: skip
+    device, mixing = device_of(model), _mixing(settings, model)
+    optimizer = _optimizer(model, settings)
     scheduler, epochs = _schedule(optimizer, settings, len(loader))
-    device = device_of(model)
     scaler = torch.GradScaler(device.type, enabled=settings.amp and settings.amp_dtype == "float16")
-    mixing = _mixing(settings, model)
     marks = checkpoints(epochs * len(loader), settings.evals)
     step = since = 0
     total = torch.zeros((), device=device)
@@ -76,13 +71,7 @@ def train(
         for batch in read_batches(loader, device):
             with precision(settings, device):
                 loss = _loss(model, batch, settings, mixing)
-            optimizer.zero_grad()
-            torch.autograd.backward(scaler.scale(loss))
-            if settings.clip_grad is not None:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
-            scaler.step(optimizer)
-            scaler.update()
+            _update(model, loss, optimizer, scaler, settings.clip_grad)
             if hold is not None:
                 hold()
             step, since, total = step + 1, since + 1, total + loss.detach()
@@ -92,12 +81,36 @@ def train(
                 paused = perf_counter()
                 mean = float(total) / since
                 if not np.isfinite(mean):
-                    return Training(step, step, perf_counter() - begun - away)
+                    return Training(step, step, paused - begun - away)
                 checkpoint(step, mean)
                 model.train()
                 since, total = 0, torch.zeros((), device=device)
                 away += perf_counter() - paused
     return Training(step, None, perf_counter() - begun - away)
+
+
+def _update(
+    model: nn.Module,
+    loss: Tensor,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.GradScaler,
+    clip_grad: float | None,
+) -> None:
+    optimizer.zero_grad()
+    torch.autograd.backward(scaler.scale(loss))
+    if clip_grad is not None:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    optimizer: torch.optim.Optimizer = _timm().optim.create_optimizer_v2(
+        model, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay,
+        momentum=settings.momentum, layer_decay=settings.layer_decay,
+    )  # fmt: skip
+    return optimizer
 
 
 def checkpoints(steps: int, evals: int) -> list[int]:
@@ -144,6 +157,19 @@ def seed_all(loader: Any, seed: int, epoch: int) -> None:
         generator = getattr(holder, "generator", None)
         if isinstance(generator, torch.Generator):
             generator.manual_seed(number)
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Put the random states of Python, numpy and torch back at the end of the block."""
+    python, array = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(array)
 
 
 def _schedule(
