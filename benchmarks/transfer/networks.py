@@ -166,9 +166,16 @@ def train_well(model: nn.Module, *, seed: int, source: str, size: int, epochs: i
 
 
 def random_labels(
-    model: nn.Module, *, seed: int, tasks: int, size: int, epochs: int, until: float
+    model: nn.Module,
+    *,
+    seed: int,
+    tasks: int,
+    size: int,
+    epochs: int,
+    until: float,
+    lr: float = 1e-3,
 ) -> None:
-    """Memorise random labels of the same images, anew for each task, by Adam at 1e-3.
+    """Memorise random labels of the same images, anew for each task, by Adam.
 
     It ends with the task of which less than the share `until` was memorised.
 
@@ -176,7 +183,7 @@ def random_labels(
     """
     images, labels = fashion("train")
     inputs = prepared(images[balanced(labels, size, seed)], Form())
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     for task in range(tasks):
         targets = torch.randint(10, (len(inputs),))
         accuracy = fit(model, inputs, targets, optimizer=optimizer, epochs=epochs, enough=0.99)
@@ -264,17 +271,13 @@ NETWORKS = {
         cnn, random_labels, True, _LYLE,
         arguments={"tasks": 20, "size": 1000, "epochs": 40, "until": 0.5},
     ),
-    "vit-random-labels": Network(
-        vit, random_labels, True, _LYLE,
-        arguments={"tasks": 30, "size": 500, "epochs": 120, "until": 0.6},
-    ),
     "mlp-permuted": Network(
         mlp, permuted_pixels, True, "Dohare et al., Nature 2024: permuted pixels",
         arguments={"tasks": 200, "size": 5000, "lr": 0.003, "until": 0.5},
     ),
     "cnn-dead": Network(
         cnn, high_rate, True, "Lu et al., arXiv 1903.06733: high learning rate",
-        arguments={"size": 5000, "lr": 0.008, "epochs": 60, "dead": 0.4},
+        arguments={"size": 5000, "lr": 0.01, "epochs": 60, "dead": 0.4},
     ),
     "resnet-warm-start": Network(
         resnet, warm_start, True, "Ash and Adams, arXiv 1910.08475: warm start",

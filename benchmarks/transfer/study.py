@@ -1,5 +1,6 @@
 """Run the study in pieces that can be broken off at any moment; see README.md beside this.
 
+    python benchmarks/transfer/study.py all --small
     python benchmarks/transfer/study.py tune
     python benchmarks/transfer/study.py screen --shard 1/2
     python benchmarks/transfer/study.py final --minutes 8 --only 'mlp-*'
@@ -106,7 +107,8 @@ class Pair:
         """Return what is fine-tuned on what."""
         network = NETWORKS[self.network]
         facts = {
-            "network": self.network, "target": self.target, "batch_size": self.get("batch_size"),
+            "network": self.network, "made": network.arguments, "target": self.target,
+            "batch_size": self.get("batch_size"),
             "train_size": self.get("train_size", 2000), "test_size": self.get("test_size", 2000),
         }  # fmt: skip
 
@@ -129,6 +131,17 @@ class Pair:
     def file(self, stage: str, lr: float) -> Path:
         """Return where the runs of a stage are kept."""
         return RESULTS / stage / f"{self.name}.lr{lr:g}.jsonl"
+
+
+def smaller(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the study with a few pairs, few seeds and one learning rate."""
+    small, networks = config["small"], {}
+    for name in small["pairs"]:
+        network, _, target_name = name.partition(".")
+        entry = networks.setdefault(network, config["networks"][network] | {"targets": []})
+        entry["targets"].append(target_name)
+        entry |= {"seeds": min(entry["seeds"], small["seeds"]), "factors": [1.0]}
+    return config | {"networks": networks}
 
 
 def pairs_of(config: dict[str, Any], only: Sequence[str]) -> list[Pair]:
@@ -189,18 +202,28 @@ def screen(pair: Pair) -> Iterator[tuple[float, list[Arm], list[int]]]:
 
 
 def finalists(pair: Pair) -> list[str]:
-    """Return the arms that are named, or the best of the screening, one for each criterion."""
-    if pair.get("finalists"):
-        return list(pair.get("finalists"))
+    """Return the best of the screening, one for each criterion; without one what is named."""
+    if not screened(pair):
+        return list(pair.get("finalists", pair.config["final"]["usual"]))
     runs = runs_of(pair.file("screen", best_rate(pair)))
     arms = [arm for arm in grid(pair) if arm.dose and arm.dose.criterion != "random"]
     trial = outcome_of(arms, runs, {})
     ranked = sorted(trial.arms, key=lambda arm: -(arm.area.mean + arm.final.mean))
     found: dict[str, str] = {}
     for arm in ranked:
-        family = arm.name.partition("@")[0] + arm.name.rpartition(":")[2] * ("weight" in arm.name)
+        family = arm.name.partition("@")[0] + ":weight" * ("weight" in arm.name)
         found.setdefault(family, arm.name)
     return list(found.values())[: pair.config["final"]["finalists"]]
+
+
+def screened(pair: Pair) -> bool:
+    """Tell whether everything was screened."""
+    arms, seeds = (
+        [BASELINE, "fresh", *(arm.name for arm in grid(pair))],
+        pair.config["screen"]["seeds"],
+    )
+    found = {(run.arm, run.seed) for run in runs_of(pair.file("screen", best_rate(pair)))}
+    return found >= {(arm, seed) for arm in arms for seed in seeds}
 
 
 def final(pair: Pair) -> Iterator[tuple[float, list[Arm], list[int]]]:
@@ -211,7 +234,7 @@ def final(pair: Pair) -> Iterator[tuple[float, list[Arm], list[int]]]:
     same = entry["always"] + "+recalibrate" * bool(pair.get("norms"))
     alone = pair.get("alone", entry["alone"])
     everything = dict.fromkeys([*chosen, same, *alone, "remove"])
-    for factor in pair.get("factors", entry["rates"]):
+    for factor in pair.get("factors", entry["rates"] if screened(pair) else [1.0]):
         texts = list(everything) if factor == 1 else [chosen[0], "fresh"]
         yield lr * factor, list(with_controls(texts)), seeds
 
@@ -242,7 +265,8 @@ def told(name: str, until: float) -> Callable[[Progress], None]:
 def main() -> None:
     """Run a stage."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("stage", choices=[*STAGES, "all"])
+    parser.add_argument("--small", action="store_true", help="a few pairs and seeds")
     parser.add_argument("--only", action="append", default=[], help="pattern of NETWORK.TARGET")
     parser.add_argument("--shard", default="0/1", help="K/N: every Nth pair from the Kth on")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so long")
@@ -252,19 +276,27 @@ def main() -> None:
     config = tomllib.loads((HERE / "study.toml").read_text())
     number, of = map(int, options.shard.split("/"))
     until = time.monotonic() + 60 * options.minutes
-    (RESULTS / options.stage).mkdir(parents=True, exist_ok=True)
+    pairs = pairs_of(smaller(config) if options.small else config, options.only)[number::of]
+    stages = list(STAGES) if options.stage == "all" else [options.stage]
     try:
-        for pair in pairs_of(config, options.only)[number::of]:
-            for lr, arms, seeds in STAGES[options.stage](pair):
-                file = pair.file(options.stage, lr)
-                run_trial(
-                    pair.task(options.cache), arms, seeds, pair.settings(lr), results=file,
-                    progress=told(f"{file.stem}", until),
-                )  # fmt: skip
+        for pair in pairs:
+            for stage in stages:
+                run_stage(pair, stage, options.cache, until)
     except OutOfTime:
         sys.exit("out of time: the same command goes on")
     except FastPlasticError as error:
         sys.exit(str(error))
+
+
+def run_stage(pair: Pair, stage: str, cache: Path, until: float) -> None:
+    """Run what is missing of a stage of a pair."""
+    (RESULTS / stage).mkdir(parents=True, exist_ok=True)
+    for lr, arms, seeds in STAGES[stage](pair):
+        file = pair.file(stage, lr)
+        run_trial(
+            pair.task(cache), arms, seeds, pair.settings(lr), results=file,
+            progress=told(f"{stage} {file.stem}", until),
+        )  # fmt: skip
 
 
 if __name__ == "__main__":
