@@ -132,7 +132,7 @@ def _facts(
         images += f", {sizes['validation']:,} to choose by"
     amp = f", amp {options.amp_dtype}" if options.amp else ""
     budget = (
-        f"{options.epochs} epochs of {options.opt} at {options.lr:g}, {options.sched}, batch "
+        f"{options.epochs} epoch{'s' * (options.epochs != 1)} of {options.opt} at {options.lr:g}, {options.sched}, batch "
         f"{options.batch_size}{amp}, on {device_of(options.device)}"
     )
     fitted = "fitted to the training images first" if settings.probe_first else "not fitted first"

@@ -123,6 +123,13 @@ def test_one_seed_says_nothing():
     assert "with one seed, which says nothing" in made(0.05, seeds=1).verdict[0]
 
 
+def test_differences_that_are_all_the_same_are_not_shown():
+    ends = {"baseline": 0.5, DOSE: 0.75, f"random:{DOSE}": 0.5}
+    runs = [run(name, seed, [0, 0, end]) for name, end in ends.items() for seed in (0, 1)]
+    (text,) = outcome_of(arms(DOSE), runs, {}).verdict
+    assert "no difference to the baseline shown (the same +25.0 points in all 2 seeds" in text
+
+
 def test_more_controls_do_not_weaken_the_answer():
     plain = made(0.05)[DOSE].final_tests[0]
     more = made(0.05, extra=[("recalibrate", 0.0), ("fresh", 0.0)])[DOSE].final_tests[0]

@@ -31,6 +31,12 @@ def _compared(test: Comparison, other: str) -> str:
     if test.difference.n < 2:
         gain = _points(test.difference.mean)
         return f"{gain} points against {other} with one seed, which says nothing: take more seeds"
+    if test.p is None:
+        same = _points(test.difference.mean)
+        return (
+            f"no difference to {other} shown (the same {same} points in all {seeds}, which leaves "
+            "nothing to test: take more seeds or more test images)"
+        )
     if test.shown:
         word = "better" if test.shown > 0 else "worse"
         return f"{word} than {other} by {_gain(test)}, {seeds}"
