@@ -131,8 +131,9 @@ def _facts(
     if "validation" in sizes:
         images += f", {sizes['validation']:,} to choose by"
     amp = f", amp {options.amp_dtype}" if options.amp else ""
+    epochs = f"{options.epochs} epoch{'s' * (options.epochs != 1)}"
     budget = (
-        f"{options.epochs} epoch{'s' * (options.epochs != 1)} of {options.opt} at {options.lr:g}, {options.sched}, batch "
+        f"{epochs} of {options.opt} at {options.lr:g}, {options.sched}, batch "
         f"{options.batch_size}{amp}, on {device_of(options.device)}"
     )
     fitted = "fitted to the training images first" if settings.probe_first else "not fitted first"

@@ -98,7 +98,7 @@ class TrainingOptions(ModelOptions):
     ] = 10
     profile_images: Annotated[
         int, option("--profile-images", panel=_TRAIN, min=1, help="Training images to profile.")
-    ] = 512
+    ] = 256
     norms_first: Annotated[
         bool | None,
         option(

@@ -321,3 +321,25 @@ def test_results_print_in_a_line():
     assert repr(chosen).startswith(expected)
     report = repr(reinit_(net(), chosen))
     assert report.startswith(f"ReinitReport({chosen.count} units in ") and len(report) < 200
+
+
+def test_forward_only_measures_the_same_activations():
+    model, batches = net().eval(), data()
+    whole, forward = profile(model, batches), profile(model, batches, backward=False)
+    for layer in whole:
+        rows = ("n", "sum_h", "sum_abs_h", "sum_sq_h", "min_h", "max_h", "n_flat")
+        for row in rows:
+            assert torch.equal(layer.stats[row], forward[layer.name].stats[row]), row
+    assert forward.notes == ("measured forward only: gradient scores are unknown",)
+    assert forward.score("gradient")["conv"].isnan().all()
+    assert torch.equal(forward.score("dormant")["conv"], whole.score("dormant")["conv"])
+    one, other = (plan(x, criterion="dormant", ratio=0.2) for x in (whole, forward))
+    assert all(torch.equal(one.units[name], other.units[name]) for name in one.units)
+    with pytest.raises(InputError, match="gradients=True without backward"):
+        profile(model, batches, backward=False, gradients=True)
+
+
+def test_forward_only_needs_no_loss():
+    model = net().eval()
+    labels = [(x, None) for x, _ in data()]
+    assert profile(model, labels, backward=False).totals.units > 0

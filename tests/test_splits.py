@@ -9,6 +9,7 @@ from helpers.pictures import folder
 
 from fastplastic.errors import FileError, InputError
 from fastplastic.sources import Augmentation, WantedSplits, split_data
+from fastplastic.trials.loop import seed_all
 
 MODEL = timm.create_model("test_resnet", num_classes=3, in_chans=3)
 
@@ -56,6 +57,17 @@ def test_the_order_and_augmentation_follow_the_global_seed(tmp_path):
 
     def epoch(seed):
         torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)
+        return torch.cat([x for x, _ in loader])
+
+    assert torch.equal(epoch(1), epoch(1)) and not torch.equal(epoch(1), epoch(2))
+
+
+def test_workers_follow_the_seed_too(tmp_path):
+    folder(tmp_path, each=10)
+    loader = split(tmp_path, workers=2, augmentation=Augmentation(scale=(0.2, 1.0))).train
+
+    def epoch(seed):
+        seed_all(loader, seed, 0)
         return torch.cat([x for x, _ in loader])
 
     assert torch.equal(epoch(1), epoch(1)) and not torch.equal(epoch(1), epoch(2))

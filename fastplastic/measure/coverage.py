@@ -37,7 +37,11 @@ def coverage_of(
 
 
 def notes_of(
-    graph: UnitGraph, layers: Iterable[LayerProfile], observation: Observation
+    graph: UnitGraph,
+    layers: Iterable[LayerProfile],
+    observation: Observation,
+    *,
+    backward: bool = True,
 ) -> tuple[str, ...]:
     """Return remarks for the report, one line each."""
     layers = list(layers)
@@ -61,6 +65,8 @@ def notes_of(
         if bad:
             count = int(sum(float(x.stats[row].sum()) for x in layers))
             notes.append(f"{count} {what} are NaN or infinite and left out, in {_names(bad)}")
+    if not backward:
+        return (*notes, "measured forward only: gradient scores are unknown")
     cut = [x for x in layers if x.no_gradient]
     # Computed weights, as of weight_norm, are no parameters: they are not read at all.
     computed = [x.name for x in cut if not x.stats["n_in"].any()]

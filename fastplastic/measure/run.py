@@ -42,6 +42,7 @@ def profile(
     loss_fn: Callable[[Any, Any], Tensor] = cross_entropy,
     gradients: bool = False,
     ranks: bool = False,
+    backward: bool = True,
     example_inputs: Any = None,
     progress: Callable[[int], None] | None = None,
     lent_head: LentHead | None = None,
@@ -64,6 +65,8 @@ def profile(
             refer to the parameters: a plan of single weights needs both.
         ranks: Also measure the ranks of `diagnostics` on a sample of 1,024 positions of each layer
             (4 KiB of memory per unit).
+        backward: Also measure gradients. Without, the model is run forward only, which is faster,
+            and criteria that read gradients have no scores.
         example_inputs: What to trace the model with: a tensor, a tuple of positional or a mapping
             of keyword arguments. By default up to two samples of the first batch.
         progress: Called with the number of batches done after each.
@@ -75,6 +78,8 @@ def profile(
             no batches, a batch has another form, there is nothing to compute a loss from, or no
             layer could be measured.
     """
+    if gradients and not backward:
+        raise InputError("gradients=True without backward: there are none to keep: drop one")
     check_built(model)
     device = device_of(model)
     seed = torch.initial_seed()
@@ -89,14 +94,18 @@ def profile(
         observer = Observer(model, graph, sample=None if samples is None else samples.read)
         try:
             observer.attach()
-            notes = _run(model, itertools.chain([first], stream), loss_fn, mean, progress)
+            every = itertools.chain([first], stream)
+            if backward:
+                notes = _run(model, every, loss_fn, mean, progress)
+            else:
+                notes = _run_forward(model, every, progress)
         finally:
             observer.detach()
         means = mean.take()
         observation = observer.observation(means)
     return assemble(
         model, graph, observation, seed=seed, gradients=means if gradients else None,
-        notes=notes, samples=samples, lent_head=lent_head,
+        notes=notes, samples=samples, lent_head=lent_head, backward=backward,
     )  # fmt: skip
 
 
@@ -110,6 +119,7 @@ def assemble(
     notes: tuple[str, ...] = (),
     samples: "RowSamples | None" = None,
     lent_head: LentHead | None = None,
+    backward: bool = True,
 ) -> Profile:
     """Return the profile of what an observer has seen; InputError when it saw nothing."""
     graph = _with_learning(_without_unforeseen(graph, observation), model)
@@ -136,7 +146,7 @@ def assemble(
         fingerprint=lent_head.fingerprint if lent_head else fingerprint(model),
         gradients=gradients,
         weights=None if gradients is None else weights_of(model, but=lent),
-        notes=(*notes_of(graph, layers, observation), *notes),
+        notes=(*notes_of(graph, layers, observation, backward=backward), *notes),
     )
 
 
@@ -172,6 +182,18 @@ def _row_samples() -> "RowSamples":
     from fastplastic.measure.row_samples import RowSamples
 
     return RowSamples()
+
+
+def _run_forward(
+    model: nn.Module, batches: Iterable[Batch], progress: Callable[[int], None] | None
+) -> tuple[str, ...]:
+    """Run all batches without a loss; return nothing to be said."""
+    with torch.no_grad():
+        for done, batch in enumerate(batches, 1):
+            model(*batch.args, **batch.kwargs)
+            if progress is not None:
+                progress(done)
+    return ()
 
 
 def _run(

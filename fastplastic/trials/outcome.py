@@ -153,7 +153,7 @@ def _share(run: TrialRun, goal: float) -> float:
 
 def _cost(runs: Sequence[TrialRun]) -> float | None:
     """Return the mean share of profile, plan and re-initialisation in the training time."""
-    parts = ("profile", "profile with gradients", "plan", "reinit")
+    parts = ("profile", "plan", "reinit")
     treated = [run for run in runs if "plan" in run.seconds and run.seconds.get("train")]
     if not treated:
         return None

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
+from fastplastic.criteria import CRITERIA
 from fastplastic.errors import FastPlasticError, InputError
 from fastplastic.measure import Profile, profile
 from fastplastic.model import device_of, output_layers, read_batches
@@ -57,7 +58,7 @@ class Start:
         self.data = task.data(seed)
         self.seconds: dict[str, float] = {}
         self.model = task.model(seed)
-        self._profiles: dict[bool, Profile] = {}
+        self._profiles: dict[str, Profile] = {}
         self._batches: list[Any] = []
         if settings.norms_first and norms_of(self.model):
             with self._timed("norms"), self._precision():
@@ -66,16 +67,26 @@ class Start:
             with self._timed("probe"), self._precision():
                 fit_head(self.model, self.data.plain)
 
-    def profile(self, gradients: bool = False) -> Profile:
-        """Return the profile of the model on some of the plain training images, in eval mode."""
-        if gradients not in self._profiles:
+    @property
+    def begun(self) -> dict[str, float]:
+        """Return what all arms begin with, in seconds: norms and probe."""
+        return {part: self.seconds[part] for part in ("norms", "probe") if part in self.seconds}
+
+    def profile(self, needs: str = "gradients") -> Profile:
+        """Return the profile of the model on some of the plain training images, in eval mode.
+
+        Args:
+            needs: "activations", which takes a forward pass only, "gradients", or "weights" for
+                plans of single weights.
+        """
+        if needs not in self._profiles:
             self.model.eval()
-            name = "profile with gradients" if gradients else "profile"
-            with self._timed(name), self._precision():
-                self._profiles[gradients] = profile(
-                    self.model, self._profiled(), gradients=gradients
-                )
-        return self._profiles[gradients]
+            with self._timed(f"profile of {needs}"), self._precision():
+                self._profiles[needs] = profile(
+                    self.model, self._profiled(), gradients=needs == "weights",
+                    backward=needs != "activations",
+                )  # fmt: skip
+        return self._profiles[needs]
 
     def profile_again(self) -> Profile:
         """Return the profile of the model as it is now, on the same images."""
@@ -86,7 +97,7 @@ class Start:
     def plan(self, dose: Dose) -> Plan:
         """Return the plan for a dose; InputError when the model cannot give it."""
         return plan(
-            self.profile(dose.granularity == "weight"), criterion=dose.criterion,
+            self.profile(_needs(dose)), criterion=dose.criterion,
             ratio=dose.ratio, threshold=dose.threshold,
             granularity=dose.granularity, scope=dose.scope, include=dose.include,
             exclude=dose.exclude, max_layer_fraction=dose.max_layer_fraction, seed=self.seed,
@@ -134,12 +145,13 @@ class Start:
     def _dosed(
         self, model: nn.Module, arm: Arm, dose: Dose, chosen: Plan | None = None
     ) -> Prepared:
-        profiled = self.profile(dose.granularity == "weight")
+        if chosen is None or arm.kind == "random":
+            self.profile(_needs(dose))
         begun = perf_counter()
         if chosen is None:
             chosen = self.plan(dose)
         if arm.kind == "random":
-            chosen = control(chosen, profiled, seed=self.seed)
+            chosen = control(chosen, self.profile(_needs(dose)), seed=self.seed)
         planned = perf_counter()
         hold, outgoing, compensate = None, dose.outgoing, dose.compensate
         if arm.kind == "remove":
@@ -154,7 +166,11 @@ class Start:
             )  # fmt: skip
         if hold is not None:
             hold()
-        seconds = {"plan": planned - begun, "reinit": perf_counter() - planned}
+        seconds = {
+            "profile": self.seconds.get(f"profile of {_needs(dose)}", 0.0),
+            "plan": planned - begun,
+            "reinit": perf_counter() - planned,
+        }
         return Prepared(model, hold, report, chosen, seconds)
 
     def _profiled(self) -> list[Any]:
@@ -176,6 +192,14 @@ class Start:
         begun = perf_counter()
         yield
         self.seconds[name] = perf_counter() - begun
+
+
+def _needs(dose: Dose) -> str:
+    """Return what has to be measured for a dose."""
+    if dose.granularity == "weight":
+        return "weights"
+    # Units at random are chosen from those that have statistics, of whatever.
+    return "gradients" if CRITERIA[dose.criterion].needs == "gradients" else "activations"
 
 
 @contextmanager

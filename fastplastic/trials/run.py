@@ -170,7 +170,7 @@ class _Curve:
             train_loss=self._train_loss,
             validation=validation,
             diverged_at=training.diverged_at,
-            seconds={**start.seconds, **prepared.seconds, "train": training.seconds},
+            seconds={**start.begun, **prepared.seconds, "train": training.seconds},
             count=prepared.plan.count if prepared.plan else 0,
             layers=prepared.plan.counts if prepared.plan else {},
             reset_loss=[report.loss_before, report.loss_after] if report else [],

@@ -65,7 +65,7 @@ class TrainSettings:
     amp: bool = False
     amp_dtype: str = "bfloat16"
     evals: int = 10
-    profile_images: int = 512
+    profile_images: int = 256
     norms_first: bool = True
     probe_first: bool = True
 
