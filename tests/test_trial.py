@@ -273,6 +273,8 @@ def test_seeds_that_are_none(seeds):
         ({"smoothing": 1.0}, "smoothing 1.0: expected less than 1"),
         ({"clip_grad": 0.0}, "clip_grad 0.0: expected more than 0"),
         ({"amp_dtype": "int8"}, "amp_dtype 'int8'"),
+        ({"opt": "adamx"}, r"opt 'adamx': timm does not take it .*list_optimizers"),
+        ({"sched": "cosin"}, r"sched 'cosin': timm does not take it .*cosine, tanh"),
     ],
 )
 def test_settings_that_nothing_can_be_trained_with(values, said):

@@ -14,7 +14,7 @@ from fastplastic.model import check_built
 from fastplastic.planning import Plan
 from fastplastic.reinit import ReinitReport
 from fastplastic.trials.arms import BASELINE, Arm, parse_arm, with_controls
-from fastplastic.trials.loop import random_state_kept
+from fastplastic.trials.loop import check_budget, random_state_kept
 from fastplastic.trials.outcome import outcome_of
 from fastplastic.trials.prepare import Prepared, Start
 from fastplastic.trials.record import Trial
@@ -74,7 +74,6 @@ def trial(
     chosen = with_controls(arms)
     numbers = check_seeds(seeds)
     settings = settings or TrainSettings()
-    settings.check()
     check_built(model)
     data = TrialData(train, test, train if plain is None else plain, validation)
     task = Task(
@@ -138,7 +137,7 @@ def finetune(
     if chosen.kind not in (BASELINE, "reinit"):
         raise InputError(f"arm {chosen.name}: expected a dose or {BASELINE}: see trial for others")
     settings = settings or TrainSettings()
-    settings.check()
+    check_budget(settings)
     check_built(model)
     data = TrialData(train, test, train if plain is None else plain)
     task = Task(lambda seed: model, lambda seed: data)
@@ -162,6 +161,7 @@ def run_trial(
     keep: Callable[[Any, nn.Module], None] = lambda run, model: None,
 ) -> Trial:
     """Run a task of which model and data may depend on the seed; see `trial`."""
+    check_budget(settings)
     told = {**settings.to_dict(), **task.facts}
     store = Results(None if results is None else Path(results), told)
     with store.locked(), random_state_kept():

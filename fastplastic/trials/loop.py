@@ -89,6 +89,29 @@ def train(
     return Training(step, None, perf_counter() - begun - away)
 
 
+def check_budget(settings: TrainSettings) -> None:
+    """Try whether timm knows the optimizer and the schedule: InputError before anything slow."""
+    settings.check()
+    weight = nn.Linear(1, 1, device="meta")
+    named: dict[str, tuple[str, Callable[[], object]]] = {
+        "opt": ("timm.optim.list_optimizers()", lambda: _optimizer(weight, settings)),
+        "sched": (
+            "cosine, tanh, step, multistep, poly or none",
+            lambda: _schedule(torch.optim.SGD(weight.parameters(), 0.1), settings, 10),
+        ),
+    }
+    for name, (names, make) in named.items():
+        try:
+            make()
+        # Optimizers refuse what they do not know in ways of their own.
+        except Exception as error:
+            reason = " ".join(str(error).split())[:120]
+            raise InputError(
+                f"{name} {getattr(settings, name)!r}: timm does not take it ({reason}), expected "
+                f"one of {names}: correct it"
+            ) from error
+
+
 def _update(
     model: nn.Module,
     loss: Tensor,
