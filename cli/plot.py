@@ -1,12 +1,10 @@
 """Draw the curves of a trial with matplotlib, which the extra `report` brings."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from fastplastic.errors import InputError
-from fastplastic.files import atomic_write
 
 if TYPE_CHECKING:
     from fastplastic.trials import Trial
@@ -16,6 +14,14 @@ _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#
 _LINES = ("-", "--", "-.", ":")
 
 
+def require_matplotlib() -> None:
+    """Raise InputError where matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        raise InputError(
+            "--plot needs matplotlib: pip install 'fastplastic[report]', or leave it out"
+        )
+
+
 def draw(trial: "Trial", path: Path, *, force: bool) -> None:
     """Write a picture of the mean accuracy of every arm, with the spread over seeds.
 
@@ -23,12 +29,12 @@ def draw(trial: "Trial", path: Path, *, force: bool) -> None:
         InputError: matplotlib is not installed.
         FileError: The file exists or cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError(
-            "--plot needs matplotlib: pip install 'fastplastic[report]', or leave it out"
-        ) from error
+    require_matplotlib()
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    from fastplastic.files import atomic_write
+
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for number, arm in enumerate(trial.arms):

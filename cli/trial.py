@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastplastic.cli.following import tuned_file
 from fastplastic.cli.options import STDOUT
 from fastplastic.cli.parsing import arguments
+from fastplastic.cli.plot import draw, require_matplotlib
 from fastplastic.cli.terminal import console, follow, run_progress, warn
 from fastplastic.cli.training import Learner, learner
 from fastplastic.cli.training_options import TrainingOptions, TrialOptions
@@ -34,6 +35,8 @@ def run(options: TrialOptions) -> None:
     swr@0.05
     """
     options.check()
+    if options.plot:
+        require_matplotlib()
     from fastplastic.trials import DEFAULT_ARMS, run_trial, with_controls
 
     options.settings()
@@ -52,8 +55,6 @@ def run(options: TrialOptions) -> None:
     if options.json:
         _write_json(options, trial)
     if options.plot:
-        from fastplastic.cli.plot import draw
-
         draw(trial, options.plot, force=options.force)
     if options.quiet or options.json == STDOUT:
         return

@@ -124,6 +124,12 @@ def test_bad_options_are_refused_before_anything_slow(run, data, monkeypatch, ar
     assert re.search(said.replace("(", r"\("), error)
 
 
+def test_a_plot_without_matplotlib_is_refused_before_anything_slow(run, data, monkeypatch):
+    monkeypatch.setattr("fastplastic.cli.plot.find_spec", lambda name: None)
+    code, _, error = run("trial", "test_resnet", "--data", data, "--plot", "a.png")
+    assert code == 2 and "--plot needs matplotlib: pip install 'fastplastic[report]'" in error
+
+
 def test_data_have_to_be_named(run):
     code, _, error = run("trial", "test_resnet")
     assert code == 2 and "--data" in error
