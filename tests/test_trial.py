@@ -44,6 +44,19 @@ def test_seeds_are_paired_and_differ():
     assert first.train_loss != second.train_loss
 
 
+def test_a_shuffled_loader_alone_gives_the_same_trial_again():
+    runs = []
+    for seed in (5, 6):
+        torch.manual_seed(seed)
+        batches = data()
+        trial = fastplastic.trial(
+            small(), batches.train, batches.test, arms=[DOSE], seeds=1,
+            settings=settings(profile_images=32),
+        )  # fmt: skip
+        runs.append([(run.train_loss, run.layers) for run in trial.runs])
+    assert runs[0] == runs[1]
+
+
 def test_a_dose_of_units_without_effect_trains_as_the_baseline():
     """Units that are dead and stay so: what is left sees the same batches in the same order."""
     model = small()

@@ -23,7 +23,7 @@ from fastplastic.trials.run import Progress, run_arms, train_prepared
 from fastplastic.trials.settings import TrainSettings
 from fastplastic.trials.task import Task, TrialData, digest_of
 
-# What is tried where no arm is named: the best setting of benchmarks/transfer.
+# What is tried where no arm is named: the setting that benchmarks/transfer tries on all networks.
 DEFAULT_ARMS = ("dormant@0.3:zero+compensate+recalibrate",)
 
 

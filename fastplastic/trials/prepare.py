@@ -19,7 +19,7 @@ from fastplastic.model import device_of, output_layers, read_batches
 from fastplastic.planning import Plan, control, plan
 from fastplastic.reinit import ReinitReport, reinit_, removal, shrink_perturb_
 from fastplastic.trials.arms import Arm, Dose
-from fastplastic.trials.loop import precision
+from fastplastic.trials.loop import precision, seed_all
 from fastplastic.trials.probe import fit_head
 from fastplastic.trials.settings import TrainSettings
 from fastplastic.trials.task import Task
@@ -56,6 +56,8 @@ class Start:
     def __init__(self, task: Task, settings: TrainSettings, seed: int) -> None:
         self._task, self._settings, self.seed = task, settings, seed
         self.data = task.data(seed)
+        # Training images may come in random order, here too.
+        seed_all(self.data.plain, seed, epoch=-1)
         self.seconds: dict[str, float] = {}
         self.model = task.model(seed)
         self._profiles: dict[str, Profile] = {}
