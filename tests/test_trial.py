@@ -14,6 +14,7 @@ from fastplastic.trials import Arm, Results, run_trial, with_controls
 from fastplastic.trials.prepare import Start
 
 DOSE = "dormant@0.2:zero"
+pytestmark = pytest.mark.usefixtures("traced_once")
 
 
 def compared(arms, seeds=(0, 1), path=None, given=None, **values):
