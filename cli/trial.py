@@ -62,7 +62,7 @@ def run(options: TrialOptions) -> None:
 
     out = console(sys.stdout)
     facts = (*loaded.facts, ("seeds", _seeds(options)), ("results", str(options.results_file)))
-    out.print(trial_view.trial(trial, facts, kept.said(trial)))
+    out.print(trial_view.trial(trial, facts, kept.said(trial), width=out.width))
     follow(out, _following(options, trial, arms))
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     from fastplastic.trials import ArmResult, Comparison, Estimate, FineTuning, Trial
 
 _BARS = "▁▂▃▄▅▆▇█"
+_ALWAYS = ("arm", "curve", "end", "mean")
+# Left out one after the other where a terminal is narrow, and how wide an arm's name has to be.
+_LEAST = ("cost", "mean", "steps", "to random", "curve")
+_ARM, _GAP = 24, 3
 _LEGEND = (
     "accuracy on the test images: at the end, the mean over the run, with half of the 95 % "
     "interval over seeds; curve: from the start to the end, all arms on one scale. to baseline, "
@@ -33,34 +38,57 @@ def trial(
     found: "Trial",
     header: Sequence[tuple[str, str]],
     written: Sequence[tuple[str, str]] = (),
+    *,
+    width: int,
 ) -> RenderableType:
-    """Return the table of the arms and the verdict."""
-    points = [x for arm in found.arms for x in arm.curve]
-    low, high = min(points), max(points)
-    parts: list[RenderableType] = [facts(header), _table(found, low, high)]
+    """Return the table of the arms and the verdict; in narrow ones columns are left out."""
+    parts: list[RenderableType] = [facts(header), _table(found, width)]
     parts.append(facts([("verdict", sentence) for sentence in found.verdict]))
     parts += [facts(written)] if written else []
     parts.append(Text(_LEGEND, style="dim"))
     return stacked(*parts)
 
 
-def _table(found: "Trial", low: float, high: float) -> Table:
-    titles = (
-        "arm", "curve", "end", "mean", "to baseline", "to random", "steps", "cost", "diverged",
-    )  # fmt: skip
-    rows = []
+def _table(found: "Trial", width: int) -> Table:
+    rows = _columns(found)
+    kept = [title for title, cells in rows.items() if title in _ALWAYS or any(cells)]
+    for title in _LEAST:
+        sizes = {name: max(map(len, (name, *rows[name]))) for name in kept}
+        sizes["arm"] = min(sizes["arm"], _ARM)
+        if sum(sizes.values()) + _GAP * (len(kept) - 1) <= width:
+            break
+        kept = [name for name in kept if name != title]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for title in kept:
+        left = title in ("arm", "curve")
+        table.add_column(
+            title, justify="left" if left else "right", no_wrap=title != "arm", overflow="fold"
+        )
+    for number in range(len(found.arms)):
+        table.add_row(*(Text(rows[title][number]) for title in kept))
+    return table
+
+
+def _columns(found: "Trial") -> dict[str, list[str]]:
+    points = [x for arm in found.arms for x in arm.curve]
+    low, high = min(points), max(points)
+    columns: dict[str, list[str]] = {}
     for arm in found.arms:
         tests = {test.against == "baseline": test for test in arm.final_tests}
-        rows.append(
-            (
-                arm.name, sparkline(arm.curve, low, high), _estimate(arm.final),
-                _estimate(arm.area), _difference(tests.get(True)), _difference(tests.get(False)),
-                _steps(arm), "" if arm.cost is None else percent(arm.cost),
-                f"{arm.diverged} of {len(arm.seeds)}" if arm.diverged else "",
-            )
-        )  # fmt: skip
-    kept = [i for i in range(len(titles)) if i < 4 or any(row[i] for row in rows)]
-    return table_of([titles[i] for i in kept], [[row[i] for i in kept] for row in rows])
+        cells = {
+            "arm": arm.name,
+            "curve": sparkline(arm.curve, low, high),
+            "end": _estimate(arm.final),
+            "mean": _estimate(arm.area),
+            "to baseline": _difference(tests.get(True)),
+            "to random": _difference(tests.get(False)),
+            "steps": _steps(arm),
+            "cost": "" if arm.cost is None else percent(arm.cost),
+            "diverged": f"{arm.diverged} of {len(arm.seeds)}" if arm.diverged else "",
+        }
+        for title, cell in cells.items():
+            columns.setdefault(title, []).append(cell)
+    return columns
 
 
 def _estimate(found: "Estimate") -> str:

@@ -61,6 +61,16 @@ def test_a_second_time_nothing_is_run_again(run, data, tmp_path):
     assert len(lines(tmp_path / "trial-test_resnet.jsonl")) == 4
 
 
+def test_narrow_terminals_get_fewer_columns(run, data, monkeypatch):
+    arguments = ("trial", *MODEL, "--data", data, *QUICK, *ARM, "--seeds", 2)
+    assert "cost" in run(*arguments).output.split("verdict")[0]
+    monkeypatch.setenv("COLUMNS", "80")
+    table = run(*arguments).output.split("verdict")[0]
+    assert max(map(len, table.splitlines())) <= 80
+    assert "cost" not in table and "to baseline" in table
+    assert re.search(r"^baseline +[▁-█]{3} +\d", table, re.MULTILINE)
+
+
 def test_other_settings_are_refused_with_the_difference(run, data):
     arguments = ("trial", *MODEL, "--data", data, *QUICK, *ARM, "--seeds", 1, "-q")
     assert run(*arguments).code == 0
