@@ -200,6 +200,23 @@ def test_shrink_perturb_leaves_the_head():
     assert 0.005 < difference.std() < 0.02
 
 
+def test_a_dose_can_shrink_what_it_leaves():
+    start = Start(task(), settings(), 0)
+    plain, shrunk = (
+        start.prepare(with_controls([text])[1])
+        for text in ("dormant@0.2:fresh", "dormant@0.2:fresh+shrink=0.5")
+    )
+    units = plain.plan.units["0"]
+    assert torch.equal(units, shrunk.plan.units["0"])
+    one, other = plain.model[0].weight, shrunk.model[0].weight
+    torch.testing.assert_close(one[units], other[units], rtol=0, atol=0)
+    kept = torch.ones(16, dtype=torch.bool)
+    kept[units] = False
+    noise = other[kept] - 0.5 * one[kept]
+    assert 0.005 < noise.std() < 0.02
+    torch.testing.assert_close(plain.model[-1].bias, shrunk.model[-1].bias, rtol=0, atol=0)
+
+
 def test_the_model_stays_as_it_is():
     model = small()
     before = {name: value.clone() for name, value in model.state_dict().items()}

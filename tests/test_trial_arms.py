@@ -9,6 +9,7 @@ from fastplastic.trials import Arm, Dose, parse_arm, with_controls
     [
         "dormant@0.3:zero", "dormant@0.1:fresh+empirical", "gradient@0.05:weight", "swr@0.05",
         "dormant@0.2:zero+compensate+recalibrate", "random:dormant@0.3:small", "recalibrate",
+        "dormant@0.6:fresh+shrink=0.5+max=1", "swr@0.1:shrink=0.7",
         "remove:swr@0.05", "fresh", "shrink-perturb", "shrink-perturb@0.4", "baseline",
         "dormant@0.6:fresh+in=layer1.*+in=fc+not=conv1+max=1", "dormant@0.1:zero+scope=layer",
     ],
@@ -40,6 +41,8 @@ def test_what_a_text_means():
         ("swr@0.1:compensate", "compensate is for units, not for weights"),
         ("swr@0.1:unit", "no criterion 'swr'"),
         ("dormant@0.1:fresh+compensate", "compensate needs outgoing zero or small"),
+        ("dormant@0.1:shrink=1", "shrink 1, expected from 0 to less than 1"),
+        ("dormant@0.1:shrink=x", "'x' is no number"),
         ("baseline@2", "baseline takes no number"),
         ("shrink-perturb@1", "expected a factor from 0 to less than 1"),
         ("randm:dormant@0.1", "no control 'randm'"),

@@ -231,9 +231,10 @@ def final(pair: Pair) -> Iterator[tuple[float, list[Arm], list[int]]]:
     entry, lr = pair.config["final"], best_rate(pair)
     chosen = finalists(pair)
     seeds = list(range(pair.get("seeds")))
-    same = entry["always"] + "+recalibrate" * bool(pair.get("norms"))
+    mild = entry["always"] + "+recalibrate" * bool(pair.get("norms"))
     alone = pair.get("alone", entry["alone"])
-    everything = dict.fromkeys([*chosen, same, *alone, "remove"])
+    removed = [f"remove:{parse_arm(name).name}" for name in dict.fromkeys([chosen[0], mild])]
+    everything = dict.fromkeys([*chosen, mild, entry["strong"], *alone, *removed])
     for factor in pair.get("factors", entry["rates"] if screened(pair) else [1.0]):
         texts = list(everything) if factor == 1 else [chosen[0], "fresh"]
         yield lr * factor, list(with_controls(texts)), seeds

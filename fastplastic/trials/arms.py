@@ -26,8 +26,9 @@ _GRAMMAR = (
     "or recalibrate, shrink-perturb, fresh, remove"
 )
 _SWITCHES = ("compensate", "recalibrate")
-# Options with a value: for the same of `plan`.
-_LAYERS = {"in": "include", "not": "exclude", "max": "max_layer_fraction"}
+# Options with a value: which field they are.
+_PATTERNS = {"in": "include", "not": "exclude"}
+_NUMBERS = {"max": "max_layer_fraction", "shrink": "shrink"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,8 @@ class Dose:
         compensate: Add what they contributed on average to the biases.
         recalibrate: Measure the running statistics of fresh norm channels.
         init: Law of the fresh weights.
+        shrink: Factor by which all other weights but those of the head are shrunk, with a little
+            noise added, as in `shrink_perturb_`; None leaves them.
         scope: "global" or "layer".
         include: Patterns of layers to choose from.
         exclude: Patterns of layers to leave alone.
@@ -57,6 +60,7 @@ class Dose:
     compensate: bool = False
     recalibrate: bool = False
     init: str = "default"
+    shrink: float | None = None
     scope: str = "global"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -70,6 +74,7 @@ class Dose:
             options.append(self.granularity)
         options += [name for name in _SWITCHES if getattr(self, name)]
         options += [self.init] if self.init != "default" else []
+        options += [f"shrink={self.shrink:g}"] if self.shrink is not None else []
         options += ["scope=layer"] if self.scope == "layer" else []
         options += [f"in={pattern}" for pattern in self.include]
         options += [f"not={pattern}" for pattern in self.exclude]
@@ -171,8 +176,10 @@ def _option(text: str, option: str) -> dict[str, Any]:
     if option in INITIALIZERS:
         return {"init": option}
     key, equals, value = option.partition("=")
-    if equals and key in _LAYERS:
-        return {_LAYERS[key]: _number(text, value) if key == "max" else (value,)}
+    if equals and key in _PATTERNS:
+        return {_PATTERNS[key]: (value,)}
+    if equals and key in _NUMBERS:
+        return {_NUMBERS[key]: _number(text, value)}
     if option == "scope=layer":
         return {"scope": "layer"}
     known = [*OUTGOING, *_SWITCHES, *GRANULARITIES, *INITIALIZERS]
@@ -184,6 +191,8 @@ def _check(text: str, dose: Dose) -> None:
         for name, plain in (("outgoing", "zero"), ("compensate", False), ("recalibrate", False)):
             if getattr(dose, name) != plain:
                 raise InputError(f"arm {text!r}: {name} is for units, not for weights: drop it")
+    if dose.shrink is not None and not 0 <= dose.shrink < 1:
+        raise InputError(f"arm {text!r}: shrink {dose.shrink:g}, expected from 0 to less than 1")
     if dose.compensate and dose.outgoing not in ("zero", "small"):
         raise InputError(f"arm {text!r}: compensate needs outgoing zero or small: drop one")
 

@@ -137,10 +137,7 @@ class Start:
         if arm.kind == "recalibrate":
             recalibrate_norms(model, self.data.plain)
         elif arm.kind == "shrink-perturb":
-            heads = [id(head) for head in output_layers(model)]
-            names = [name for name, module in model.named_modules() if id(module) in heads]
-            shrink = {} if arm.shrink is None else {"shrink": arm.shrink}
-            shrink_perturb_(model, exclude=names, seed=self.seed, **shrink)
+            self._shrink(model, arm.shrink)
         seconds = {"reinit": perf_counter() - begun} if arm.kind != "baseline" else {}
         return Prepared(model, seconds=seconds)
 
@@ -160,6 +157,8 @@ class Start:
             hold = removal(model, chosen)
             if dose.granularity == "unit" and outgoing not in ("zero", "small"):
                 outgoing = "zero"
+        if dose.shrink is not None:
+            self._shrink(model, dose.shrink)
         with self._precision():
             report = reinit_(
                 model, chosen, init=dose.init, outgoing=outgoing, compensate=compensate,
@@ -174,6 +173,13 @@ class Start:
             "reinit": perf_counter() - planned,
         }
         return Prepared(model, hold, report, chosen, seconds)
+
+    def _shrink(self, model: nn.Module, factor: float | None) -> None:
+        """Shrink and perturb all but the head."""
+        heads = [id(head) for head in output_layers(model)]
+        names = [name for name, module in model.named_modules() if id(module) in heads]
+        given = {} if factor is None else {"shrink": factor}
+        shrink_perturb_(model, exclude=names, seed=self.seed, **given)
 
     def _profiled(self) -> list[Any]:
         """Return the batches that are profiled, whole ones, kept in memory."""
