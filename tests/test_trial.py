@@ -258,8 +258,16 @@ def test_an_interrupted_trial_goes_on(tmp_path):
 def test_more_arms_and_seeds_join_finished_ones(tmp_path):
     path = tmp_path / "trial.jsonl"
     compared([DOSE], seeds=(0,), path=path)
-    trial = compared([DOSE, "fresh"], seeds=(0, 1), path=path)
+    states = []
+    trial = run_trial(
+        task(), with_controls([DOSE, "fresh"]), (0, 1), settings(), results=path,
+        progress=states.append,
+    )  # fmt: skip
     assert len(trial.runs) == 8
+    assert [(s.done, s.total) for s in states if s.run] == [(n, 8) for n in range(4, 9)]
+    states.clear()
+    run_trial(task(), with_controls([DOSE]), (2,), settings(), results=path, progress=states.append)
+    assert [(s.done, s.total) for s in states if s.run] == [(1, 3), (2, 3), (3, 3)]
     assert len(compared([DOSE], seeds=(1,), path=path).runs) == 3
 
 

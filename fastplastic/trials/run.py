@@ -1,6 +1,6 @@
 """Run the arms of a trial for all seeds, interleaved, and keep every finished run."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 
@@ -65,7 +65,8 @@ def run_arms(
     Raises:
         InputError: An arm cannot be done with this model; before anything is trained.
     """
-    clock = _Clock(len(arms) * len(seeds), results, progress)
+    wanted = {(arm.name, seed) for arm in arms for seed in seeds}
+    clock = _Clock(wanted, results, progress)
     for seed, ordered in _schedule(arms, seeds):
         open_arms = [arm for arm in ordered if results.find(arm.name, seed) is None]
         if not open_arms:
@@ -182,8 +183,13 @@ class _Curve:
 class _Clock:
     """Says how far the trial is, and how long the rest may take."""
 
-    def __init__(self, total: int, results: Results, progress: Callable[[Progress], None]) -> None:
-        self._total, self._results, self._progress = total, results, progress
+    def __init__(
+        self,
+        wanted: Collection[tuple[str, int]],
+        results: Results,
+        progress: Callable[[Progress], None],
+    ) -> None:
+        self._wanted, self._results, self._progress = wanted, results, progress
         self._begun, self._here = perf_counter(), 0
 
     def of(self, arm: Arm, seed: int) -> Callable[[float], None]:
@@ -200,8 +206,10 @@ class _Clock:
         self._progress(replace(self._state(run.arm, run.seed, 0.0), share=1.0, run=run))
 
     def _state(self, arm: str, seed: int, share: float) -> Progress:
-        done = len(self._results.runs)
+        # The file may hold other arms and seeds too.
+        done = sum((run.arm, run.seed) in self._wanted for run in self._results.runs)
+        total = len(self._wanted)
         work = self._here + share
         pace = (perf_counter() - self._begun) / work if work else None
-        left = None if pace is None else pace * max(self._total - done - share, 0.0)
-        return Progress(done, self._total, arm, seed, share, left)
+        left = None if pace is None else pace * max(total - done - share, 0.0)
+        return Progress(done, total, arm, seed, share, left)
