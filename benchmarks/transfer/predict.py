@@ -19,6 +19,8 @@ from fastplastic.trials import BASELINE, Trial
 
 # A case is helped where a paired test says so at this level.
 _LEVEL = 0.05
+# Fewer seeds do not tell.
+_SEEDS = 5
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ def cases() -> Iterator[Case]:
             continue
         seen.add(final.pair.name)
         arm = final.trial[same]
+        if len(arm.seeds) < _SEEDS:
+            continue
         tests = [*arm.final_tests, *arm.area_tests]
         shown = [
             test.p is not None and test.p < _LEVEL and test.difference.mean > 0
