@@ -297,6 +297,10 @@ class FinetuneOptions(Treatment, LayerChoice, UnitSelection, TrainingOptions):
             help="All of it in one, as in trial: CRITERION@RATIO[:OPTION+OPTION...].",
         ),
     ] = None
+    shrink: Annotated[
+        float | None,
+        option("--shrink", panel=_SELECT, help="Shrink all other weights but the head by this."),
+    ] = None
     json: Annotated[
         Path | None,
         option("--json", panel=_OUTPUT, metavar="FILE|-", help="Write the report as JSON."),
@@ -316,6 +320,8 @@ class FinetuneOptions(Treatment, LayerChoice, UnitSelection, TrainingOptions):
             self.check_selection()
         self.check_layers()
         self.check_treatment(self.granularity)
+        if self.shrink is not None and not 0 <= self.shrink < 1:
+            raise InputError(f"--shrink {self.shrink:g}: expected from 0 to less than 1, as 0.5")
         if self.output.suffix != ".safetensors":
             raise InputError(f"-o {self.output}: expected a name that ends in .safetensors")
         for path in (self.output, self.json):
@@ -331,7 +337,8 @@ class FinetuneOptions(Treatment, LayerChoice, UnitSelection, TrainingOptions):
     @property
     def _treated(self) -> list[str]:
         """Return the options that were given of those that say what is done to them."""
-        return sorted({item.name for item in fields(Treatment)} & given(self).keys())
+        own = {item.name for item in fields(Treatment)} | {"shrink"}
+        return sorted(own & given(self).keys())
 
     def _check_one_way(self) -> None:
         """Refuse two ways to say what is re-initialised: InputError."""

@@ -71,6 +71,16 @@ def test_a_plan_is_applied(run, data, tmp_path):
     assert f"p.json: {count} of" in output
 
 
+def test_options_say_the_same_as_an_arm(run, data):
+    arguments = (*MODEL, "--data", data, *QUICK)
+    options = ("--ratio", "0.1", "--outgoing", "fresh", "--shrink", "0.5")
+    code, _, error = run("finetune", *arguments, *options, "-o", "a.safetensors")
+    assert code == 0, error
+    run("finetune", *arguments, "--arm", "dormant@0.1:fresh+shrink=0.5", "-o", "b.safetensors")
+    one, other = load_state_dict("a.safetensors"), load_state_dict("b.safetensors")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_the_default_is_that_of_a_trial(run, data):
     from fastplastic.trials import DEFAULT_ARMS
 
@@ -97,6 +107,8 @@ def test_a_rate_that_diverges_writes_nothing(run, data, tmp_path):
         (("-o", "a.safetensors", "--arm", "swr@0.1", "--ratio", "0.1"), "--ratio beside --arm"),
         (("-o", "a.safetensors", "--arm", "swr@0.1", "--no-reinit"), "--arm beside --no-reinit"),
         (("-o", "a.safetensors", "--ratio", "7"), "--ratio 7: expected a share"),
+        (("-o", "a.safetensors", "--ratio", "0.1", "--shrink", "1"), "--shrink 1: expected from 0"),
+        (("-o", "a.safetensors", "--arm", "swr@0.1", "--shrink", "0.5"), "--shrink beside --arm"),
         (("-o", "a.safetensors", "--ratio", "0.1", "--threshold", "1"), "both of --ratio"),
         (("-o", "a.safetensors", "--criterion", "dormant"), "neither of --ratio and --threshold"),
     ],
