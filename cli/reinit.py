@@ -107,7 +107,7 @@ def run(options: ReinitOptions) -> None:
     view = plan_view(job.plan, shown, report.notes)
     out = console(sys.stdout)
     out.print(render.plan(view))
-    follow(out, "" if options.dry_run else after_reinit(options))
+    follow(out, "" if options.dry_run else after_reinit(options, fresh_head=bool(job.loaded.head)))
 
 
 def _written(

@@ -59,10 +59,14 @@ def test_the_next_command_leads_to_a_tuned_model(run, base, data):
     last = run("reinit", *options, "--ratio", "0.1", "-o", "b.safetensors").output.splitlines()[-1]
     assert last == (
         "next: fastplastic finetune test_resnet --checkpoint b.safetensors --num-classes 3 "
-        f"--img-size 32 --data {data} --no-reinit -o test_resnet-tuned.safetensors"
+        f"--img-size 32 --data {data} --no-reinit --norms-first --probe-first "
+        "-o test_resnet-tuned.safetensors"
     )
     more = ("--epochs", "1", "-b", "8", "--evals", "1", "--val-split", "0.25", "-q")
     assert main([*shlex.split(last)[2:], *more]) == 0
+    written = ("test_resnet", "--checkpoint", "b.safetensors", *SMALL, "--num-classes", 3)
+    again = run("reinit", *written, "--data", data, "--ratio", "0.1", "-o", "c.safetensors")
+    assert "--probe-first" not in again.output
 
 
 def test_the_sample_stands_for_no_data_of_the_user(run, base, data):
