@@ -1,11 +1,10 @@
 """`fastplastic finetune`: probe, profile, plan, re-initialise, train, and write the weights."""
 
-import json
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from fastplastic.cli.options import STDOUT
+from fastplastic.cli.outputs import STDOUT, write_json
 from fastplastic.cli.terminal import console, share_progress
 from fastplastic.cli.training import learner
 from fastplastic.cli.training_options import FinetuneOptions
@@ -46,7 +45,7 @@ def run(options: FinetuneOptions) -> None:
         )
     save_state_dict(options.output, loaded.model, options.force, dtypes=loaded.dtypes)
     if options.json:
-        _write_json(options, tuned)
+        write_json(options.json, _report(options, tuned), force=options.force)
     if options.quiet or options.json == STDOUT:
         return
     from fastplastic.cli import trial_view
@@ -74,16 +73,8 @@ def _reset(tuned: "FineTuning", name: str) -> str:
     return f"{name}: {plan.count:,} of {plan.eligible:,} eligible {plan.granularity}s"
 
 
-def _write_json(options: FinetuneOptions, tuned: "FineTuning") -> None:
-    from fastplastic.files import atomic_write
-
-    report: dict[str, Any] = {
+def _report(options: FinetuneOptions, tuned: "FineTuning") -> dict[str, Any]:
+    return {
         "schema_version": 1, "model": options.model, "run": asdict(tuned.run),
         "before": asdict(tuned.before.totals), "after": asdict(tuned.after.totals),
     }  # fmt: skip
-    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-    if options.json == STDOUT:
-        sys.stdout.write(text)
-    elif options.json:
-        with atomic_write(options.json, force=options.force) as temporary:
-            temporary.write_text(text)

@@ -20,19 +20,14 @@ def after_profile(options: ProfileOptions) -> str:
     return _joined("trial", *arguments(options, ModelOptions), "--data", options.data)
 
 
-def after_reinit(options: ReinitOptions, *, fresh_head: bool) -> str:
-    """Return fine-tuning of what was written, as it is.
-
-    Args:
-        options: Those of the command.
-        fresh_head: Whether the head that was written has not been fitted: its file does not tell.
-    """
+def after_reinit(options: ReinitOptions) -> str:
+    """Return fine-tuning of what was written, as it is."""
     assert options.output is not None
     written = replace(options, checkpoint=options.output, pretrained=None)
     data = "DIR" if options.data in _NOT_REAL else options.data
     return _joined(
         "finetune", *arguments(written, ModelOptions), "--data", data, "--no-reinit",
-        *["--norms-first", "--probe-first"] * fresh_head, "-o", tuned_file(options.model),
+        "-o", tuned_file(options.model),
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ def command(
 def run(as_json: bool) -> None:
     """Print all criteria."""
     from fastplastic.criteria import CRITERIA, WEIGHT_CRITERIA
+    from fastplastic.trials import better_than_random
 
     units: list[dict[str, Any]] = [
         {
@@ -33,6 +34,7 @@ def run(as_json: bool) -> None:
             "formula": rule.summary,
             "only": rule.only or None,
             "source": rule.source,
+            "better_than_random": better_than_random("unit", rule.name),
         }
         for rule in CRITERIA.values()
     ]
@@ -46,6 +48,7 @@ def run(as_json: bool) -> None:
             "formula": rule.summary,
             "only": None,
             "source": rule.source,
+            "better_than_random": better_than_random("weight", rule.name),
         }
         for rule in WEIGHT_CRITERIA.values()
     ]
@@ -64,4 +67,5 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
     return (
         entry["granularity"], entry["name"], entry["candidates"], threshold,
         entry["formula"] + only, entry["source"],
+        "{} of {}".format(*entry["better_than_random"]) if entry["better_than_random"] else "-",
     )  # fmt: skip

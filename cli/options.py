@@ -10,12 +10,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from fastplastic.cli.outputs import check_outputs, check_suffix
 from fastplastic.cli.parsing import given, option, strings
 from fastplastic.cli.selection_options import LayerChoice, Treatment, UnitSelection
-from fastplastic.cli.terminal import require_writable
 from fastplastic.errors import FileError, InputError
 
-STDOUT = Path("-")
 _MODEL, _DATA, _SELECT, _OUTPUT = "Model", "Data and device", "Selection", "Output"
 
 
@@ -132,8 +131,7 @@ class ProfileOptions(DataOptions):
     def check(self) -> None:
         """Refuse what needs no model to be refused: InputError or FileError."""
         super().check()
-        if self.json and self.json != STDOUT:
-            require_writable(self.json, force=self.force)
+        check_outputs([self.json], force=self.force)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +167,7 @@ class PlanOptions(SelectOptions):
                     f"-o {self.output}: expected plan.json for units, plan.safetensors for single "
                     "weights, or other names that end so"
                 )
-            require_writable(self.output, force=self.force)
+            check_outputs([self.output], force=self.force)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,10 +199,9 @@ class ReinitOptions(Treatment, SelectOptions):
         self.check_treatment(self.granularity)
         if self.output and self.checkpoint and self.output.resolve() == self.checkpoint.resolve():
             raise InputError(f"-o {self.output} is the checkpoint itself: name another file")
-        if self.output and self.output.suffix != ".safetensors":
-            raise InputError(f"-o {self.output}: expected a name that ends in .safetensors")
-        if self.output and not self.dry_run:
-            require_writable(self.output, force=self.force)
+        check_suffix("-o", self.output, ".safetensors")
+        if not self.dry_run:
+            check_outputs([self.output], force=self.force)
 
     def check_selection(self) -> None:
         """Refuse a selection that no model can fulfil, or two of them: InputError."""

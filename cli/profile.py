@@ -1,26 +1,12 @@
 """`fastplastic profile`: run data through a model and show where it has lost plasticity."""
 
-import json
 import sys
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 from fastplastic.cli.following import after_profile
-from fastplastic.cli.options import STDOUT, ProfileOptions
-from fastplastic.cli.session import measure
+from fastplastic.cli.options import ProfileOptions
+from fastplastic.cli.outputs import STDOUT, write_json
+from fastplastic.cli.session import Measured, measure
 from fastplastic.cli.terminal import console, follow
-
-
-def _write_json(path: Path, schema: Mapping[str, Any], *, force: bool) -> None:
-    from fastplastic.files import atomic_write
-
-    text = json.dumps(schema, indent=2, allow_nan=False) + "\n"
-    if path == STDOUT:
-        sys.stdout.write(text)
-        return
-    with atomic_write(path, force=force) as temporary:
-        temporary.write_text(text)
 
 
 def run(options: ProfileOptions) -> None:
@@ -35,7 +21,7 @@ def run(options: ProfileOptions) -> None:
         model=options.model, weights=measured.loaded.weights, data=measured.source.name
     )
     if options.json:
-        _write_json(options.json, schema, force=options.force)
+        write_json(options.json, schema, force=options.force)
     if options.quiet or options.json == STDOUT:
         return
     from fastplastic.cli import render
@@ -43,4 +29,16 @@ def run(options: ProfileOptions) -> None:
 
     out = console(sys.stdout)
     out.print(render.profile(report_of(measured.profile, measured.facts), out.width))
+    advice = _advice(measured)
+    if advice:
+        out.print()
+        out.print(render.facts([("advice", advice)]))
     follow(out, after_profile(options))
+
+
+def _advice(measured: Measured) -> str:
+    """Return whether re-initialisation is likely to help; "" for weights that are not trained."""
+    from fastplastic.trials import advise
+
+    found = None if measured.loaded.weights == "random" else advise(measured.profile)
+    return found.text if found else ""

@@ -92,12 +92,15 @@ def run(options: ReinitOptions) -> None:
     For example: fastplastic reinit resnet50 --plan plan.json -o resnet50-fresh.safetensors
     """
     options.check()
-    from fastplastic.files import save_state_dict
+    from fastplastic.files import UNFITTED, save_state_dict
 
     job = _job(options)
     report = _apply(options, job)
     if options.output and not options.dry_run:
-        save_state_dict(options.output, job.loaded.model, options.force, dtypes=job.loaded.dtypes)
+        save_state_dict(
+            options.output, job.loaded.model, options.force, dtypes=job.loaded.dtypes,
+            metadata=UNFITTED if job.loaded.head else None,
+        )  # fmt: skip
     if options.quiet:
         return
     from fastplastic.cli import render
@@ -107,7 +110,7 @@ def run(options: ReinitOptions) -> None:
     view = plan_view(job.plan, shown, report.notes)
     out = console(sys.stdout)
     out.print(render.plan(view))
-    follow(out, "" if options.dry_run else after_reinit(options, fresh_head=bool(job.loaded.head)))
+    follow(out, "" if options.dry_run else after_reinit(options))
 
 
 def _written(

@@ -366,7 +366,7 @@ def _mask_table(rows: Sequence[MaskRow]) -> Table:
 
 
 def criteria(rows: Iterable[Sequence[str]]) -> RenderableType:
-    """Return the criteria: of what, name, candidates, threshold, formula, source."""
+    """Return the criteria: of what, name, candidates, threshold, formula, source, record."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("of")
     table.add_column("criterion", no_wrap=True)
@@ -374,12 +374,15 @@ def criteria(rows: Iterable[Sequence[str]]) -> RenderableType:
     table.add_column("threshold", justify="right")
     table.add_column("formula", overflow="fold")
     table.add_column("source", overflow="fold")
+    table.add_column("beats random", justify="right")
     for row in rows:
         table.add_row(*map(Text, row))
     words = (
         "h: activation, f: activation function, g: gradient to h, w_in and w_out: weights that "
         "make and read the unit, dw: gradient to a weight. flat: abs(f'(z)) <= 0.01. Means are "
         "over samples and positions. candidates: the scores that are re-initialised first. "
-        "A threshold of weights is a multiple of the mean score of their tensor."
+        "A threshold of weights is a multiple of the mean score of their tensor. beats random: on "
+        "how many of the networks that benchmarks/transfer screens it ended above as many at "
+        "random (p < 0.05)."
     )
     return stacked(table, Text(words, style="dim"))

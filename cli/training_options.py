@@ -4,10 +4,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastplastic.cli.options import STDOUT, ModelOptions
+from fastplastic.cli.options import ModelOptions
+from fastplastic.cli.outputs import check_outputs, check_suffix
 from fastplastic.cli.parsing import given, option, strings
 from fastplastic.cli.selection_options import LayerChoice, Treatment, UnitSelection
-from fastplastic.cli.terminal import require_writable
 from fastplastic.errors import FileError, InputError
 
 if TYPE_CHECKING:
@@ -250,15 +250,11 @@ class TrialOptions(LayerChoice, TrainingOptions):
             raise InputError(
                 f"--choose-split {self.choose_split:g}: expected a share between 0 and 1"
             )
-        if self.plot and self.plot.suffix not in (".png", ".svg"):
-            raise InputError(f"--plot {self.plot}: expected a name that ends in .png or .svg")
-        if self.output and self.output.suffix != ".safetensors":
-            raise InputError(f"-o {self.output}: expected a name that ends in .safetensors")
-        for path in (self.json, self.plot, self.output):
-            if path and path != STDOUT:
-                require_writable(path, force=self.force)
+        check_suffix("--plot", self.plot, ".png", ".svg")
+        check_suffix("-o", self.output, ".safetensors")
+        check_outputs([self.json, self.plot, self.output], force=self.force)
         if not self.results_file.exists():
-            require_writable(self.results_file, force=False)
+            check_outputs([self.results_file], force=False)
 
     @property
     def results_file(self) -> Path:
@@ -301,6 +297,9 @@ class FinetuneOptions(Treatment, LayerChoice, UnitSelection, TrainingOptions):
         float | None,
         option("--shrink", panel=_SELECT, help="Shrink all other weights but the head by this."),
     ] = None
+    refit: Annotated[
+        bool, option("--refit", panel=_SELECT, help="Fit the head once more after it.")
+    ] = False
     json: Annotated[
         Path | None,
         option("--json", panel=_OUTPUT, metavar="FILE|-", help="Write the report as JSON."),
@@ -322,11 +321,8 @@ class FinetuneOptions(Treatment, LayerChoice, UnitSelection, TrainingOptions):
         self.check_treatment(self.granularity)
         if self.shrink is not None and not 0 <= self.shrink < 1:
             raise InputError(f"--shrink {self.shrink:g}: expected from 0 to less than 1, as 0.5")
-        if self.output.suffix != ".safetensors":
-            raise InputError(f"-o {self.output}: expected a name that ends in .safetensors")
-        for path in (self.output, self.json):
-            if path and path != STDOUT:
-                require_writable(path, force=self.force)
+        check_suffix("-o", self.output, ".safetensors")
+        check_outputs([self.output, self.json], force=self.force)
 
     @property
     def _selected(self) -> list[str]:
@@ -337,7 +333,7 @@ class FinetuneOptions(Treatment, LayerChoice, UnitSelection, TrainingOptions):
     @property
     def _treated(self) -> list[str]:
         """Return the options that were given of those that say what is done to them."""
-        own = {item.name for item in fields(Treatment)} | {"shrink"}
+        own = {item.name for item in fields(Treatment)} | {"shrink", "refit"}
         return sorted(own & given(self).keys())
 
     def _check_one_way(self) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastplastic.cli.following import tuned_file
-from fastplastic.cli.options import STDOUT
+from fastplastic.cli.outputs import STDOUT, write_json
 from fastplastic.cli.parsing import arguments
 from fastplastic.cli.plot import draw, require_matplotlib
 from fastplastic.cli.terminal import console, follow, run_progress, warn
@@ -53,7 +53,7 @@ def run(options: TrialOptions) -> None:
         warn(note)
     kept.write(trial)
     if options.json:
-        _write_json(options, trial)
+        write_json(options.json, trial.to_dict(), force=options.force)
     if options.plot:
         draw(trial, options.plot, force=options.force)
     if options.quiet or options.json == STDOUT:
@@ -106,7 +106,9 @@ def _resumable(options: TrialOptions) -> Iterator[None]:
 
 
 class _Kept:
-    """Keeps the trained weights of the best run of every arm, for -o.
+    """Keeps the trained weights of the best run of every arm beside the results, for -o.
+
+    They stay there, so that the same command can write them again.
 
     Args:
         options: The options.
@@ -121,7 +123,7 @@ class _Kept:
         """Write the weights where no run of the arm was better on the validation images."""
         if self._options.output is None or run.validation is None or run.diverged_at is not None:
             return
-        from fastplastic.files import save_state_dict
+        from fastplastic.files import atomic_write, save_state_dict
 
         file = self._file(run.arm)
         score = file.with_suffix(".json")
@@ -129,10 +131,11 @@ class _Kept:
         if run.validation > best:
             self._folder.mkdir(exist_ok=True)
             save_state_dict(file, model, force=True, dtypes=self._loaded.dtypes)
-            score.write_text(json.dumps({"validation": run.validation, "seed": run.seed}))
+            with atomic_write(score, force=True) as temporary:
+                temporary.write_text(json.dumps({"validation": run.validation, "seed": run.seed}))
 
     def write(self, trial: "Trial") -> None:
-        """Move the weights of the chosen arm to their place, and drop the others."""
+        """Copy the weights of the chosen arm to their place."""
         if self._options.output is None or trial.chosen is None:
             return
         file = self._file(trial.chosen)
@@ -153,18 +156,12 @@ class _Kept:
             return ()
         arm = trial[trial.chosen]
         text = f"{self._options.output}: {arm.name}, best by {arm.validation:.3f} on validation"
-        return (("file", text),)
+        kept = f"{self._folder}: of every arm; no longer needed when the trial is over"
+        return (("file", text), ("weights", kept))
 
     def _file(self, arm: str) -> Path:
         plain = "".join(letter if letter.isalnum() or letter in ".-+=" else "_" for letter in arm)
         return self._folder / f"{plain}.safetensors"
-
-
-def _write_json(options: TrialOptions, trial: "Trial") -> None:
-    if options.json == STDOUT:
-        print(json.dumps(trial.to_dict(), indent=2, allow_nan=False))
-    elif options.json:
-        trial.save(options.json, force=options.force)
 
 
 def _following(options: TrialOptions, trial: "Trial", arms: "tuple[Arm, ...]") -> str:

@@ -16,14 +16,15 @@ if TYPE_CHECKING:
 _BARS = "▁▂▃▄▅▆▇█"
 _ALWAYS = ("arm", "curve", "end", "mean")
 # Left out one after the other where a terminal is narrow, and how wide an arm's name has to be.
-_LEAST = ("cost", "mean", "steps", "to random", "curve")
+_LEAST = ("best", "cost", "mean", "steps", "to random", "curve")
 _ARM, _GAP = 24, 3
 _LEGEND = (
-    "accuracy on the test images: at the end, the mean over the run, with half of the 95 % "
-    "interval over seeds; curve: from the start to the end, all arms on one scale. to baseline, "
-    "to random: paired difference of the accuracy at the end in points; * p < 0.05 after Holm's "
-    "correction. steps: share of the updates after which the accuracy is that of the baseline's "
-    "end. cost: profile, plan and re-initialisation as a share of the training time."
+    "accuracy on the test images: at the end, at best, the mean over the run, with half of the "
+    "95 % interval over seeds; curve: from the start to the end, all arms on one scale. to "
+    "baseline, to random: paired difference of the accuracy at the end in points; * p < 0.05 after "
+    "Holm's correction. steps: share of the updates after which the accuracy is that of the "
+    "baseline's end, * likewise, against the baseline's own. cost: profile, plan and "
+    "re-initialisation as a share of the training time."
 )
 
 
@@ -79,6 +80,7 @@ def _columns(found: "Trial") -> dict[str, list[str]]:
             "arm": arm.name,
             "curve": sparkline(arm.curve, low, high),
             "end": _estimate(arm.final),
+            "best": _estimate(arm.best),
             "mean": _estimate(arm.area),
             "to baseline": _difference(tests.get(True)),
             "to random": _difference(tests.get(False)),
@@ -105,7 +107,8 @@ def _difference(test: "Comparison | None") -> str:
 def _steps(arm: "ArmResult") -> str:
     if arm.steps_to_baseline is None:
         return "never"
-    return percent(arm.steps_to_baseline)
+    shown = any(test.against == "baseline" and test.shown for test in arm.saved_tests)
+    return percent(arm.steps_to_baseline) + "*" * shown
 
 
 def tuned(found: "FineTuning", header: Sequence[tuple[str, str]], written: str) -> RenderableType:

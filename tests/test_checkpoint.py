@@ -1,11 +1,7 @@
 """Weight files: read without code, written whole or not at all."""
 
 import argparse
-import os
-import signal
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastplastic.errors import FileError, InputError
-from fastplastic.files import checkpoint
+from fastplastic.files import UNFITTED, checkpoint
 from fastplastic.files.checkpoint import (
-    atomic_write,
     fingerprint,
     load_into,
     load_state_dict,
@@ -304,124 +299,11 @@ def test_written_files_have_the_usual_mode(tmp_path):
     assert len(modes) == 1
 
 
-# Atomic writing
-
-
-def test_an_existing_file_stays_without_force(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text("old")
-    with pytest.raises(FileError) as error, atomic_write(path):
-        raise AssertionError("not reached")
-    assert str(error.value) == (
-        f"{path}: exists already: choose another name, or replace it with --force"
-    )
-    path.chmod(0o604)
-    with atomic_write(path, force=True) as temporary:
-        temporary.write_text("new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new"
-    assert stat.S_IMODE(path.stat().st_mode) == 0o604
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_file_that_appears_meanwhile_stays(tmp_path):
-    path = tmp_path / "a.json"
-    with pytest.raises(FileError, match="exists already"), atomic_write(path) as temporary:
-        temporary.write_text("ours")
-        path.write_text("theirs")
-    assert path.read_text() == "theirs"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize(
-    ("raised", "expected"),
-    [
-        (KeyboardInterrupt, KeyboardInterrupt),
-        (ValueError, ValueError),
-        (OSError(28, "No space left on device"), FileError),
-    ],
-)
-def test_a_failure_leaves_the_old_file(tmp_path, raised, expected):
-    path = tmp_path / "a.json"
-    path.write_text("old")
-    with pytest.raises(expected), atomic_write(path, force=True) as temporary:
-        temporary.write_text("half")
-        raise raised
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from fastplastic.files import atomic_write
-os.fsync = {fsync}
-with atomic_write(Path(sys.argv[1]), force=True) as temporary:
-    temporary.write_text("half of the new file")
-    {inside}
-"""
-KILL = "os.kill(os.getpid(), signal.SIGKILL)"
-
-
-@pytest.mark.parametrize(
-    ("fsync", "inside"),
-    [("os.fsync", KILL), (f"lambda _: {KILL}", "pass")],
-    ids=["while writing", "while syncing"],
-)
-def test_a_kill_leaves_the_old_file(tmp_path, fsync, inside):
-    path = tmp_path / "a.json"
-    path.write_text("old")
-    program = KILLED.format(fsync=fsync, inside=inside)
-    result = subprocess.run([sys.executable, "-c", program, str(path)], check=False)
-    assert result.returncode == -signal.SIGKILL
-    assert path.read_text() == "old"
-
-
-def test_file_and_folder_are_synced_around_the_rename(tmp_path, monkeypatch):
-    path, done = tmp_path / "a.json", []
-    fsync, replace = os.fsync, os.replace
-
-    def spy_fsync(descriptor):
-        kind = "folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file"
-        done.append(kind)
-        fsync(descriptor)
-
-    def spy_replace(old, new):
-        done.append("rename")
-        replace(old, new)
-
-    monkeypatch.setattr(os, "fsync", spy_fsync)
-    monkeypatch.setattr(os, "replace", spy_replace)
-    with atomic_write(path) as temporary:
-        assert temporary.parent == tmp_path
-        temporary.write_text("new")
-    assert done == ["file", "rename", "folder"]
-
-
-def test_a_link_is_followed(tmp_path):
-    (tmp_path / "real.json").write_text("old")
-    (tmp_path / "link.json").symlink_to("real.json")
-    with atomic_write(tmp_path / "link.json", force=True) as temporary:
-        temporary.write_text("new")
-    assert (tmp_path / "link.json").is_symlink()
-    assert (tmp_path / "real.json").read_text() == "new"
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("none/a.json", r"cannot be written \(No such file or directory\): choose another place"),
-        ("file/a.json", r"cannot be written \(Not a directory\): choose another place"),
-        ("folder", r": is a folder, expected the name of a file: choose another name"),
-        ("pipe", r": is not a regular file, expected the name of a file"),
-        ("x" * 300, r"cannot be written \(File name too long\)"),
-    ],
-)
-def test_places_that_cannot_be_written(tmp_path, name, text):
-    (tmp_path / "file").touch()
-    (tmp_path / "folder").mkdir()
-    os.mkfifo(tmp_path / "pipe")
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(FileError, match=text), atomic_write(tmp_path / name, force=True):
-        raise AssertionError("not reached")
-    assert sorted(tmp_path.iterdir()) == before
+def test_a_file_tells_that_its_head_was_not_fitted(tmp_path):
+    model = small()
+    save_state_dict(tmp_path / "a.safetensors", model, metadata=UNFITTED)
+    assert load_into(model, tmp_path / "a.safetensors").unfitted
+    save_state_dict(tmp_path / "b.safetensors", model)
+    torch.save(model.state_dict(), tmp_path / "c.pt")
+    for name in ("b.safetensors", "c.pt"):
+        assert not load_into(model, tmp_path / name).unfitted

@@ -73,10 +73,12 @@ def test_a_plan_is_applied(run, data, tmp_path):
 
 def test_options_say_the_same_as_an_arm(run, data):
     arguments = (*MODEL, "--data", data, *QUICK)
-    options = ("--ratio", "0.1", "--outgoing", "fresh", "--shrink", "0.5")
+    options = ("--ratio", "0.1", "--outgoing", "fresh", "--shrink", "0.5", "--refit")
     code, _, error = run("finetune", *arguments, *options, "-o", "a.safetensors")
     assert code == 0, error
-    run("finetune", *arguments, "--arm", "dormant@0.1:fresh+shrink=0.5", "-o", "b.safetensors")
+    run(
+        "finetune", *arguments, "--arm", "dormant@0.1:fresh+refit+shrink=0.5", "-o", "b.safetensors"
+    )
     one, other = load_state_dict("a.safetensors"), load_state_dict("b.safetensors")
     assert all(torch.equal(one[name], other[name]) for name in one)
 

@@ -59,14 +59,27 @@ def test_the_next_command_leads_to_a_tuned_model(run, base, data):
     last = run("reinit", *options, "--ratio", "0.1", "-o", "b.safetensors").output.splitlines()[-1]
     assert last == (
         "next: fastplastic finetune test_resnet --checkpoint b.safetensors --num-classes 3 "
-        f"--img-size 32 --data {data} --no-reinit --norms-first --probe-first "
-        "-o test_resnet-tuned.safetensors"
+        f"--img-size 32 --data {data} --no-reinit -o test_resnet-tuned.safetensors"
     )
-    more = ("--epochs", "1", "-b", "8", "--evals", "1", "--val-split", "0.25", "-q")
-    assert main([*shlex.split(last)[2:], *more]) == 0
-    written = ("test_resnet", "--checkpoint", "b.safetensors", *SMALL, "--num-classes", 3)
-    again = run("reinit", *written, "--data", data, "--ratio", "0.1", "-o", "c.safetensors")
-    assert "--probe-first" not in again.output
+    more = ("--epochs", "1", "-b", "8", "--evals", "1", "--val-split", "0.25")
+    tuned = run(*shlex.split(last)[2:], *more)
+    assert tuned.code == 0
+    assert "of the weights, which was not fitted yet; fitted to the training" in tuned.output
+
+
+def test_a_file_says_whether_its_head_was_fitted(run, base, data):
+    """Also through a second re-initialisation, and no longer when it was fine-tuned."""
+    written = ("test_resnet", "--num-classes", 3, *SMALL, "--data", data)
+    dose = ("--ratio", "0.1", "-o")
+    run("reinit", *base, "--num-classes", 3, "--data", data, *dose, "b.safetensors")
+    again = run("reinit", *written, "--checkpoint", "b.safetensors", *dose, "c.safetensors")
+    assert "head     of the weights, which was not fitted yet" in again.output
+    profile = run("profile", *written, "--checkpoint", "c.safetensors")
+    assert "head     of the weights, which was not fitted yet" in profile.output
+    learn = ("--epochs", "1", "-b", "8", "--evals", "1", "--val-split", "0.25", "--no-reinit")
+    given = [x for x in written if x not in ("--batches", 1)]
+    run("finetune", *given, "--checkpoint", "c.safetensors", *learn, "-o", "d.safetensors")
+    assert "head " not in run("profile", *written, "--checkpoint", "d.safetensors").output
 
 
 def test_the_sample_stands_for_no_data_of_the_user(run, base, data):

@@ -1,5 +1,6 @@
 """The tables of the study are made from its result files, and from nothing else."""
 
+import json
 import sys
 import tomllib
 from pathlib import Path
@@ -15,7 +16,7 @@ def report(monkeypatch):
     import report
 
     yield report
-    for name in ("report", "study", "networks", "data"):
+    for name in ("predict", "report", "study", "networks", "data"):
         sys.modules.pop(name, None)
 
 
@@ -26,6 +27,31 @@ def test_the_tables_are_those_of_the_results(report):
     assert report.readme(found, config) == (FOLDER / "README.md").read_text(), (
         "run python benchmarks/transfer/report.py"
     )
+
+
+def test_what_the_package_says_is_what_the_study_found(report):
+    import predict
+
+    found = {"advice": predict.advice(list(predict.cases())), "criteria": predict.criteria()}
+    assert json.loads(predict.FILE.read_text()) == found, (
+        "run python benchmarks/transfer/predict.py"
+    )
+
+
+def test_the_limit_errs_least_and_lies_in_the_widest_gap(report):
+    import predict
+
+    def case(network, dead, helped):
+        return predict.Case(network, "t", {"dead": dead}, 0.0, helped)
+
+    apart = [case("a", 0.1, False), case("b", 0.2, False), case("c", 0.5, True)]
+    assert predict.limit_of(apart) == pytest.approx(0.35)
+    assert predict.advice(apart) == {
+        "figure": "dead", "limit": 0.35, "networks": 3, "above": [1, 1], "below": [0, 2],
+        "wrong": [1, 3],
+    }  # fmt: skip
+    assert predict.auc([3.0, 1.0, 2.0], [True, False, True]) == 1.0
+    assert predict.auc([1.0, 1.0], [True, False]) == 0.5
 
 
 def test_every_target_is_made_of_real_images(report):

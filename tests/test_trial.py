@@ -5,13 +5,13 @@ import random
 import numpy as np
 import pytest
 import torch
-from helpers.tuned import TEST, TRAIN, data, settings, small, task
+from helpers.tuned import TEST, TRAIN, data, settings, small, task, with_norm
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 import fastplastic
 from fastplastic.errors import FileError, InputError
 from fastplastic.trials import Arm, Results, run_trial, with_controls
-from fastplastic.trials.prepare import Start
 
 DOSE = "dormant@0.2:zero"
 pytestmark = pytest.mark.usefixtures("traced_once")
@@ -73,7 +73,6 @@ def test_a_dose_of_units_without_effect_trains_as_the_baseline():
 def test_the_baseline_is_plain_training():
     """The same as timm's optimizer in the plainest loop, with nothing of ours around."""
     import timm.optim
-    from torch.nn.functional import cross_entropy
 
     from fastplastic.trials import fit_head
     from fastplastic.trials.loop import seed_all
@@ -131,90 +130,12 @@ def test_the_random_control_has_the_same_dose_in_every_layer(arm):
         assert ours.layers == control.layers and ours.count > 0
 
 
-def test_what_is_removed_stays_out():
-    start = Start(task(), settings(), 0)
-    arm = with_controls([DOSE, "remove"])[3]
-    prepared = start.prepare(arm)
-    from fastplastic.trials import train
-
-    train(prepared.model, start.data.train, settings(), seed=0, hold=prepared.hold)
-    plan = prepared.plan
-    consumers = {"0": prepared.model[2], "2": prepared.model[4]}
-    for layer, units in plan.units.items():
-        assert not consumers[layer].weight[:, units].any()
-    # Without the hold they come back.
-    grown = start.prepare(with_controls([DOSE])[1])
-    train(grown.model, start.data.train, settings(), seed=0)
-    assert any(
-        {"0": grown.model[2], "2": grown.model[4]}[layer].weight[:, units].any()
-        for layer, units in grown.plan.units.items()
-    )
-
-
-def test_removed_weights_stay_out():
-    from fastplastic.trials import train
-
-    start = Start(task(), settings(), 0)
-    prepared = start.prepare(with_controls(["swr@0.1", "remove"])[3])
-    train(prepared.model, start.data.train, settings(), seed=0, hold=prepared.hold)
-    parameters = dict(prepared.model.named_parameters())
-    assert all(not parameters[name][mask].any() for name, mask in prepared.plan.masks.items())
-
-
-def with_norm():
-    return task(model=lambda seed: small(seed, norm=True))
-
-
-def test_recalibrate_measures_all_norms_and_nothing_else():
-    start = Start(with_norm(), settings(norms_first=False), 0)
-    model = start.prepare(Arm("recalibrate")).model
-    x = model[0](TRAIN.tensors[0]).detach()
-    torch.testing.assert_close(model[1].running_mean, x.mean(0))
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter, start.model.get_parameter(name), rtol=0, atol=0)
-
-
-def test_norms_are_measured_before_the_head_is_fitted():
-    start = Start(with_norm(), settings(), 0)
-    x = start.model[0](TRAIN.tensors[0]).detach()
-    torch.testing.assert_close(start.model[1].running_mean, x.mean(0))
-    plain = Start(with_norm(), settings(norms_first=False), 0)
-    assert not plain.model[1].running_mean.any()
-    assert not torch.equal(plain.model[-1].weight, start.model[-1].weight)
-    assert start.seconds.keys() == {"norms", "probe"} and plain.seconds.keys() == {"probe"}
-
-
 def test_recalibrate_is_refused_where_it_does_nothing():
     arms = with_controls(["recalibrate"])
     with pytest.raises(InputError, match="arm recalibrate: the model has no BatchNorm"):
         run_trial(task(), arms, [0], settings())
     with pytest.raises(InputError, match="arm recalibrate: all arms begin so"):
         run_trial(with_norm(), arms, [0], settings())
-
-
-def test_shrink_perturb_leaves_the_head():
-    start = Start(task(), settings(), 0)
-    model = start.prepare(Arm("shrink-perturb", shrink=0.5)).model
-    torch.testing.assert_close(model[-1].weight, start.model[-1].weight, rtol=0, atol=0)
-    difference = model[0].weight - 0.5 * start.model[0].weight
-    assert 0.005 < difference.std() < 0.02
-
-
-def test_a_dose_can_shrink_what_it_leaves():
-    start = Start(task(), settings(), 0)
-    plain, shrunk = (
-        start.prepare(with_controls([text])[1])
-        for text in ("dormant@0.2:fresh", "dormant@0.2:fresh+shrink=0.5")
-    )
-    units = plain.plan.units["0"]
-    assert torch.equal(units, shrunk.plan.units["0"])
-    one, other = plain.model[0].weight, shrunk.model[0].weight
-    torch.testing.assert_close(one[units], other[units], rtol=0, atol=0)
-    kept = torch.ones(16, dtype=torch.bool)
-    kept[units] = False
-    noise = other[kept] - 0.5 * one[kept]
-    assert 0.005 < noise.std() < 0.02
-    torch.testing.assert_close(plain.model[-1].bias, shrunk.model[-1].bias, rtol=0, atol=0)
 
 
 def test_the_model_stays_as_it_is():
@@ -334,6 +255,7 @@ def test_options_of_the_budget_have_an_effect():
     for values in (
         {"opt": "sgd"}, {"weight_decay": 0.5}, {"smoothing": 0.2}, {"clip_grad": 0.01},
         {"warmup_epochs": 1}, {"min_lr": 0.009}, {"sched": "none"}, {"amp": True},
+        {"amp": True, "amp_dtype": "float16"},
     ):  # fmt: skip
         run = run_trial(task(), [Arm("baseline")], [0], settings(**values)).runs[0]
         assert run.train_loss != base.train_loss, values
@@ -391,3 +313,13 @@ def test_finetune_without_reinit_is_the_baseline_and_a_plan_is_taken():
     assert tuned.plan is plan
     with pytest.raises(InputError, match="expected a dose or baseline"):
         fastplastic.finetune(small(), batches.train, batches.test, arm="fresh", **arguments)
+
+
+def test_a_run_whose_weights_cannot_be_kept_is_kept_all_the_same(tmp_path):
+    def full(run, model):
+        raise FileError("no room")
+
+    file = tmp_path / "trial.jsonl"
+    with pytest.raises(FileError, match="no room"):
+        run_trial(task(), with_controls([DOSE]), (0,), settings(), results=file, keep=full)
+    assert [(run.arm, run.seed) for run in Results.read(file)] == [("baseline", 0)]

@@ -9,7 +9,7 @@ from fastplastic.trials import Arm, Dose, parse_arm, with_controls
     [
         "dormant@0.3:zero", "dormant@0.1:fresh+empirical", "gradient@0.05:weight", "swr@0.05",
         "dormant@0.2:zero+compensate+recalibrate", "random:dormant@0.3:small", "recalibrate",
-        "dormant@0.6:fresh+shrink=0.5+max=1", "swr@0.1:shrink=0.7",
+        "dormant@0.6:fresh+shrink=0.5+max=1", "swr@0.1:shrink=0.7", "dormant@0.1:fresh+refit",
         "remove:swr@0.05", "fresh", "shrink-perturb", "shrink-perturb@0.4", "baseline",
         "dormant@0.6:fresh+in=layer1.*+in=fc+not=conv1+max=1", "dormant@0.1:zero+scope=layer",
     ],

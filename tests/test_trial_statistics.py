@@ -196,3 +196,33 @@ def test_only_seeds_that_both_have_are_compared():
     runs += [run("fresh", seed, [0, 0, 0.6 + seed / 10]) for seed in (0, 1, 2)]
     (test,) = outcome_of([Arm("baseline"), parse_arm("fresh")], runs, {})["fresh"].final_tests
     assert test.difference.n == 2 and test.difference.mean == pytest.approx(0.15)
+
+
+def test_the_best_point_and_the_updates_that_are_saved_are_tested_in_pairs():
+    runs = []
+    for seed, more in enumerate([0.0, 0.02, 0.05, 0.03]):
+        runs.append(run("baseline", seed, [0.0, 0.4, 0.6]))
+        runs.append(run("fresh", seed, [0.0, 0.8 + more, 0.6]))
+    trial = outcome_of(arms("fresh"), runs, {})
+    best, saved = trial["fresh"].best_tests[0], trial["fresh"].saved_tests[0]
+    assert best.difference.mean == pytest.approx(0.225) and best.shown == 1
+    # On the straight line from 0 to 0.8 + more at half of the updates, 0.6 is reached early.
+    expected = np.mean([1 - 0.5 * 0.6 / (0.8 + more) for more in [0.0, 0.02, 0.05, 0.03]])
+    assert trial["fresh"].saved.mean == pytest.approx(expected)
+    assert saved.difference.mean == pytest.approx(expected) and saved.shown == 1
+    assert trial["baseline"].saved.mean == 0.0
+
+
+def test_runs_that_never_get_there_save_nothing():
+    runs = [run("baseline", seed, [0.0, 0.6, 0.6]) for seed in (0, 1, 2)]
+    runs += [run("fresh", seed, [0.2, 0.3, 0.5]) for seed in (0, 1)]
+    runs += [run("fresh", 7, [0.9, 0.9, 0.9])]
+    fresh = outcome_of(arms("fresh"), runs, {})["fresh"]
+    assert fresh.saved.mean == 0.0 and fresh.saved.n == 2
+    assert fresh.saved_tests[0].difference.mean == pytest.approx(-0.5)
+
+
+def test_the_verdict_says_how_much_sooner():
+    assert "where the baseline ends it is after" not in made(0.0).verdict[0]
+    (text,) = made(0.05).verdict
+    assert "; where the baseline ends it is after " in text and " % of the updates (p " in text

@@ -61,13 +61,14 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         f"fastplastic/{inside}{file.relative_to(REPOSITORY / folder)}"
         for folder, inside in (("fastplastic", ""), ("kernels", "kernels/"), ("cli", "cli/"))
         for file in (REPOSITORY / folder).rglob("*")
-        if file.suffix in {".py", ".npz", ".typed", ".LICENSE"}
+        if file.suffix in {".py", ".npz", ".json", ".typed", ".LICENSE"}
     }
     assert {name for name in names if name.startswith("fastplastic/")} == packaged
     assert {
         "fastplastic/sources/sample.npz",
         "fastplastic/sources/sample.LICENSE",
         "fastplastic/py.typed",
+        "fastplastic/trials/evidence.json",
     } <= packaged
 
 

@@ -275,6 +275,10 @@ NETWORKS = {
         mlp, permuted_pixels, True, "Dohare et al., Nature 2024: permuted pixels",
         arguments={"tasks": 200, "size": 5000, "lr": 0.003, "until": 0.5},
     ),
+    "vit-permuted": Network(
+        vit, permuted_pixels, True, "Dohare et al., Nature 2024: permuted pixels",
+        arguments={"tasks": 6, "size": 2000, "lr": 0.01, "until": 0.0},
+    ),
     "cnn-dead": Network(
         cnn, high_rate, True, "Lu et al., arXiv 1903.06733: high learning rate",
         arguments={"size": 5000, "lr": 0.01, "epochs": 60, "dead": 0.4},

@@ -1,26 +1,36 @@
 """Which figure of a profile tells beforehand that re-initialisation will help?
 
-    python benchmarks/transfer/predict.py
+    python benchmarks/transfer/predict.py            # writes what the package says of its trials
+    python benchmarks/transfer/predict.py --check    # says whether that is up to date
 
 Every network on every target of the finals is one case. It is helped where the setting that is the
 same for all networks ends significantly better than the baseline, or is better over the run. The
 figures are those of the profile before anything was done: `fastplastic.trials.figures`.
 """
 
+import argparse
+import json
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import mean, pstdev
+from typing import Any
 
-from report import finals, row
-from study import HERE
+from report import finals, gains_over_random, row
+from scipy import stats
+from study import HERE, usual
 
 from fastplastic.trials import BASELINE, Trial
+from fastplastic.trials.evidence import FILE
 
 # A case is helped where a paired test says so at this level.
 _LEVEL = 0.05
 # Fewer seeds do not tell.
 _SEEDS = 5
+# The figure that advice is given by: it needs no gradients, and is the plainest of them.
+_FIGURE = "dead"
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ def cases() -> Iterator[Case]:
     config = tomllib.loads((HERE / "study.toml").read_text())
     seen = set()
     for final in finals(config):
-        same = config["final"]["always"] + "+recalibrate" * bool(final.pair.get("norms"))
+        same = usual(final.pair)[0]
         names = {arm.name for arm in final.trial.arms}
         if same not in names or final.pair.name in seen:
             continue
@@ -127,5 +137,69 @@ def tables(found: Sequence[Case]) -> str:
     return "\n".join(lines)
 
 
+def limit_of(found: Sequence[Case]) -> float:
+    """Return the limit of the figure that errs least, in the middle of the widest such gap."""
+    values = sorted({case.figures[_FIGURE] for case in found})
+    gaps = [(low, high) for low, high in pairwise([0.0, *values, 1.0]) if high > low]
+    middles = {(low + high) / 2: high - low for low, high in gaps}
+    return min(middles, key=lambda limit: (_wrong(limit, found), -middles[limit]))
+
+
+def _wrong(limit: float, found: Sequence[Case]) -> int:
+    return sum((case.figures[_FIGURE] >= limit) != case.helped for case in found)
+
+
+def advice(found: Sequence[Case]) -> dict[str, Any]:
+    """Return the rule and its record: [helped, cases] on both sides, [wrong, cases] left out."""
+    limit = round(limit_of(found), 2)
+    sides: dict[str, list[bool]] = {"above": [], "below": []}
+    for case in found:
+        side = "above" if case.figures[_FIGURE] >= limit else "below"
+        sides[side].append(case.helped)
+    networks = sorted({case.network for case in found})
+    wrong = 0
+    for network in networks:
+        others = [case for case in found if case.network != network]
+        own = [case for case in found if case.network == network]
+        wrong += _wrong(limit_of(others), own)
+    return {
+        "figure": _FIGURE, "limit": limit, "networks": len(networks),
+        **{side: [sum(helped), len(helped)] for side, helped in sides.items()},
+        "wrong": [wrong, len(found)],
+    }  # fmt: skip
+
+
+def criteria() -> dict[str, dict[str, list[int]]]:
+    """Return {granularity: {criterion: [networks on which it was better than random, networks]}}.
+
+    Better is a mean gain above 0 over the settings of the screening, p < 0.05.
+    """
+    config = tomllib.loads((HERE / "study.toml").read_text())
+    counts: dict[str, dict[str, list[int]]] = {"unit": {}, "weight": {}}
+    for (granularity, criterion), by_network in sorted(gains_over_random(config).items()):
+        better = [_is_better(gains) for gains in by_network.values()]
+        counts[granularity][criterion] = [sum(better), len(better)]
+    return counts
+
+
+def _is_better(gains: Mapping[str, Sequence[float]]) -> bool:
+    means = [mean(values) for values in gains.values()]
+    p = stats.ttest_1samp(means, 0.0).pvalue if len(means) > 1 else 1.0
+    return bool(mean(means) > 0 and p < _LEVEL)
+
+
+def main() -> None:
+    """Print the cases, and write or compare what the package says."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args()
+    found = list(cases())
+    print(tables(found))
+    text = json.dumps({"advice": advice(found), "criteria": criteria()}, indent=2) + "\n"
+    if options.check:
+        sys.exit(FILE.read_text() != text)
+    FILE.write_text(text)
+
+
 if __name__ == "__main__":
-    print(tables(list(cases())))
+    main()

@@ -56,7 +56,7 @@ class Final:
 
 def finals(config: dict[str, object]) -> Iterator[Final]:
     """Yield the finals that have runs, each pair at the best rate of its baseline first."""
-    for pair in pairs_of(config, []):
+    for pair in pairs_of(config):
         try:
             best = best_rate(pair)
         except FastPlasticError:
@@ -152,18 +152,28 @@ def targets(found: Sequence[Final]) -> str:
     return "\n".join(lines)
 
 
+Gains = dict[tuple[str, str], dict[str, dict[str, list[float]]]]
+
+
+def gains_over_random(config: dict[str, object]) -> Gains:
+    """Return {(of what, criterion): {network: {setting: gains over random, one for each seed}}}."""
+    gains: Gains = {}
+    for pair in pairs_of(config):
+        for key, setting, gain in _gains(pair):
+            found = gains.setdefault(key, {}).setdefault(pair.network, {})
+            found.setdefault(setting, []).append(gain)
+    return gains
+
+
 def screened(config: dict[str, object]) -> str:
     """Return how criteria did against random units, or weights, of the same dose and treatment."""
-    gains: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for pair in pairs_of(config, []):
-        for key, network, gain in _gains(pair):
-            gains.setdefault(key, {}).setdefault(network, []).append(gain)
+    gains = gains_over_random(config)
     names = list(dict.fromkeys(name for found in gains.values() for name in found))
     lines = [row(("of", "criterion", *names)), row(["---"] * (2 + len(names)))]
     for (granularity, criterion), found in sorted(gains.items()):
         cells = []
         for name in names:
-            own = found.get(name, [])
+            own = [gain for values in found.get(name, {}).values() for gain in values]
             better = sum(gain > 0 for gain in own)
             text = f"{100 * mean(own):+.1f} ({better} of {len(own)})" if own else ""
             cells.append(text)
@@ -172,7 +182,7 @@ def screened(config: dict[str, object]) -> str:
 
 
 def _gains(pair: Pair) -> Iterator[tuple[tuple[str, str], str, float]]:
-    """Yield ((of what, criterion), network, gain over random) of every setting and seed."""
+    """Yield ((of what, criterion), setting, gain over random) of every setting and seed."""
     try:
         runs = runs_of(pair.file("screen", best_rate(pair)))
     except FastPlasticError:
@@ -187,7 +197,7 @@ def _gains(pair: Pair) -> Iterator[tuple[tuple[str, str], str, float]]:
             ratio, _, options = control.partition(":")
             control = f"{ratio}:weight" + f"+{options}" * bool(options)
         if (control, seed) in ends:
-            yield (dose.granularity, dose.criterion), pair.network, end - ends[control, seed]
+            yield (dose.granularity, dose.criterion), name, end - ends[control, seed]
 
 
 def compute() -> str:

@@ -80,16 +80,24 @@ class Pair:
         network: Name in NETWORKS.
         target: Name in TARGETS.
         config: The whole of study.toml.
+        results: Folder of the result files.
     """
 
     network: str
     target: str
     config: dict[str, Any]
+    results: Path = RESULTS
 
     @property
     def name(self) -> str:
         """Return what its files are called after."""
         return f"{self.network}.{self.target}"
+
+    @property
+    def first(self) -> "Pair":
+        """Return the network on its first target, on which everything is screened."""
+        own = self.config["networks"][self.network]
+        return Pair(self.network, own["targets"][0], self.config, self.results)
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return an entry of the network, or of the training."""
@@ -130,7 +138,7 @@ class Pair:
 
     def file(self, stage: str, lr: float) -> Path:
         """Return where the runs of a stage are kept."""
-        return RESULTS / stage / f"{self.name}.lr{lr:g}.jsonl"
+        return self.results / stage / f"{self.name}.lr{lr:g}.jsonl"
 
 
 def smaller(config: dict[str, Any]) -> dict[str, Any]:
@@ -144,10 +152,12 @@ def smaller(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"networks": networks}
 
 
-def pairs_of(config: dict[str, Any], only: Sequence[str]) -> list[Pair]:
+def pairs_of(
+    config: dict[str, Any], only: Sequence[str] = (), results: Path = RESULTS
+) -> list[Pair]:
     """Return the pairs whose names match."""
     found = [
-        Pair(network, name, config)
+        Pair(network, name, config, results)
         for network, entry in config["networks"].items()
         for name in entry["targets"]
     ]
@@ -181,62 +191,71 @@ def tune(pair: Pair) -> Iterator[tuple[float, list[Arm], list[int]]]:
 
 def grid(pair: Pair) -> list[Arm]:
     """Return every criterion, dose and treatment of the screening."""
-    entry, small = pair.config["screen"], "small_" * (pair.get("screen") == "small")
-    ratios = entry[f"{small}ratios"]
+    entry = pair.config["screen"][pair.get("screen")]
+    ratios = entry["ratios"]
     units = [
         f"{criterion}@{ratio}:{outgoing}"
-        for criterion in entry[f"{small}criteria"]
+        for criterion in entry["criteria"]
         for ratio in ratios
-        for outgoing in entry[f"{small}outgoing"]
+        for outgoing in entry["outgoing"]
     ]
-    weights = [f"{c}@{ratio}:weight" for c in entry[f"{small}weight_criteria"] for ratio in ratios]
+    weights = [f"{c}@{ratio}:weight" for c in entry["weight_criteria"] for ratio in ratios]
     if pair.get("norms"):
         units = [f"{text}+recalibrate" for text in units]
-    return [parse_arm(text) for text in [*units, *weights, *entry[f"{small}extra"]]]
+    return [parse_arm(text) for text in [*units, *weights, *entry["extra"]]]
 
 
 def screen(pair: Pair) -> Iterator[tuple[float, list[Arm], list[int]]]:
-    """Yield the trial that compares everything."""
-    arms = [Arm(BASELINE), Arm("fresh"), *grid(pair)]
-    yield best_rate(pair), arms, pair.config["screen"]["seeds"]
+    """Yield the trial that compares everything, on the first target of the network only."""
+    if pair == pair.first and pair.get("screen"):
+        yield best_rate(pair), everything(pair), pair.config["screen"]["seeds"]
+
+
+def everything(pair: Pair) -> list[Arm]:
+    """Return the arms of the screening."""
+    return [Arm(BASELINE), Arm("fresh"), *grid(pair)]
 
 
 def finalists(pair: Pair) -> list[str]:
-    """Return the best of the screening, one for each criterion; without one what is named."""
-    if not screened(pair):
-        return list(pair.get("finalists", pair.config["final"]["usual"]))
-    runs = runs_of(pair.file("screen", best_rate(pair)))
-    arms = [arm for arm in grid(pair) if arm.dose and arm.dose.criterion != "random"]
+    """Return the best of the screening of the network, one for each criterion.
+
+    Raises:
+        FastPlasticError: It has not been screened.
+    """
+    first = pair.first
+    runs = runs_of(first.file("screen", best_rate(first)))
+    arms, seeds = everything(first), pair.config["screen"]["seeds"]
+    missing = {(arm.name, seed) for arm in arms for seed in seeds} - {
+        (run.arm, run.seed) for run in runs
+    }
+    if missing:
+        raise FastPlasticError(f"{first.name}: not screened yet: run study.py screen")
+    arms = [arm for arm in arms if arm.dose and arm.dose.criterion != "random"]
     trial = outcome_of(arms, runs, {})
     ranked = sorted(trial.arms, key=lambda arm: -(arm.area.mean + arm.final.mean))
     found: dict[str, str] = {}
     for arm in ranked:
         family = arm.name.partition("@")[0] + ":weight" * ("weight" in arm.name)
         found.setdefault(family, arm.name)
-    return list(found.values())[: pair.config["final"]["finalists"]]
+    return list(found.values())[: pair.get("finalists", pair.config["final"]["finalists"])]
 
 
-def screened(pair: Pair) -> bool:
-    """Tell whether everything was screened."""
-    arms, seeds = (
-        [BASELINE, "fresh", *(arm.name for arm in grid(pair))],
-        pair.config["screen"]["seeds"],
-    )
-    found = {(run.arm, run.seed) for run in runs_of(pair.file("screen", best_rate(pair)))}
-    return found >= {(arm, seed) for arm in arms for seed in seeds}
+def usual(pair: Pair) -> list[str]:
+    """Return the settings that are the same for all networks, a mild one first."""
+    return list(pair.get("usual", pair.config["final"]["usual"]))
 
 
 def final(pair: Pair) -> Iterator[tuple[float, list[Arm], list[int]]]:
     """Yield the trials of the finalists: with all controls, and at other learning rates."""
     entry, lr = pair.config["final"], best_rate(pair)
-    chosen = finalists(pair)
+    chosen = pair.get("best") or finalists(pair)
     seeds = list(range(pair.get("seeds")))
-    mild = entry["always"] + "+recalibrate" * bool(pair.get("norms"))
     alone = pair.get("alone", entry["alone"])
-    removed = [f"remove:{parse_arm(name).name}" for name in dict.fromkeys([chosen[0], mild])]
-    everything = dict.fromkeys([*chosen, mild, entry["strong"], *alone, *removed])
-    for factor in pair.get("factors", entry["rates"] if screened(pair) else [1.0]):
-        texts = list(everything) if factor == 1 else [chosen[0], "fresh"]
+    is_first = pair == pair.first
+    removed = [f"remove:{parse_arm(chosen[0]).name}"] * is_first
+    wanted = list(dict.fromkeys([*chosen, *usual(pair), *alone, *removed]))
+    for factor in pair.get("factors", entry["rates"] if is_first else [1.0]):
+        texts = wanted if factor == 1 else [chosen[0], "fresh"]
         yield lr * factor, list(with_controls(texts)), seeds
 
 
@@ -269,15 +288,18 @@ def main() -> None:
     parser.add_argument("stage", choices=[*STAGES, "all"])
     parser.add_argument("--small", action="store_true", help="a few pairs and seeds")
     parser.add_argument("--only", action="append", default=[], help="pattern of NETWORK.TARGET")
-    parser.add_argument("--shard", default="0/1", help="K/N: every Nth pair from the Kth on")
+    parser.add_argument("--shard", default="0/1", help="K/N: every Nth network from the Kth on")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so long")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of result files")
     parser.add_argument("--cache", type=Path, default=HERE / "cache", help="of made networks")
     options = parser.parse_args()
     torch.set_num_threads(1)
     config = tomllib.loads((HERE / "study.toml").read_text())
     number, of = map(int, options.shard.split("/"))
     until = time.monotonic() + 60 * options.minutes
-    pairs = pairs_of(smaller(config) if options.small else config, options.only)[number::of]
+    config = smaller(config) if options.small else config
+    own = list(config["networks"])[number::of]
+    pairs = [p for p in pairs_of(config, options.only, options.results) if p.network in own]
     stages = list(STAGES) if options.stage == "all" else [options.stage]
     try:
         for pair in pairs:
@@ -291,7 +313,7 @@ def main() -> None:
 
 def run_stage(pair: Pair, stage: str, cache: Path, until: float) -> None:
     """Run what is missing of a stage of a pair."""
-    (RESULTS / stage).mkdir(parents=True, exist_ok=True)
+    (pair.results / stage).mkdir(parents=True, exist_ok=True)
     for lr, arms, seeds in STAGES[stage](pair):
         file = pair.file(stage, lr)
         run_trial(

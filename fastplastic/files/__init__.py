@@ -1,8 +1,15 @@
 """The only code that reads or writes files of weights, plans and profiles."""
 
 from fastplastic.files.atomic import atomic_write
-from fastplastic.files.checkpoint import Loaded, load_into, load_state_dict, save_state_dict
+from fastplastic.files.checkpoint import (
+    UNFITTED,
+    Loaded,
+    load_into,
+    load_state_dict,
+    save_state_dict,
+)
 from fastplastic.files.fields import SHARE, Check, integer, is_number, is_share, one_of
+from fastplastic.files.jsonable import plain
 from fastplastic.files.plan_file import StoredPlan, read_plan, write_plan
 from fastplastic.files.profile_file import (
     SCHEMA_VERSION,
@@ -14,6 +21,7 @@ from fastplastic.files.profile_file import (
 __all__ = [
     "SCHEMA_VERSION",
     "SHARE",
+    "UNFITTED",
     "Check",
     "Loaded",
     "StoredPlan",
@@ -25,6 +33,7 @@ __all__ = [
     "load_into",
     "load_state_dict",
     "one_of",
+    "plain",
     "read_plan",
     "read_profile",
     "save_state_dict",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -27,6 +27,8 @@ from fastplastic.model import fingerprint, output_layers
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _EXPECTED = "expected a state dict in safetensors or PyTorch format"
 _SHOWN = 3
+# What the metadata say of weights whose head was never trained.
+UNFITTED = {"head": "not fitted"}
 
 
 def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -62,11 +64,13 @@ class Loaded:
         dtypes: {name: dtype} of the tensors in the file; those of the model keep their own.
         kept: Names of the head's tensors that the model keeps, as those of the file do not fit.
         classes: Number of classes of the file's head, where it does not fit; None without one.
+        unfitted: Whether the file says of its head that it was never fitted.
     """
 
     dtypes: Mapping[str, torch.dtype]
     kept: tuple[str, ...] = ()
     classes: int | None = None
+    unfitted: bool = False
 
 
 def load_into(model: nn.Module, path: str | os.PathLike[str], *, own_head: bool = False) -> Loaded:
@@ -94,6 +98,20 @@ def load_into(model: nn.Module, path: str | os.PathLike[str], *, own_head: bool 
         kept, classes = _unfit_head(model, own, state)
         state = {name: value for name, value in state.items() if name not in kept}
         state |= {name: own[name] for name in kept if name in own}
+    _check_fit(model, own, state, path)
+    # Names were compared above: what strict loading would still refuse is tied or a counter.
+    model.load_state_dict(state, strict=False)
+    kept = tuple(name for name in kept if name in own)
+    return Loaded(dtypes, kept, classes, unfitted=_says_unfitted(Path(path)))
+
+
+def _check_fit(
+    model: nn.Module,
+    own: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+) -> None:
+    """Raise FileError where tensors are missing, unexpected or of another shape."""
     missing = _missing(own, state)
     unexpected = [name for name in state if name not in own]
     mismatched = [
@@ -108,9 +126,13 @@ def load_into(model: nn.Module, path: str | os.PathLike[str], *, own_head: bool 
             f"{path} does not fit the model: of {len(own)} tensors expected, "
             f"{', '.join(problems)}: {_way_out(model, mismatched, missing + unexpected)}"
         )
-    # Names were compared above: what strict loading would still refuse is tied or a counter.
-    model.load_state_dict(state, strict=False)
-    return Loaded(dtypes, tuple(name for name in kept if name in own), classes)
+
+
+def _says_unfitted(path: Path) -> bool:
+    if not is_safetensors(path):
+        return False
+    with safe_open(path, "pt") as file:
+        return UNFITTED.items() <= (file.metadata() or {}).items()
 
 
 def _unfit_head(

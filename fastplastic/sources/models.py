@@ -95,7 +95,11 @@ def create_model(
         if checkpoint is None:
             return LoadedModel(model, name, "random")
         loaded = load_into(model, checkpoint, own_head=bool(num_classes))
-        head = fresh_head(num_classes or 0, loaded.classes) if loaded.kept else ""
+        head = ""
+        if loaded.kept:
+            head = fresh_head(num_classes or 0, loaded.classes)
+        elif loaded.unfitted:
+            head = "of the weights, which was not fitted yet"
         weights = f"checkpoint: {checkpoint}"
         return LoadedModel(model, name, weights, dtypes=loaded.dtypes, head=head)
 

@@ -2,6 +2,7 @@
 
 from fastplastic.trials.arms import BASELINE, Arm, Dose, parse_arm, with_controls
 from fastplastic.trials.compare import DEFAULT_ARMS, FineTuning, finetune, run_trial, trial
+from fastplastic.trials.evidence import Advice, advise, better_than_random
 from fastplastic.trials.loop import evaluate, train
 from fastplastic.trials.outcome import outcome_of
 from fastplastic.trials.prepare import norms_of
@@ -17,6 +18,7 @@ from fastplastic.trials.task import Task, TrialData, digest_of
 __all__ = [
     "BASELINE",
     "DEFAULT_ARMS",
+    "Advice",
     "Arm",
     "ArmResult",
     "Comparison",
@@ -30,6 +32,8 @@ __all__ = [
     "Trial",
     "TrialData",
     "TrialRun",
+    "advise",
+    "better_than_random",
     "digest_of",
     "evaluate",
     "figures",

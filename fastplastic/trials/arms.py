@@ -25,7 +25,7 @@ _GRAMMAR = (
     "expected CRITERION@RATIO[:OPTION+OPTION...] such as dormant@0.3:zero+compensate or swr@0.05, "
     "or recalibrate, shrink-perturb, fresh, remove"
 )
-_SWITCHES = ("compensate", "recalibrate")
+_SWITCHES = ("compensate", "recalibrate", "refit")
 # Options with a value: which field they are.
 _PATTERNS = {"in": "include", "not": "exclude"}
 _NUMBERS = {"max": "max_layer_fraction", "shrink": "shrink"}
@@ -43,6 +43,7 @@ class Dose:
         outgoing: What becomes of the outgoing weights of units.
         compensate: Add what they contributed on average to the biases.
         recalibrate: Measure the running statistics of fresh norm channels.
+        refit: Fit the head once more behind what has changed.
         init: Law of the fresh weights.
         shrink: Factor by which all other weights but those of the head are shrunk, with a little
             noise added, as in `shrink_perturb_`; None leaves them.
@@ -59,6 +60,7 @@ class Dose:
     outgoing: str = "zero"
     compensate: bool = False
     recalibrate: bool = False
+    refit: bool = False
     init: str = "default"
     shrink: float | None = None
     scope: str = "global"

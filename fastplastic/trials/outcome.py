@@ -15,6 +15,8 @@ from fastplastic.trials.statistics import Comparison, compare, estimate, holm
 from fastplastic.trials.verdict import verdict_of
 
 _NEVER = math.inf
+# The figures that are tested, each a field `NAME_tests` of the result.
+_TESTED = ("final", "best", "area", "saved")
 
 
 def outcome_of(arms: Sequence[Arm], runs: Sequence[TrialRun], settings: Mapping[str, Any]) -> Trial:
@@ -37,9 +39,16 @@ def _result(arm: Arm, by_arm: Mapping[str, Sequence[TrialRun]]) -> ArmResult:
     others += [control] if control and by_arm.get(control) else []
     curves = np.array([_whole(run) for run in runs])
     losses = np.mean([_padded(run, run.loss) for run in runs], axis=0).tolist()
-    baseline = {run.seed: run.accuracy[-1] for run in by_arm.get(BASELINE, ())}
-    shares = [_share(run, baseline[run.seed]) for run in runs if run.seed in baseline]
+    goals = {run.seed: run.accuracy[-1] for run in by_arm.get(BASELINE, ())}
+    shares = [_share(run, goals[run.seed]) for run in runs if run.seed in goals]
     middle = float(np.median(shares)) if shares else math.nan
+    values = _figures(goals)
+    figures: dict[str, Any] = {}
+    for figure in _TESTED:
+        found = values[figure]
+        known = [run for run in runs if figure != "saved" or run.seed in goals]
+        figures[figure] = estimate([found(run) for run in known]) if known else None
+        figures[f"{figure}_tests"] = _tests(known, others, by_arm, found)
     checked = [run.validation for run in runs if run.validation is not None]
     return ArmResult(
         name=arm.name,
@@ -49,17 +58,23 @@ def _result(arm: Arm, by_arm: Mapping[str, Sequence[TrialRun]]) -> ArmResult:
         steps=tuple(_steps(runs)),
         curve=tuple(curves.mean(axis=0).tolist()),
         loss_curve=tuple(x if math.isfinite(x) else None for x in losses),
-        final=estimate([final_of(run) for run in runs]),
-        best=estimate([max(run.accuracy) for run in runs]),
-        area=estimate([area_of(run) for run in runs]),
         steps_to_baseline=middle if math.isfinite(middle) else None,
         reached=sum(share < _NEVER for share in shares),
-        final_tests=_tests(runs, others, by_arm, final_of),
-        area_tests=_tests(runs, others, by_arm, area_of),
         validation=float(np.mean(checked)) if checked else None,
         cost=_cost(runs),
         count=float(np.mean([run.count for run in runs])),
+        **figures,
     )
+
+
+def _figures(goals: Mapping[int, float]) -> dict[str, Callable[[TrialRun], float]]:
+    """Return what the figures of a run are computed by, larger ones the better."""
+    return {
+        "final": final_of,
+        "best": lambda run: max(run.accuracy),
+        "area": area_of,
+        "saved": lambda run: 1.0 - min(1.0, _share(run, goals[run.seed])),
+    }
 
 
 def _tests(
@@ -69,8 +84,9 @@ def _tests(
     figure: Callable[[TrialRun], float],
 ) -> tuple[Comparison, ...]:
     found = []
+    seeds = {run.seed for run in runs}
     for name in others:
-        theirs = {run.seed: figure(run) for run in by_arm.get(name, ())}
+        theirs = {run.seed: figure(run) for run in by_arm.get(name, ()) if run.seed in seeds}
         both = [run for run in runs if run.seed in theirs]
         if both:
             ours = [figure(run) for run in both]
@@ -84,13 +100,11 @@ def _corrected(results: Sequence[ArmResult]) -> list[ArmResult]:
     Arms that re-initialise are the question of a trial; controls are there to explain the answer,
     and more of them must not make it less certain.
     """
+    fields = [f"{figure}_tests" for figure in _TESTED]
+    corrected = [{field: _correct(arm, field, results) for field in fields} for arm in results]
     return [
-        replace(
-            arm,
-            final_tests=_correct(arm, "final_tests", results),
-            area_tests=_correct(arm, "area_tests", results),
-        )
-        for arm in results
+        replace(arm, **tests)  # type: ignore[arg-type]
+        for arm, tests in zip(results, corrected, strict=True)
     ]
 
 

@@ -112,6 +112,11 @@ class Start:
         if arm.kind == "recalibrate" and (self._settings.norms_first or not norms_of(self.model)):
             why = "all arms begin so" if norms_of(self.model) else "the model has no BatchNorm"
             raise InputError(f"arm {arm.name}: {why}: leave it out, or norms_first")
+        if arm.kind == "remove" and arm.dose is not None and arm.dose.refit:
+            raise InputError(
+                f"arm {arm.name}: a head that is fitted again would read what is removed: leave "
+                "refit out, or remove"
+            )
         if arm.dose is not None and arm.kind == "reinit":
             with _named(arm):
                 self.plan(arm.dose)
@@ -165,6 +170,8 @@ class Start:
                 recalibrate=dose.recalibrate, seed=self.seed,
                 batches=self._profiled() if compensate or dose.recalibrate else None,
             )  # fmt: skip
+            if dose.refit:
+                fit_head(model, self.data.plain)
         if hold is not None:
             hold()
         seconds = {

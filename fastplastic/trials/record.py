@@ -1,13 +1,12 @@
 """What a trial found, as values: one result for each arm, and all of them."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastplastic.files import atomic_write
+from fastplastic.files import atomic_write, plain
 from fastplastic.trials.results import TrialRun
 from fastplastic.trials.statistics import Comparison, Estimate
 
@@ -33,8 +32,12 @@ class ArmResult:
             baseline's end for the first time, between points by a straight line; None where half
             of the runs never got there.
         reached: Number of runs that got there.
+        saved: Share of the updates that are left when the accuracy is that of the baseline's end
+            for the first time, 0 for runs that never got there; None without runs of the baseline.
         final_tests: Comparisons of `final`, with the baseline and the random control.
+        best_tests: The same of `best`.
         area_tests: The same of `area`.
+        saved_tests: The same of `saved`.
         validation: Mean accuracy on the images that arms are chosen by, or None.
         cost: Time of profile, plan and re-initialisation as a share of the training; None without.
         count: Units or weights that were treated, mean over seeds.
@@ -50,10 +53,13 @@ class ArmResult:
     final: Estimate
     best: Estimate
     area: Estimate
+    saved: Estimate | None
     steps_to_baseline: float | None
     reached: int
     final_tests: tuple[Comparison, ...]
+    best_tests: tuple[Comparison, ...]
     area_tests: tuple[Comparison, ...]
+    saved_tests: tuple[Comparison, ...]
     validation: float | None
     cost: float | None
     count: float
@@ -90,17 +96,9 @@ class Trial:
             "settings": self.settings, "arms": [asdict(arm) for arm in self.arms],
             "runs": [asdict(run) for run in self.runs],
         }  # fmt: skip
-        return dict(_plain(found))
+        return dict(plain(found))
 
     def save(self, path: str | Path, *, force: bool = False) -> None:
         """Write it as JSON; FileError when the file exists or cannot be written."""
         with atomic_write(path, force) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastplastic.errors import FileError
+from fastplastic.files import plain
 from fastplastic.trials.settings import differences
 
 _VERSION = 1
@@ -195,16 +196,7 @@ def _run(path: Path, number: int, entry: dict[str, Any]) -> TrialRun:
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:
-    return (json.dumps(_finite(entry), allow_nan=False) + "\n").encode()
-
-
-def _finite(value: Any) -> Any:
-    """Return the value with None for numbers that JSON does not have."""
-    if isinstance(value, float):
-        return value if value - value == 0 else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+    return (json.dumps(plain(entry), allow_nan=False) + "\n").encode()
 
 
 @contextmanager

@@ -77,8 +77,11 @@ def run_arms(
                 start.check(arm)
         for arm in open_arms:
             run, model = _one(start, arm, settings, clock.of(arm, seed))
-            keep(run, model)
-            results.add(run)
+            try:
+                keep(run, model)
+            finally:
+                # Weights that cannot be kept do not cost the run.
+                results.add(run)
             clock.finished(run)
 
 

@@ -4,7 +4,7 @@ The numbers are those of a short fine-tuning run, the same for every arm.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any
 
@@ -103,6 +103,3 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterable
             yield from (f"{name}.{text}" for text in differences(one, other))
         elif one != other:
             yield f"{name} is {one!r} there, {other!r} here"
-
-
-FIELDS = tuple(item.name for item in fields(TrainSettings))

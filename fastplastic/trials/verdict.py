@@ -19,6 +19,7 @@ def _sentence(arm: ArmResult, by_name: Mapping[str, ArmResult]) -> str:
     if against is None:
         return f"{arm.name}: there is no baseline to compare with"
     text = f"{arm.name}: {_compared(against, 'the baseline')}"
+    text += _sooner(arm)
     diverged = f"; it diverged in {arm.diverged} of {len(arm.seeds)} runs" if arm.diverged else ""
     control = tests.get(False)
     if against.shown > 0 and control is not None:
@@ -53,6 +54,16 @@ def _controlled(test: Comparison) -> str:
     if test.shown < 0:
         return f"but as many at random do better by {100 * -test.difference.mean:.1f} points"
     return f"whether the choice does better than as many at random is not shown ({_gain(test)})"
+
+
+def _sooner(arm: ArmResult) -> str:
+    """Say after which share of the updates the arm is where the baseline ends, if that is shown."""
+    shown = [test for test in arm.saved_tests if test.against == BASELINE and test.shown > 0]
+    if not shown or arm.steps_to_baseline is None:
+        return ""
+    share = f"{100 * arm.steps_to_baseline:.0f} % of the updates"
+    p = shown[0].corrected
+    return f"; where the baseline ends it is after {share}" + (f" (p {_p(p)})" if p else "")
 
 
 def _alternatives(arm: ArmResult, by_name: Mapping[str, ArmResult]) -> str:

@@ -50,3 +50,7 @@ def settings(**values: object) -> TrainSettings:
 def task(**values: object) -> Task:
     given = {"model": small, "data": lambda seed: data(), "fresh": lambda seed: small(100 + seed)}
     return Task(**given | values)
+
+
+def with_norm():
+    return task(model=lambda seed: small(seed, norm=True))
