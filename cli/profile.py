@@ -1,12 +1,17 @@
 """`fastplastic profile`: run data through a model and show where it has lost plasticity."""
 
 import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from fastplastic.cli.following import after_profile
 from fastplastic.cli.options import ProfileOptions
 from fastplastic.cli.outputs import STDOUT, write_json
 from fastplastic.cli.session import Measured, measure
 from fastplastic.cli.terminal import console, follow
+
+if TYPE_CHECKING:
+    from fastplastic.trials import Advice
 
 
 def run(options: ProfileOptions) -> None:
@@ -20,8 +25,10 @@ def run(options: ProfileOptions) -> None:
     schema = measured.profile.to_dict(
         model=options.model, weights=measured.loaded.weights, data=measured.source.name
     )
+    advice = _advice(measured)
     if options.json:
-        write_json(options.json, schema, force=options.force)
+        values = dict(schema) | ({"advice": asdict(advice)} if advice else {})
+        write_json(options.json, values, force=options.force)
     if options.quiet or options.json == STDOUT:
         return
     from fastplastic.cli import render
@@ -29,16 +36,14 @@ def run(options: ProfileOptions) -> None:
 
     out = console(sys.stdout)
     out.print(render.profile(report_of(measured.profile, measured.facts), out.width))
-    advice = _advice(measured)
     if advice:
         out.print()
-        out.print(render.facts([("advice", advice)]))
+        out.print(render.facts([("advice", advice.text)]))
     follow(out, after_profile(options))
 
 
-def _advice(measured: Measured) -> str:
-    """Return whether re-initialisation is likely to help; "" for weights that are not trained."""
+def _advice(measured: Measured) -> "Advice | None":
+    """Return whether re-initialisation is likely to help; None for weights that are not trained."""
     from fastplastic.trials import advise
 
-    found = None if measured.loaded.weights == "random" else advise(measured.profile)
-    return found.text if found else ""
+    return None if measured.loaded.weights == "random" else advise(measured.profile)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -183,3 +184,14 @@ def test_no_color(run, monkeypatch):
     assert "\x1b[33m" in run("profile", *SMALL).output
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b[33m" not in run("profile", *SMALL).output
+
+
+def test_trained_weights_get_advice(run):
+    torch.save(weights_before(seed=5), "weights.pth")
+    trained = (MODEL, "--checkpoint", "weights.pth", *SMALL[2:])
+    text = " ".join(run("profile", *trained).output.split())
+    assert re.search(r"advice re-initialisation is (not )?likely to help: \d+ % of the units", text)
+    advice = json.loads(run("profile", *trained, "--json", "-").output)["advice"]
+    assert 0 <= advice["share"] <= 1 and " ".join(advice["text"].split()) in text
+    assert "advice" not in run("profile", *SMALL).output
+    assert "advice" not in json.loads(run("profile", *SMALL, "--json", "-").output)

@@ -5,7 +5,7 @@ import torch
 from helpers.tuned import TRAIN, settings, task, with_norm
 
 from fastplastic.errors import InputError
-from fastplastic.trials import Arm, run_trial, with_controls
+from fastplastic.trials import Arm, parse_arm, run_trial, with_controls
 from fastplastic.trials.prepare import Start
 from fastplastic.trials.probe import fit_head
 
@@ -99,3 +99,16 @@ def test_a_dose_can_fit_the_head_again():
     torch.testing.assert_close(plain.model[-1].weight, refit.model[-1].weight, rtol=0, atol=0)
     with pytest.raises(InputError, match=r"arm remove:dormant.*leave refit out, or remove"):
         run_trial(task(), with_controls(["dormant@0.2:fresh+refit", "remove"]), [0], settings())
+
+
+@pytest.mark.parametrize("text", ["shrink-perturb", "dormant@0.2:fresh+refit"])
+def test_norms_are_measured_anew_behind_what_has_changed(text):
+    arm = parse_arm(text)
+    first, without = (
+        Start(with_norm(), settings(norms_first=norms), 0).prepare(arm).model
+        for norms in (True, False)
+    )
+    x = first[0](TRAIN.tensors[0]).detach()
+    torch.testing.assert_close(first[1].running_mean, x.mean(0))
+    y = without[0](TRAIN.tensors[0]).detach()
+    assert not torch.allclose(without[1].running_mean, y.mean(0))

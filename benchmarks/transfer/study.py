@@ -252,7 +252,8 @@ def final(pair: Pair) -> Iterator[tuple[float, list[Arm], list[int]]]:
     seeds = list(range(pair.get("seeds")))
     alone = pair.get("alone", entry["alone"])
     is_first = pair == pair.first
-    removed = [f"remove:{parse_arm(chosen[0]).name}"] * is_first
+    # What is removed cannot be read again.
+    removed = [f"remove:{chosen[0].replace('+refit', '')}"] * is_first
     wanted = list(dict.fromkeys([*chosen, *usual(pair), *alone, *removed]))
     for factor in pair.get("factors", entry["rates"] if is_first else [1.0]):
         texts = wanted if factor == 1 else [chosen[0], "fresh"]

@@ -43,7 +43,8 @@ class Dose:
         outgoing: What becomes of the outgoing weights of units.
         compensate: Add what they contributed on average to the biases.
         recalibrate: Measure the running statistics of fresh norm channels.
-        refit: Fit the head once more behind what has changed.
+        refit: Fit the head once more behind what has changed, and measure the norms anew where all
+            arms begin so.
         init: Law of the fresh weights.
         shrink: Factor by which all other weights but those of the head are shrunk, with a little
             noise added, as in `shrink_perturb_`; None leaves them.

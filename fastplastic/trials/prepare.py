@@ -64,7 +64,7 @@ class Start:
         self._batches: list[Any] = []
         if settings.norms_first and norms_of(self.model):
             with self._timed("norms"), self._precision():
-                recalibrate_norms(self.model, self.data.plain)
+                self._measure_norms(self.model)
         if settings.probe_first:
             with self._timed("probe"), self._precision():
                 fit_head(self.model, self.data.plain)
@@ -171,6 +171,7 @@ class Start:
                 batches=self._profiled() if compensate or dose.recalibrate else None,
             )  # fmt: skip
             if dose.refit:
+                self._measure_norms(model)
                 fit_head(model, self.data.plain)
         if hold is not None:
             hold()
@@ -187,6 +188,13 @@ class Start:
         names = [name for name, module in model.named_modules() if id(module) in heads]
         given = {} if factor is None else {"shrink": factor}
         shrink_perturb_(model, exclude=names, seed=self.seed, **given)
+        with self._precision():
+            self._measure_norms(model)
+
+    def _measure_norms(self, model: nn.Module) -> None:
+        """Measure all norms anew where all arms begin so: what is changed needs it again."""
+        if self._settings.norms_first and norms_of(model):
+            recalibrate_norms(model, self.data.plain)
 
     def _profiled(self) -> list[Any]:
         """Return the batches that are profiled, whole ones, kept in memory."""
