@@ -37,6 +37,13 @@ def test_dead_units_are_what_it_goes_by():
     assert f"it helped in {helped} of {cases}" in healthy.text
 
 
+def test_units_that_cannot_die_say_little():
+    model = network(0)
+    assert "says little here" not in advise(profiled(model)).text
+    model[1] = nn.GELU()
+    assert advise(profiled(model)).text.endswith("so that this says little here")
+
+
 def test_there_is_none_without_units_to_re_initialise():
     assert advise(profiled(nn.Sequential(nn.Linear(8, 4)))) is None
 

@@ -32,7 +32,10 @@ def test_the_tables_are_those_of_the_results(report):
 def test_what_the_package_says_is_what_the_study_found(report):
     import predict
 
-    found = {"advice": predict.advice(list(predict.cases())), "criteria": predict.criteria()}
+    cases = list(predict.cases())
+    text = predict.README.read_text()
+    assert predict.inserted(text, "cases", predict.tables(cases)) == text
+    found = {"advice": predict.advice(cases), "criteria": predict.criteria()}
     assert json.loads(predict.FILE.read_text()) == found, (
         "run python benchmarks/transfer/predict.py"
     )

@@ -21,7 +21,7 @@ from itertools import pairwise
 from statistics import mean, pstdev
 from typing import Any
 
-from report import finals, gains_over_random, row
+from report import README, finals, gains_over_random, inserted, row
 from scipy import stats
 from study import HERE, usual
 
@@ -189,16 +189,17 @@ def _is_better(gains: Mapping[str, Sequence[float]]) -> bool:
 
 
 def main() -> None:
-    """Print the cases, and write or compare what the package says."""
+    """Write or compare what the package says, and the cases in README.md."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args()
     found = list(cases())
-    print(tables(found))
+    readme = inserted(README.read_text(), "cases", tables(found))
     text = json.dumps({"advice": advice(found), "criteria": criteria()}, indent=2) + "\n"
     if options.check:
-        sys.exit(FILE.read_text() != text)
+        sys.exit(FILE.read_text() != text or README.read_text() != readme)
     FILE.write_text(text)
+    README.write_text(readme)
 
 
 if __name__ == "__main__":

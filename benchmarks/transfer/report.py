@@ -244,11 +244,16 @@ def readme(found: Sequence[Final], config: dict[str, object]) -> str:
     }  # fmt: skip
     text = README.read_text()
     for name, content in parts.items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        before, _, rest = text.partition(begin)
-        _, _, after = rest.partition(end)
-        text = f"{before}{begin}{content}\n{end}{after}"
+        text = inserted(text, name, content)
     return text
+
+
+def inserted(text: str, name: str, content: str) -> str:
+    """Return a text with what stands between the marks of a name made anew."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}{content}\n{end}{after}"
 
 
 def main() -> None:

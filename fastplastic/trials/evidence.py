@@ -65,7 +65,17 @@ def advise(profile: Profile) -> Advice | None:
         f"project's own trials. On networks that the limit was not set by, this rule was wrong in "
         f"{wrong} of {of} cases: fastplastic trial tells for your task"
     )
+    if share < limit and _mortal(profile) < 0.5:
+        text += (
+            ". Most of its units have no ReLU and hardly ever die, so that this says little here"
+        )
     return Advice(share, limit, text)
+
+
+def _mortal(profile: Profile) -> float:
+    """Return the share of the units that can be re-initialised which have a ReLU."""
+    layers = [(int(layer.hidden.sum()), layer.activation.startswith("relu")) for layer in profile]
+    return sum(units for units, relu in layers if relu) / sum(units for units, _ in layers)
 
 
 def better_than_random(granularity: str, criterion: str) -> tuple[int, int] | None:
