@@ -1,6 +1,5 @@
 """`fastplastic trial`: fine-tune in several arms side by side, and say which is better."""
 
-import json
 import shlex
 import shutil
 import sys
@@ -123,16 +122,14 @@ class _Kept:
         """Write the weights where no run of the arm was better on the validation images."""
         if self._options.output is None or run.validation is None or run.diverged_at is not None:
             return
-        from fastplastic.files import atomic_write, save_state_dict
+        from fastplastic.files import read_metadata, save_state_dict
 
         file = self._file(run.arm)
-        score = file.with_suffix(".json")
-        best = json.loads(score.read_text())["validation"] if score.exists() else -1.0
+        best = float(read_metadata(file)["validation"]) if file.exists() else -1.0
         if run.validation > best:
             self._folder.mkdir(exist_ok=True)
-            save_state_dict(file, model, force=True, dtypes=self._loaded.dtypes)
-            with atomic_write(score, force=True) as temporary:
-                temporary.write_text(json.dumps({"validation": run.validation, "seed": run.seed}))
+            score = {"validation": repr(run.validation), "seed": str(run.seed)}
+            save_state_dict(file, model, force=True, dtypes=self._loaded.dtypes, metadata=score)
 
     def write(self, trial: "Trial") -> None:
         """Copy the weights of the chosen arm to their place."""

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastplastic.errors import FileError, InputError
-from fastplastic.files import UNFITTED, checkpoint
+from fastplastic.files import UNFITTED, checkpoint, read_metadata
 from fastplastic.files.checkpoint import (
     fingerprint,
     load_into,
@@ -307,3 +307,14 @@ def test_a_file_tells_that_its_head_was_not_fitted(tmp_path):
     torch.save(model.state_dict(), tmp_path / "c.pt")
     for name in ("b.safetensors", "c.pt"):
         assert not load_into(model, tmp_path / name).unfitted
+
+
+def test_metadata_of_a_file(tmp_path):
+    save_state_dict(tmp_path / "a.safetensors", small(), metadata={"validation": "0.5"})
+    assert read_metadata(tmp_path / "a.safetensors")["validation"] == "0.5"
+    torch.save(small().state_dict(), tmp_path / "b.pt")
+    assert read_metadata(tmp_path / "b.pt") == {}
+    (tmp_path / "c.safetensors").write_bytes(b"nonsense")
+    for name in ("c.safetensors", "missing.pt"):
+        with pytest.raises(FileError, match="cannot be read"):
+            read_metadata(tmp_path / name)

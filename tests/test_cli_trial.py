@@ -7,6 +7,7 @@ import torch
 from helpers.pictures import folder
 from safetensors.torch import load_file
 
+from fastplastic.files import read_metadata
 from fastplastic.trials import Results
 
 MODEL = ("test_resnet", "--no-pretrained", "--img-size", "32")
@@ -51,6 +52,13 @@ def test_a_trial_from_start_to_end(run, data, tmp_path):
     )
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert len(lines(tmp_path / "trial-test_resnet.jsonl")) == 7
+    # Beside the results lies the best run of every arm, and each file says how good it is.
+    kept = [read_metadata(file) for file in (tmp_path / "trial-test_resnet.weights").iterdir()]
+    bests = [
+        max(run["validation"] for run in report["runs"] if run["arm"] == arm["name"])
+        for arm in report["arms"]
+    ]
+    assert sorted(float(found["validation"]) for found in kept) == sorted(bests)
 
 
 def test_a_second_time_nothing_is_run_again(run, data, tmp_path):

@@ -32,6 +32,8 @@ from fastplastic.trials.evidence import FILE
 _LEVEL = 0.05
 # Fewer seeds do not tell.
 _SEEDS = 5
+# Nor do fewer settings of a criterion.
+_SETTINGS = 3
 # The figure that advice is given by: it needs no gradients, and is the plainest of them.
 _FIGURE = "dead"
 
@@ -80,7 +82,8 @@ def _figures(trial: Trial) -> dict[str, float]:
     baselines = [run for run in trial.runs if run.arm == BASELINE]
     names = set.intersection(*(set(run.figures) for run in baselines))
     found = {name: mean(run.figures[name] for run in baselines) for name in sorted(names)}
-    return found | {"loss": mean(run.loss[0] or math.inf for run in baselines)}
+    losses = [math.inf if run.loss[0] is None else run.loss[0] for run in baselines]
+    return found | {"loss": mean(losses)}
 
 
 def auc(scores: Sequence[float], helped: Sequence[bool]) -> float:
@@ -172,20 +175,25 @@ def advice(found: Sequence[Case]) -> dict[str, Any]:
 def criteria() -> dict[str, dict[str, list[int]]]:
     """Return {granularity: {criterion: [networks on which it was better than random, networks]}}.
 
-    Better is a mean gain above 0 over the settings of the screening, p < 0.05.
+    Better is a mean gain above 0 over the settings of the screening, p < 0.05. A network counts
+    where there are enough finished settings to show it.
     """
     config = tomllib.loads((HERE / "study.toml").read_text())
     counts: dict[str, dict[str, list[int]]] = {"unit": {}, "weight": {}}
     for (granularity, criterion), by_network in sorted(gains_over_random(config).items()):
-        better = [_is_better(gains) for gains in by_network.values()]
-        counts[granularity][criterion] = [sum(better), len(better)]
+        seeds = len(config["screen"]["seeds"])
+        finished = [
+            [mean(values) for values in gains.values() if len(values) == seeds]
+            for gains in by_network.values()
+        ]
+        better = [_is_better(means) for means in finished if len(means) >= _SETTINGS]
+        if better:
+            counts[granularity][criterion] = [sum(better), len(better)]
     return counts
 
 
-def _is_better(gains: Mapping[str, Sequence[float]]) -> bool:
-    means = [mean(values) for values in gains.values()]
-    p = stats.ttest_1samp(means, 0.0).pvalue if len(means) > 1 else 1.0
-    return bool(mean(means) > 0 and p < _LEVEL)
+def _is_better(means: Sequence[float]) -> bool:
+    return bool(mean(means) > 0 and stats.ttest_1samp(means, 0.0).pvalue < _LEVEL)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from fastplastic.files.checkpoint import (
     Loaded,
     load_into,
     load_state_dict,
+    read_metadata,
     save_state_dict,
 )
 from fastplastic.files.fields import SHARE, Check, integer, is_number, is_share, one_of
@@ -34,6 +35,7 @@ __all__ = [
     "load_state_dict",
     "one_of",
     "plain",
+    "read_metadata",
     "read_plan",
     "read_profile",
     "save_state_dict",

@@ -102,7 +102,7 @@ def load_into(model: nn.Module, path: str | os.PathLike[str], *, own_head: bool 
     # Names were compared above: what strict loading would still refuse is tied or a counter.
     model.load_state_dict(state, strict=False)
     kept = tuple(name for name in kept if name in own)
-    return Loaded(dtypes, kept, classes, unfitted=_says_unfitted(Path(path)))
+    return Loaded(dtypes, kept, classes, unfitted=UNFITTED.items() <= read_metadata(path).items())
 
 
 def _check_fit(
@@ -128,11 +128,20 @@ def _check_fit(
         )
 
 
-def _says_unfitted(path: Path) -> bool:
-    if not is_safetensors(path):
-        return False
-    with safe_open(path, "pt") as file:
-        return UNFITTED.items() <= (file.metadata() or {}).items()
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Return the metadata of a weight file; none for a file that is not safetensors.
+
+    Raises:
+        FileError: The file is missing or corrupt.
+    """
+    path = Path(path)
+    try:
+        if not is_safetensors(path):
+            return {}
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise FileError(f"{path}: cannot be read ({_line(error)}): get it anew") from error
 
 
 def _unfit_head(

@@ -23,17 +23,14 @@ class Advice:
     Attributes:
         share: Share of the units that can be re-initialised which are dead.
         limit: Share from which on it helped.
+        helps: Whether it is likely to help.
         text: The advice and how far it is to be trusted, in words.
     """
 
     share: float
     limit: float
+    helps: bool
     text: str
-
-    @property
-    def helps(self) -> bool:
-        """Whether it is likely to help."""
-        return self.share >= self.limit
 
 
 @cache
@@ -55,21 +52,20 @@ def advise(profile: Profile) -> Advice | None:
         return None
     share, known = found["dead"], _evidence()["advice"]
     limit = known["limit"]
-    helped, cases = known["above" if share >= limit else "below"]
-    side = "above" if share >= limit else "below"
-    wrong, of = known["wrong"]
-    word = "likely to help" if share >= limit else "not likely to help"
+    helps = share >= limit
+    side, word = ("above", "likely") if helps else ("below", "not likely")
+    (helped, cases), (wrong, of) = known[side], known["wrong"]
     text = (
-        f"re-initialisation is {word}: {100 * share:.0f} % of the units that it could take are "
-        f"dead, and {side} {100 * limit:.0f} % it helped in {helped} of {cases} cases of the "
+        f"re-initialisation is {word} to help: {100 * share:.0f} % of the units that it could take "
+        f"are dead, and {side} {100 * limit:.0f} % it helped in {helped} of {cases} cases of the "
         f"project's own trials. On networks that the limit was not set by, this rule was wrong in "
         f"{wrong} of {of} cases: fastplastic trial tells for your task"
     )
-    if share < limit and _mortal(profile) < 0.5:
+    if not helps and _mortal(profile) < 0.5:
         text += (
             ". Most of its units have no ReLU and hardly ever die, so that this says little here"
         )
-    return Advice(share, limit, text)
+    return Advice(share, limit, helps, text)
 
 
 def _mortal(profile: Profile) -> float:

@@ -64,7 +64,7 @@ class Start:
         self._batches: list[Any] = []
         if settings.norms_first and norms_of(self.model):
             with self._timed("norms"), self._precision():
-                self._measure_norms(self.model)
+                recalibrate_norms(self.model, self.data.plain)
         if settings.probe_first:
             with self._timed("probe"), self._precision():
                 fit_head(self.model, self.data.plain)
