@@ -114,7 +114,7 @@ def resets(model: nn.Module, profile: fastplastic.Profile, data: Batches) -> Non
     """Print the loss before and after each kind of reset."""
     kinds = ("zero", "zero, compensated", "small", "fresh", "keep")
     rows = []
-    for name, kind in itertools.product(("dormant", "plasticity", "contribution", "random"), kinds):
+    for name, kind in itertools.product(("dormant", "contribution", "random"), kinds):
         plan = fastplastic.plan(profile, criterion=name, ratio=RATIO)
         more = {"outgoing": kind.partition(",")[0], "compensate": "," in kind}
         rows.append((f"units, {name}", kind, *losses(model, plan, data, **more)))

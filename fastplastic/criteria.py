@@ -203,21 +203,6 @@ def adaptable_contribution(stats: LayerStats) -> Tensor:
     return zero_contribution(stats) / size.where(size > 0, torch.nan)
 
 
-def plasticity(stats: LayerStats) -> Tensor:
-    """Return the larger of two shares: not flat, and gradient, each over its mean in the layer.
-
-    Small only for a unit that is saturated AND has an insignificant gradient: either alone may be
-    harmless. A saturated unit with a usual gradient still learns at the positions that are left,
-    and a small gradient of an unsaturated one may say that it is right already. The first is
-    (1 - share of positions with abs(f'(z)) <= 0.01), the second mean abs(dw) of the incoming
-    weights as in GraMa; dividing by the layer's mean makes layers and activation functions
-    comparable. The score and its threshold of 0.1 are ours. NaN for a layer that no gradient
-    reaches.
-    """
-    live = 1 - stats.flat_share
-    return torch.maximum(live / live.nanmean(), gradient(stats))
-
-
 def random(stats: LayerStats, layer: ScoredLayer) -> Tensor:
     """Return uniform numbers in [0, 1) fixed by (seed, layer name, unit): the control.
 
@@ -281,10 +266,6 @@ CRITERIA: dict[str, Criterion] = {
         Criterion(
             "adaptable_contribution", lambda stats, _: adaptable_contribution(stats), "small", None,
             "activations", "Dohare et al., Nature 2024", "zero_contribution / mean abs(w_in)",
-        ),
-        Criterion(
-            "plasticity", lambda stats, _: plasticity(stats), "small", 0.1, "gradients",
-            "ours", "max of (1 - flat share) and mean abs(dw), each / its mean over the layer",
         ),
         Criterion(
             "random", random, "small", None, "nothing",

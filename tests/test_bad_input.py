@@ -133,9 +133,7 @@ def test_an_empty_profile(model, found):
     refused(model, lambda: plan(replace(found, layers=()), ratio=0.1), *parts)
 
 
-@pytest.mark.parametrize(
-    "criterion", ["gradient", "activation_gradient", "first_order", "plasticity"]
-)
+@pytest.mark.parametrize("criterion", ["gradient", "activation_gradient", "first_order"])
 def test_a_profile_without_gradients(model, without_gradients, criterion):
     to_h = criterion == "activation_gradient"
     why = "no gradient to their activation was seen" if to_h else "no gradient reaches them"

@@ -81,7 +81,7 @@ def test_activation_gradient_is_relative_to_the_mean_of_the_layer():
     assert equal(criteria.activation_gradient(stats), [0.5, 1.5, NAN])
 
 
-@pytest.mark.parametrize("name", ["gradient", "activation_gradient", "first_order", "plasticity"])
+@pytest.mark.parametrize("name", ["gradient", "activation_gradient", "first_order"])
 def test_a_layer_that_no_gradient_reaches_is_unknown(name):
     reached_by_none = layer_stats(
         3, n=[4, 4, 4], n_flat=[0, 1, 4], n_g=[9, 9, 9], n_dw=[10, 10, 10], n_dw_out=[5, 5, 5]
@@ -141,18 +141,6 @@ def test_phi_scales_the_range_of_the_function():
     assert CRITERIA["phi"].unknown == "only tanh, hardtanh, sigmoid, hardsigmoid have one"
 
 
-def test_plasticity_is_small_only_where_both_are():
-    # Usual; saturated alone; small gradient alone; both.
-    stats = layer_stats(
-        4, n=[10] * 4, n_flat=[5, 10, 5, 10], n_dw=[10] * 4, sum_abs_dw=[10, 10, 0.1, 0.1]
-    )
-    live = np.array([0.5, 0, 0.5, 0]) / 0.25
-    size = np.array([10, 10, 0.1, 0.1]) / 5.05
-    assert equal(criteria.plasticity(stats), np.maximum(live, size))
-    passing = criteria.plasticity(stats) <= CRITERIA["plasticity"].threshold
-    assert passing.tolist() == [False, False, False, True]
-
-
 def test_random_is_fixed_by_seed_layer_and_unit():
     scores = criteria.random(layer_stats(1000), ScoredLayer("blocks.0", seed=7))
     assert scores.dtype == torch.float64 and 0 <= scores.min() and scores.max() < 1
@@ -189,7 +177,6 @@ def test_the_registry_holds_the_defaults_of_the_sources():
         "contribution": ("small", None),
         "zero_contribution": ("small", None),
         "adaptable_contribution": ("small", None),
-        "plasticity": ("small", 0.1),
         "random": ("small", None),
     }
 

@@ -116,7 +116,7 @@ def detached_branch() -> nn.Module:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("criterion", ["gradient", "activation_gradient", "plasticity"])
+@pytest.mark.parametrize("criterion", ["gradient", "activation_gradient"])
 @pytest.mark.parametrize("build", [frozen_layer, detached_branch])
 def test_gradient_criteria_leave_out_a_layer_without_gradient_and_say_so(build, criterion):
     found = profile(build(), [batch()])
