@@ -1,6 +1,8 @@
 """`fastplastic finetune`: probe, profile, plan, re-initialise, train, and write the weights."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +10,7 @@ from fastplastic.cli.outputs import STDOUT, write_json
 from fastplastic.cli.terminal import console, share_progress
 from fastplastic.cli.training import learner
 from fastplastic.cli.training_options import FinetuneOptions
-from fastplastic.errors import InputError
+from fastplastic.errors import FingerprintError, InputError
 
 if TYPE_CHECKING:
     from fastplastic import FineTuning, Plan
@@ -18,10 +20,12 @@ def run(options: FinetuneOptions) -> None:
     """Fine-tune a model after re-initialising what no longer learns, and write the weights.
 
     Fits the head if it is new, profiles the model on training images, re-initialises what a plan or
-    --ratio says, and trains. --no-reinit only trains, for a fair comparison; fastplastic trial
-    makes such comparisons with several seeds.
+    --ratio says, and trains. With neither, and no --arm, it takes the arm that fastplastic trial
+    takes, dormant@0.3:zero+compensate+recalibrate. --no-reinit only trains, for a fair comparison;
+    fastplastic trial makes such comparisons with several seeds.
 
-    For example: fastplastic finetune resnet50 --data DIR --ratio 0.3 -o resnet50-tuned.safetensors
+    For example: fastplastic finetune resnet50 --data DIR --ratio 0.3 --compensate --recalibrate -o
+    resnet50-tuned.safetensors
     """
     options.check()
     from fastplastic.files import save_state_dict
@@ -32,7 +36,7 @@ def run(options: FinetuneOptions) -> None:
     plan = _plan(options)
     loaded = learner(options)
     splits = loaded.splits
-    with share_progress(quiet=options.quiet) as told:
+    with share_progress(quiet=options.quiet) as told, _plan_of_this(options, splits.num_classes):
         tuned = finetune(
             loaded.model, splits.train, splits.test, arm=arm, plan=plan,
             settings=loaded.settings,
@@ -43,7 +47,9 @@ def run(options: FinetuneOptions) -> None:
             f"--lr {options.lr:g}: the loss was not finite at update {tuned.run.diverged_at}, so "
             "nothing is written: take a smaller rate"
         )
-    save_state_dict(options.output, loaded.model, options.force, dtypes=loaded.dtypes)
+    save_state_dict(
+        options.output, loaded.model, options.force, dtypes=loaded.dtypes, metadata=loaded.metadata
+    )
     if options.json:
         write_json(options.json, _report(options, tuned), force=options.force)
     if options.quiet or options.json == STDOUT:
@@ -53,6 +59,18 @@ def run(options: FinetuneOptions) -> None:
     out = console(sys.stdout)
     facts = (*loaded.facts, ("reinit", _reset(tuned, arm.name)), ("seed", str(options.seed)))
     out.print(trial_view.tuned(tuned, facts, str(options.output)))
+
+
+@contextmanager
+def _plan_of_this(options: FinetuneOptions, classes: int) -> Iterator[None]:
+    """Say what a plan has to be made with to be one for this model."""
+    try:
+        yield
+    except FingerprintError as error:
+        raise FingerprintError(
+            f"--plan {options.plan}: {error}: fastplastic plan {options.model} --num-classes "
+            f"{classes} with the same --checkpoint"
+        ) from error
 
 
 def _plan(options: FinetuneOptions) -> "Plan | None":
@@ -77,4 +95,5 @@ def _report(options: FinetuneOptions, tuned: "FineTuning") -> dict[str, Any]:
     return {
         "schema_version": 1, "model": options.model, "run": asdict(tuned.run),
         "before": asdict(tuned.before.totals), "after": asdict(tuned.after.totals),
+        "untreated": tuned.untreated,
     }  # fmt: skip

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from fastplastic.cli.following import after_profile
 from fastplastic.cli.options import ProfileOptions
 from fastplastic.cli.outputs import STDOUT, write_json
-from fastplastic.cli.session import Measured, measure
-from fastplastic.cli.terminal import console, follow
+from fastplastic.cli.session import Measured, measure, precision
+from fastplastic.cli.terminal import console, follow, progress
 
 if TYPE_CHECKING:
     from fastplastic.trials import Advice
@@ -25,7 +25,7 @@ def run(options: ProfileOptions) -> None:
     schema = measured.profile.to_dict(
         model=options.model, weights=measured.loaded.weights, data=measured.source.name
     )
-    advice = _advice(measured)
+    advice = _advice(options, measured)
     if options.json:
         values = dict(schema) | ({"advice": asdict(advice)} if advice else {})
         write_json(options.json, values, force=options.force)
@@ -42,8 +42,21 @@ def run(options: ProfileOptions) -> None:
     follow(out, after_profile(options))
 
 
-def _advice(measured: Measured) -> "Advice | None":
-    """Return whether re-initialisation is likely to help; None for weights that are not trained."""
-    from fastplastic.trials import advise
+def _advice(options: ProfileOptions, measured: Measured) -> "Advice | None":
+    """Return whether re-initialisation is likely to help; None for weights that are not trained.
 
-    return None if measured.loaded.weights == "random" else advise(measured.profile)
+    Where fine-tuning would begin by measuring the norms anew, the advice is by what is dead then.
+    """
+    import fastplastic
+    from fastplastic.trials import advise, recalibrate_norms
+
+    if measured.loaded.weights == "random":
+        return None
+    if not measured.norms_of_other_data:
+        return advise(measured.profile)
+    model, source = measured.loaded.model, measured.source
+    # The model is not read any more after this.
+    with precision(options), progress(len(source), quiet=options.quiet, text="advice") as done:
+        recalibrate_norms(model, source)
+        found = fastplastic.profile(model, source, backward=False, progress=done)
+    return advise(found)

@@ -382,7 +382,7 @@ def criteria(rows: Iterable[Sequence[str]]) -> RenderableType:
         "make and read the unit, dw: gradient to a weight. flat: abs(f'(z)) <= 0.01. Means are "
         "over samples and positions. candidates: the scores that are re-initialised first. "
         "A threshold of weights is a multiple of the mean score of their tensor. beats random: on "
-        "how many of the networks that benchmarks/transfer screens it ended above as many at "
-        "random (p < 0.05)."
+        "how many of the networks that benchmarks/transfer screens the accuracy after fine-tuning "
+        "was above that of as many units at random (p < 0.05)."
     )
     return stacked(table, Text(words, style="dim"))

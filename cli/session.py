@@ -25,6 +25,11 @@ class Measured:
     source: "DataSource"
     facts: tuple[tuple[str, str], ...]
 
+    @property
+    def norms_of_other_data(self) -> bool:
+        """Whether fine-tuning on these data begins by measuring the norms anew."""
+        return _norms_of_other_data(self.loaded, self.source)
+
 
 def device_of(name: str | None) -> "torch.device":
     """Return the torch device with this name, by default cuda where there is one; InputError."""
@@ -172,7 +177,20 @@ def _facts(
             "loss only, so gradients say little until a head is fitted"
         )
         pairs.append(("head", text))
+    if loaded.weights != "random" and _norms_of_other_data(loaded, source):
+        text = (
+            "the statistics of BatchNorm are those of the weights; trial and finetune measure them "
+            "anew on your images first, and count other units then"
+        )
+        pairs.append(("norms", text))
     return tuple(pairs)
+
+
+def _norms_of_other_data(loaded: "LoadedModel", source: "DataSource") -> bool:
+    from fastplastic.trials import norms_of
+
+    new_head = bool(loaded.head or loaded.model.num_classes != source.num_classes)
+    return new_head and bool(norms_of(loaded.model))
 
 
 def measure_for(options: SelectOptions, *, pretrained: bool | None) -> Measured:

@@ -1,6 +1,7 @@
 """What `trial` and `finetune` share: the model with a head for the data, and the data."""
 
 import copy
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,12 @@ class Learner:
     def copy(self) -> "nn.Module":
         """Return a model of its own."""
         return copy.deepcopy(self.model)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Return what a file of its weights says: the classes, and what images it takes."""
+        classes, config = self.splits.classes, dict(self.splits.input_config)
+        return {"label_names": json.dumps(classes), "pretrained_cfg": json.dumps(config)}
 
 
 def learner(options: TrainingOptions, *, validation_share: float = 0.0) -> Learner:

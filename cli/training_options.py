@@ -315,7 +315,7 @@ class FinetuneOptions(Treatment, LayerChoice, UnitSelection, TrainingOptions):
         self._check_one_way()
         if self.plan and not self.plan.is_file():
             raise FileError(f"--plan {self.plan}: no such file: make one with fastplastic plan")
-        if self._selected:
+        if self._selected or (self._treated and not self.plan):
             self.check_selection()
         self.check_layers()
         self.check_treatment(self.granularity)

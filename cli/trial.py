@@ -5,7 +5,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 def run(options: TrialOptions) -> None:
     """Fine-tune a model in several arms under one budget, and say which is better.
 
-    The baseline, what you name with --arm, and for each dose as many units at random: each with
+    The baseline, what you name with --arm (by default dormant@0.3:zero+compensate+recalibrate), and
+    for each dose as many units at random: each with
     several seeds, the same batches in the same order, and nothing chosen by the test images. Every
     finished run is kept in a file, so that the same command goes on after an interruption.
 
@@ -79,7 +80,7 @@ def _task(options: TrialOptions, loaded: Learner) -> "Task":
     data = TrialData(splits.train, splits.test, splits.plain, splits.validation)
     facts = {
         "model": options.model, "weights": loaded.digest, "data": options.data,
-        "images": splits.digest, "sizes": dict(splits.sizes), "batch_size": options.batch_size,
+        "sizes": dict(splits.sizes), "images": splits.digest, "batch_size": options.batch_size,
         "augmentation": asdict(options.splits().augmentation), "model_kwargs": loaded.keywords,
         "layers": options.common(),
     }  # fmt: skip
@@ -129,7 +130,10 @@ class _Kept:
         if run.validation > best:
             self._folder.mkdir(exist_ok=True)
             score = {"validation": repr(run.validation), "seed": str(run.seed)}
-            save_state_dict(file, model, force=True, dtypes=self._loaded.dtypes, metadata=score)
+            save_state_dict(
+                file, model, force=True, dtypes=self._loaded.dtypes,
+                metadata=self._loaded.metadata | score,
+            )  # fmt: skip
 
     def write(self, trial: "Trial") -> None:
         """Copy the weights of the chosen arm to their place."""
@@ -152,8 +156,9 @@ class _Kept:
         if self._options.output is None or trial.chosen is None:
             return ()
         arm = trial[trial.chosen]
-        text = f"{self._options.output}: {arm.name}, best by {arm.validation:.3f} on validation"
+        text = f"{self._options.output}: {arm.name}, best on validation: mean {arm.validation:.3f}"
         kept = f"{self._folder}: of every arm; no longer needed when the trial is over"
+        text += "; the weights of its best seed"
         return (("file", text), ("weights", kept))
 
     def _file(self, arm: str) -> Path:
@@ -163,7 +168,8 @@ class _Kept:
 
 def _following(options: TrialOptions, trial: "Trial", arms: "tuple[Arm, ...]") -> str:
     """Return the command to type next: fine-tuning with what was shown to be better, or without."""
-    line: list[Any] = ["fastplastic", "finetune", *arguments(options, TrainingOptions)]
+    again = replace(options, force=False)
+    line: list[Any] = ["fastplastic", "finetune", *arguments(again, TrainingOptions)]
     better = [
         arm
         for arm in trial.arms

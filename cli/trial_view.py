@@ -1,5 +1,6 @@
 """From a trial to what a person reads: pure functions that return rich renderables."""
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -16,15 +17,16 @@ if TYPE_CHECKING:
 _BARS = "▁▂▃▄▅▆▇█"
 _ALWAYS = ("arm", "curve", "end", "mean")
 # Left out one after the other where a terminal is narrow, and how wide an arm's name has to be.
-_LEAST = ("best", "cost", "mean", "steps", "to random", "curve")
+_LEAST = ("best", "reset", "cost", "mean", "steps", "to random", "curve")
 _ARM, _GAP = 24, 3
 _LEGEND = (
-    "accuracy on the test images: at the end, at best, the mean over the run, with half of the "
-    "95 % interval over seeds; curve: from the start to the end, all arms on one scale. to "
+    "end, best, mean: accuracy on the test images at the end, at best, over the run, with half of "
+    "the 95 % interval over seeds; curve: from the start to the end, all arms on one scale. to "
     "baseline, to random: paired difference of the accuracy at the end in points; * p < 0.05 after "
     "Holm's correction. steps: share of the updates after which the accuracy is that of the "
-    "baseline's end, * likewise, against the baseline's own. cost: profile, plan and "
-    "re-initialisation as a share of the training time."
+    "baseline's end, * likewise, against the baseline's own. reset: units or weights, "
+    "mean over seeds. cost: profile, plan and re-initialisation as a share of the training time. "
+    "Columns that have no room are left out: --json has all."
 )
 
 
@@ -59,6 +61,7 @@ def _table(found: "Trial", width: int) -> Table:
         if sum(sizes.values()) + _GAP * (len(kept) - 1) <= width:
             break
         kept = [name for name in kept if name != title]
+    taken = sum(sizes[name] for name in kept if name != "arm") + _GAP * (len(kept) - 1)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for title in kept:
         left = title in ("arm", "curve")
@@ -66,8 +69,20 @@ def _table(found: "Trial", width: int) -> Table:
             title, justify="left" if left else "right", no_wrap=title != "arm", overflow="fold"
         )
     for number in range(len(found.arms)):
-        table.add_row(*(Text(rows[title][number]) for title in kept))
+        cells = {title: rows[title][number] for title in kept}
+        cells["arm"] = broken(cells["arm"], max(width - taken, _ARM))
+        table.add_row(*map(Text, cells.values()))
     return table
+
+
+def broken(name: str, width: int) -> str:
+    """Return the name of an arm in lines of a width, broken behind ":" and "+"."""
+    lines = [""]
+    for part in re.findall(r"[^:+]+[:+]?", name):
+        if lines[-1] and len(lines[-1] + part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _columns(found: "Trial") -> dict[str, list[str]]:
@@ -85,6 +100,7 @@ def _columns(found: "Trial") -> dict[str, list[str]]:
             "to baseline": _difference(tests.get(True)),
             "to random": _difference(tests.get(False)),
             "steps": _steps(arm),
+            "reset": f"{arm.count:,.0f}" if arm.count else "",
             "cost": "" if arm.cost is None else percent(arm.cost),
             "diverged": f"{arm.diverged} of {len(arm.seeds)}" if arm.diverged else "",
         }
@@ -95,7 +111,10 @@ def _columns(found: "Trial") -> dict[str, list[str]]:
 
 def _estimate(found: "Estimate") -> str:
     mean = f"{100 * found.mean:.1f}"
-    return mean if found.high is None else f"{mean} ±{100 * (found.high - found.mean):.1f}"
+    if found.high is None:
+        return mean
+    half = 100 * (found.high - found.mean)
+    return f"{mean} ±{half:.1f}" if half <= 100 else f"{mean} ±>100"
 
 
 def _difference(test: "Comparison | None") -> str:
@@ -118,18 +137,22 @@ def tuned(found: "FineTuning", header: Sequence[tuple[str, str]], written: str) 
     seconds = run.seconds
     parts = [key for key in seconds if key != "train"]
     spent = ", ".join(f"{key} {seconds[key]:.1f} s" for key in [*parts, "train"])
+    titles = ["on the test images", "before", "after"]
     rows = [
-        ("accuracy", f"{100 * run.accuracy[0]:.1f} %", f"{100 * run.accuracy[-1]:.1f} %"),
-        ("loss", _number(run.loss[0]), _number(run.loss[-1])),
+        ["accuracy", percent(run.accuracy[0]), percent(run.accuracy[-1])],
+        ["loss", _number(run.loss[0]), _number(run.loss[-1])],
     ]
     before, after = found.before.totals, found.after.totals
     for name in ("dead", "frozen", "dormant"):
-        pair = (count(getattr(before, name)), count(getattr(after, name)))
-        rows.append((f"{name} units", *pair))
+        rows.append([f"{name} units", count(getattr(before, name)), count(getattr(after, name))])
+    if found.untreated is not None:
+        titles.insert(2, "re-initialised")
+        rows[0].insert(1, percent(found.untreated["accuracy"]))
+        rows[1].insert(1, _number(found.untreated["loss"]))
+        for row in rows[2:]:
+            row.insert(2, "")
     below = [("curve", curve), ("time", spent), ("file", written)]
-    return stacked(
-        facts(header), table_of(("on the test images", "before", "after"), rows), facts(below)
-    )
+    return stacked(facts(header), table_of(titles, rows), facts(below))
 
 
 def _number(loss: float | None) -> str:

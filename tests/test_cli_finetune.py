@@ -6,7 +6,7 @@ import timm
 import torch
 from helpers.pictures import folder
 
-from fastplastic.files import load_state_dict
+from fastplastic.files import load_state_dict, read_metadata
 
 MODEL = ("test_resnet", "--no-pretrained", "--img-size", "32")
 QUICK = ("--epochs", "1", "-b", "8", "--evals", "2", "--profile-images", "16")
@@ -38,12 +38,17 @@ def test_from_a_checkpoint_of_other_classes_to_a_tuned_model(run, data, tmp_path
     assert tuned.get_classifier().out_features == 3
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["run"]["count"] == chosen and set(report["before"]) == set(report["after"])
+    before = report["untreated"]["accuracy"]
+    (row,) = re.findall(r"^accuracy +(\S+) % +(\S+) % +(\S+) %$", output, re.MULTILINE)
+    curve = report["run"]["accuracy"]
+    assert row == tuple(f"{100 * share:.1f}" for share in (before, curve[0], curve[-1]))
+    assert json.loads(read_metadata("tuned.safetensors")["label_names"]) == ["a", "b", "c"]
 
 
 def test_without_reinit_it_is_the_baseline_of_a_trial(run, data, tmp_path):
     arguments = (*MODEL, "--data", data, *QUICK)
     code, output, _ = run("finetune", *arguments, "--no-reinit", "-o", "plain.safetensors")
-    assert code == 0 and "none (--no-reinit)" in output
+    assert code == 0 and "none (--no-reinit)" in output and "re-initialised" not in output
     run("trial", *arguments, "--seeds", 1, "--json", "trial.json", "-q", "--arm", "dormant@0.1")
     run("finetune", *arguments, "--no-reinit", "-o", "b.safetensors", "--json", "b.json", "-q")
     trial = json.loads((tmp_path / "trial.json").read_text())
@@ -69,6 +74,15 @@ def test_a_plan_is_applied(run, data, tmp_path):
     with open("p.json") as file:
         count = json.load(file)["count"]
     assert f"p.json: {count} of" in output
+
+
+def test_a_plan_for_another_head_says_what_it_has_to_be_made_with(run, data):
+    run("plan", *MODEL, "--batches", 1, "--ratio", "0.1", "-o", "p.json")
+    code, _, error = run(
+        "finetune", *MODEL, "--data", data, *QUICK, "--plan", "p.json", "-o", "t.safetensors"
+    )
+    assert code == 3 and "--plan p.json: the plan is for the model with fingerprint" in error
+    assert "fastplastic plan test_resnet --num-classes 3" in error
 
 
 def test_options_say_the_same_as_an_arm(run, data):
@@ -113,6 +127,8 @@ def test_a_rate_that_diverges_writes_nothing(run, data, tmp_path):
         (("-o", "a.safetensors", "--arm", "swr@0.1", "--shrink", "0.5"), "--shrink beside --arm"),
         (("-o", "a.safetensors", "--ratio", "0.1", "--threshold", "1"), "both of --ratio"),
         (("-o", "a.safetensors", "--criterion", "dormant"), "neither of --ratio and --threshold"),
+        (("-o", "a.safetensors", "--recalibrate"), "neither of --ratio and --threshold"),
+        (("-o", "a.safetensors", "--shrink", "0.5"), "neither of --ratio and --threshold"),
     ],
 )
 def test_bad_options_are_refused_before_anything_slow(run, data, monkeypatch, arguments, said):

@@ -1,5 +1,6 @@
 """A checkpoint of other classes than the data: all but its head is taken."""
 
+import json
 import shlex
 
 import pytest
@@ -46,9 +47,24 @@ def test_profile_plan_and_reinit_take_all_but_the_head(run, base, data, tmp_path
 def test_without_a_number_of_classes_it_is_measured_behind_another_head(run, base, data):
     outcome = run("profile", *base, "--data", data)
     assert outcome.code == 0
-    assert "the model has 1000 classes: a fresh head of 3 was used for the loss only" in (
-        " ".join(outcome.output.split())
-    )
+    said = " ".join(outcome.output.split())
+    assert "the model has 1000 classes: a fresh head of 3 was used for the loss only" in said
+    assert "the statistics of BatchNorm are those of the weights" in said
+
+
+def test_advice_is_by_what_is_dead_behind_norms_of_the_new_images(run, tmp_path, data):
+    """Wrong statistics make every unit look dead, and fine-tuning measures them anew."""
+    model = timm.create_model("test_resnet")
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean += 1e4
+    torch.save(model.state_dict(), tmp_path / "base.pt")
+    options = ("test_resnet", "--checkpoint", "base.pt", *SMALL, "--data", data)
+    code, _, error = run("profile", *options, "--json", "a.json", "-q")
+    assert code == 0, error
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["totals"]["dead"] > 0.5 * found["totals"]["units"]
+    assert found["advice"]["share"] < 0.1
 
 
 def test_the_next_command_leads_to_a_tuned_model(run, base, data):

@@ -42,7 +42,7 @@ def test_a_trial_from_start_to_end(run, data, tmp_path):
         in output
     )
     assert output.splitlines()[-1].startswith("next: fastplastic finetune test_resnet")
-    assert error.count("\n") == 6 and "run 6 of 6" in error
+    assert len(re.findall(r"run \d of 6", error)) == 6
     report = json.loads((tmp_path / "a.json").read_text())
     assert len(report["runs"]) == 6 and report["chosen"] in {a["name"] for a in report["arms"]}
     assert (tmp_path / "a.svg").read_text().lstrip().startswith("<?xml")
@@ -59,6 +59,8 @@ def test_a_trial_from_start_to_end(run, data, tmp_path):
         for arm in report["arms"]
     ]
     assert sorted(float(found["validation"]) for found in kept) == sorted(bests)
+    assert json.loads(kept[0]["label_names"]) == sorted(p.name for p in (data / "val").iterdir())
+    assert json.loads(kept[0]["pretrained_cfg"])["input_size"] == [3, 32, 32]
 
 
 def test_a_second_time_nothing_is_run_again(run, data, tmp_path):
@@ -172,3 +174,26 @@ def test_a_file_of_something_else_is_left_alone(run, data, tmp_path):
     )
     assert code == 3 and "line 1 is no JSON object" in error
     assert (tmp_path / "notes.txt").read_text() == "my notes\n"
+
+
+def test_long_names_of_arms_are_broken_where_an_option_ends():
+    from fastplastic.cli.trial_view import broken
+
+    name = "dormant@0.3:zero+compensate+recalibrate"
+    assert broken(name, 40) == name
+    assert broken(name, 24) == "dormant@0.3:zero+\ncompensate+recalibrate"
+    assert broken(name, 3).replace("\n", "") == name
+
+
+def test_the_next_command_overwrites_nothing(run, data):
+    (data / ".." / "a.json").write_text("{}")
+    arguments = ("trial", *MODEL, "--data", data, *QUICK, *ARM, "--seeds", 1)
+    code, output, _ = run(*arguments, "--json", "a.json", "--force")
+    assert code == 0 and "--force" not in output
+
+
+def test_resuming_with_other_images_names_their_numbers(run, data):
+    arguments = ("trial", *MODEL, "--data", data, *QUICK, *ARM, "--seeds", 1)
+    assert run(*arguments, "-o", "best.safetensors").code == 0
+    code, _, error = run(*arguments)
+    assert code == 3 and "sizes.train is" in error and "sizes.validation is" in error

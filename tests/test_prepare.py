@@ -2,10 +2,18 @@
 
 import pytest
 import torch
-from helpers.tuned import TRAIN, settings, task, with_norm
+from helpers.tuned import TRAIN, data, settings, small, task, with_norm
 
 from fastplastic.errors import InputError
-from fastplastic.trials import Arm, parse_arm, run_trial, with_controls
+from fastplastic.trials import (
+    Arm,
+    Task,
+    TrainSettings,
+    TrialData,
+    parse_arm,
+    run_trial,
+    with_controls,
+)
 from fastplastic.trials.prepare import Start
 from fastplastic.trials.probe import fit_head
 
@@ -112,3 +120,20 @@ def test_norms_are_measured_anew_behind_what_has_changed(text):
     torch.testing.assert_close(first[1].running_mean, x.mean(0))
     y = without[0](TRAIN.tensors[0]).detach()
     assert not torch.allclose(without[1].running_mean, y.mean(0))
+
+
+def test_the_profiled_images_do_not_depend_on_what_was_drawn_before():
+    def start():
+        shuffled = TrialData(data().train, data().test, data().train)
+        task = Task(lambda seed: small(), lambda seed: shuffled)
+        return Start(task, TrainSettings(epochs=1, profile_images=32), seed=3)
+
+    one, other = start(), start()
+    torch.manual_seed(99)
+    torch.randn(7)
+    for ours, theirs in zip(one._profiled(), other._profiled(), strict=True):
+        assert torch.equal(ours[0], theirs[0])
+    torch.manual_seed(5)
+    late = start()
+    torch.randn(3)
+    assert torch.equal(late._profiled()[0][0], one._profiled()[0][0])

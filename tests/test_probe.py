@@ -88,8 +88,36 @@ def test_what_cannot_be_fitted():
     with pytest.raises(InputError, match="no batches to fit the head to"):
         fit_head(small(), [])
     with pytest.raises(InputError, match="has no classifier to fit"):
-        fit_head(torch.nn.Sequential(torch.nn.ReLU()), data().plain)
+        fit_head(
+            torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 3), torch.nn.ReLU()),
+            data().plain,
+        )
     broken = small()
     broken[0].weight.data[0, 0] = torch.nan
     with pytest.raises(InputError, match="expected finite features"):
         fit_head(broken, data().plain)
+
+
+class Plain(torch.nn.Module):
+    """A model that does not say which layer is its head; the 1 x 1 convolution is flattened."""
+
+    def __init__(self, flattened: bool) -> None:
+        super().__init__()
+        self.flattened = flattened
+        self.out = torch.nn.Conv2d(8, 3, 1) if flattened else torch.nn.Linear(8, 3)
+        self.body = torch.nn.Linear(6, 8)
+
+    def forward(self, x):
+        x = self.body(x.flatten(1)).relu()
+        return self.out(x[:, :, None, None]).flatten(1) if self.flattened else self.out(x)
+
+
+@pytest.mark.parametrize("flattened", [False, True])
+def test_the_head_of_any_model_is_the_layer_whose_output_it_returns(flattened):
+    torch.manual_seed(0)
+    model = Plain(flattened)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fit_head(model, data().plain)
+    same = {name for name, value in model.state_dict().items() if torch.equal(value, before[name])}
+    assert before.keys() - same == {"out.weight", "out.bias"}
+    assert not model.out._forward_hooks and not model.body._forward_hooks

@@ -38,6 +38,8 @@ def test_what_a_text_means():
         ("dormant@0", "ratio 0, expected more than 0 and at most 1"),
         ("dormant@1.5", "ratio 1.5, expected more than 0"),
         ("dormant@0.1:zeros", "no option 'zeros'"),
+        ("dormant@0.1:zero+fresh", "zero and fresh: drop one of the two"),
+        ("dormant@0.1:max=0.5+max=1", "max=0.5 and max=1: drop one of the two"),
         ("swr@0.1:compensate", "compensate is for units, not for weights"),
         ("swr@0.1:unit", "no criterion 'swr'"),
         ("dormant@0.1:fresh+compensate", "compensate needs outgoing zero or small"),

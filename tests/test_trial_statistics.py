@@ -93,7 +93,7 @@ def test_a_gain_is_shown():
     assert [test.shown for test in trial[DOSE].final_tests] == [1, 1]
     (text,) = trial.verdict
     assert text.startswith(f"{DOSE}: better than the baseline by +") and "6 seeds" in text
-    assert "and better than as many at random" in text
+    assert "better than as many at random" in text
 
 
 def test_no_gain_is_not_shown_and_its_size_is_bounded():
@@ -226,3 +226,35 @@ def test_the_verdict_says_how_much_sooner():
     assert "where the baseline ends it is after" not in made(0.0).verdict[0]
     (text,) = made(0.05).verdict
     assert "; where the baseline ends it is after " in text and " % of the updates (p " in text
+
+
+def test_too_few_seeds_are_called_too_few():
+    ends = {"baseline": (0.1, 0.9), DOSE: (0.9, 0.3), f"random:{DOSE}": (0.5, 0.5)}
+    runs = [run(name, seed, [0, 0, end[seed]]) for name, end in ends.items() for seed in (0, 1)]
+    (text,) = outcome_of(arms(DOSE), runs, {}).verdict
+    assert "2 seeds are too few to show any difference to the baseline: take more" in text
+
+
+def test_being_better_than_random_is_told_without_a_gain_over_the_baseline():
+    text = made(0.0, -0.1).verdict[0]
+    assert "no difference to the baseline shown" in text and "better than as many at random" in text
+
+
+def test_a_baseline_that_training_harms_is_a_note():
+    assert made(0.05).notes == ()
+    runs = [run(name, seed, [0.8, 0.7, 0.6 + seed / 100]) for name in ("baseline", DOSE)
+            for seed in (0, 1)]  # fmt: skip
+    (note,) = outcome_of(arms(DOSE), runs, {}).notes
+    assert note.startswith("the baseline ends 19.5 points below where it began")
+
+
+def test_an_arm_is_found_by_its_name_or_by_what_makes_it():
+    trial = made(0.05)
+    assert trial["dormant@0.30"] is trial[DOSE]
+    with pytest.raises(
+        KeyError, match=r"no arm 'swr@0\.1', expected one of baseline, dormant@0\.3:"
+    ):
+        trial["swr@0.1"]
+    with pytest.raises(KeyError, match="no arm 'nothing'"):
+        trial["nothing"]
+    assert repr(trial) == f"Trial(18 runs of baseline, {DOSE}, random:{DOSE})"

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastplastic.errors import InputError
+from fastplastic.model.batches import Batch, outputs_of
 from fastplastic.model.checks import fingerprint
+from fastplastic.model.left_as_found import undisturbed
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,19 @@ def loss_head(model: nn.Module, num_classes: int, seed: int = 0) -> Iterator[Len
             _place(model, name, head)
 
 
-def output_layers(model: nn.Module) -> list[nn.Linear | nn.Conv2d]:
-    """Return the layers that make the model's outputs; more than one where heads are averaged."""
+def output_layers(model: nn.Module, batch: Batch | None = None) -> list[nn.Linear | nn.Conv2d]:
+    """Return the layers that make the model's outputs; more than one where heads are averaged.
+
+    Args:
+        model: A timm model, which tells; or any other.
+        batch: With it a model that does not tell is run, in eval mode: the layer whose output it
+            returns is the one.
+    """
+    found = _named_by_timm(model)
+    return found if found or batch is None else _seen_at_the_end(model, batch)
+
+
+def _named_by_timm(model: nn.Module) -> list[nn.Linear | nn.Conv2d]:
     get = getattr(model, "get_classifier", None)
     found = get() if get is not None else ()
     blocks = list(found) if isinstance(found, tuple | list) else [found]
@@ -75,6 +88,30 @@ def output_layers(model: nn.Module) -> list[nn.Linear | nn.Conv2d]:
         inside = [part for part in block.modules() if isinstance(part, nn.Linear | nn.Conv2d)]
         layers += [last for last in inside[-1:] if not any(last is layer for layer in layers)]
     return layers
+
+
+def _seen_at_the_end(model: nn.Module, batch: Batch) -> list[nn.Linear | nn.Conv2d]:
+    made: list[tuple[nn.Linear | nn.Conv2d, Tensor]] = []
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        made.append((module, output))
+
+    layers = [part for part in model.modules() if isinstance(part, nn.Linear | nn.Conv2d)]
+    handles = [layer.register_forward_hook(keep) for layer in layers]
+    try:
+        with undisturbed(model), torch.no_grad():
+            model.eval()
+            end = outputs_of(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    # A view of it is the same output: a 1 x 1 convolution is flattened.
+    return [
+        layer
+        for layer, output in made
+        if isinstance(output, Tensor)
+        and (output.data_ptr(), output.numel()) == (end.data_ptr(), end.numel())
+    ]
 
 
 def _no_classifier(model: nn.Module) -> InputError:

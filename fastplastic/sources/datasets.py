@@ -1,6 +1,7 @@
 """Open folders and named datasets through timm, and say what their classes are."""
 
 import io
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,13 @@ def image_set_of(name: str, dataset: Any) -> tuple[ImageSet, tuple[str, ...]]:
     found = names or tuple(str(label) for label in range(1 + max(image_set.labels or [-1])))
     if len(found) < 2:
         raise FileError(
-            f"{name}: has {len(found)} class{'es' * (not found)} ({', '.join(found)}), "
-            "expected at least two class folders with images in each: rearrange the images"
+            f"{name}: has {_classes(found)}, expected at least two class folders with images in "
+            "each: rearrange the images, or name the folder that holds the class folders"
         )
     return image_set, found
+
+
+def _classes(names: Sequence[str]) -> str:
+    if not names:
+        return "0 classes"
+    return f"1 class ({names[0]})" if names[0] else "no class folders, only images"

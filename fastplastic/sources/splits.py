@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -59,7 +60,8 @@ class Splits:
         plain: Training images as for the test, class balanced in a fixed order.
         test: Images that curves are measured on.
         validation: Images to choose by, or None.
-        num_classes: Number of classes.
+        classes: Their names, in the order of the model's outputs.
+        input_config: How an image becomes a tensor: timm's data configuration.
         sizes: {"train": images, "test": ..., "validation": ...}.
         tested_on: Where the test images come from, in words.
         warnings: What a user must see.
@@ -70,11 +72,17 @@ class Splits:
     plain: RaisingLoader
     test: RaisingLoader
     validation: RaisingLoader | None
-    num_classes: int
+    classes: tuple[str, ...]
+    input_config: Mapping[str, Any]
     sizes: Mapping[str, int]
     tested_on: str
     warnings: tuple[str, ...]
     digest: str
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +137,8 @@ def split_data(
         plain=loaders.plain(train.images, [train.indices[i] for i in order]),
         test=loaders.plain(test.images, test.indices),
         validation=loaders.plain(validation.images, validation.indices) if validation else None,
-        num_classes=len(classes),
+        classes=tuple(classes),
+        input_config=shape.config,
         sizes={key: len(part.indices) for key, part in parts.items()},
         tested_on=tested_on,
         warnings=_duplicates(train, test, name),

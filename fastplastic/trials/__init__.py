@@ -5,7 +5,7 @@ from fastplastic.trials.compare import DEFAULT_ARMS, FineTuning, finetune, run_t
 from fastplastic.trials.evidence import Advice, advise, better_than_random
 from fastplastic.trials.loop import evaluate, train
 from fastplastic.trials.outcome import outcome_of
-from fastplastic.trials.prepare import norms_of
+from fastplastic.trials.prepare import norms_of, recalibrate_norms
 from fastplastic.trials.probe import fit_head
 from fastplastic.trials.profile_figures import figures
 from fastplastic.trials.record import ArmResult, Trial
@@ -42,6 +42,7 @@ __all__ = [
     "norms_of",
     "outcome_of",
     "parse_arm",
+    "recalibrate_norms",
     "run_trial",
     "train",
     "trial",

@@ -154,10 +154,14 @@ def _alone(text: str, kind: str, number: str | None) -> Arm:
 def _dose(text: str, criterion: str, ratio: str, options: list[str], common: Any) -> Dose:
     weights_only = criterion in WEIGHT_CRITERIA and criterion not in CRITERIA
     values: dict[str, Any] = {"granularity": "weight" if weights_only else "unit"} | common
+    said: dict[str, str] = {}
     for option in options:
         for field, value in _option(text, option).items():
             # Patterns add up.
             more = isinstance(value, tuple)
+            if field in said and not more and values[field] != value:
+                raise InputError(f"arm {text!r}: {said[field]} and {option}: drop one of the two")
+            said[field] = option
             values[field] = (*values.get(field, ()), *value) if more else value
     names = WEIGHT_CRITERIA if values["granularity"] == "weight" else CRITERIA
     if criterion not in names:

@@ -1,7 +1,7 @@
 """The public functions of this room: compare arms on a model, and fine-tune one."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from fastplastic.model import check_built
 from fastplastic.planning import Plan
 from fastplastic.reinit import ReinitReport
 from fastplastic.trials.arms import BASELINE, Arm, parse_arm, with_controls
-from fastplastic.trials.loop import check_budget, random_state_kept
+from fastplastic.trials.loop import check_budget, evaluate, random_state_kept
 from fastplastic.trials.outcome import outcome_of
 from fastplastic.trials.prepare import Prepared, Start
 from fastplastic.trials.record import Trial
@@ -56,8 +56,9 @@ def trial(
             or from the loader's own generator, which are seeded before each epoch.
         test: Yields (images, labels), each time the same.
         arms: Texts such as "dormant@0.3:zero+compensate", "swr@0.05", "recalibrate", "remove",
-            "shrink-perturb" or "fresh", or `Arm`s. The baseline is always among them, and so is
-            for each dose the control at random.
+            "shrink-perturb" or "fresh", or `Arm`s; by default the mild setting that
+            benchmarks/transfer tries on all networks. The baseline is always among them, and so
+            is for each dose the control at random.
         seeds: How many, or which; with one there is no interval.
         settings: The budget; by default 5 epochs of AdamW at 1e-3.
         plain: Training images without augmentation, each time the same; by default `train`.
@@ -95,6 +96,8 @@ class FineTuning:
         report: How, or None.
         before: Profile of the model before, behind its fitted head.
         after: Profile of the trained model on the same images.
+        untreated: {"accuracy": ..., "loss": ...} on the test images before anything was
+            re-initialised; None where nothing was.
     """
 
     run: TrialRun
@@ -102,6 +105,7 @@ class FineTuning:
     report: ReinitReport | None
     before: Profile
     after: Profile
+    untreated: Mapping[str, float] | None = None
 
 
 def finetune(
@@ -122,7 +126,9 @@ def finetune(
         model: The pretrained model, with a head for these classes, on the device to train on.
         train: As for `trial`.
         test: As for `trial`.
-        arm: A dose such as "dormant@0.3:zero+compensate", or "baseline" for none.
+        arm: A dose such as "dormant@0.3:zero+compensate", or "baseline" for none; by default that
+            of `trial`. Where plasticity is lost, "dormant@0.6:fresh+shrink=0.5+max=1" did better in
+            benchmarks/transfer, and harm where it is not.
         plan: A plan for this model to take instead of making one; the arm says how it is applied.
         settings: The budget.
         plain: As for `trial`.
@@ -143,11 +149,13 @@ def finetune(
     task = Task(lambda seed: model, lambda seed: data)
     with random_state_kept():
         start = Start(task, settings, seed)
-        before = start.profile()
-        prepared = Prepared(model) if chosen.dose is None else start.treat(chosen, plan)
+        before, prepared, untreated = start.profile(), Prepared(model), None
+        if chosen.dose is not None:
+            untreated = evaluate(model, start.data.test, settings)
+            prepared = start.treat(chosen, plan)
         run = train_prepared(start, prepared, chosen, settings, progress)
         after = start.profile_again()
-    return FineTuning(run, prepared.plan, prepared.report, before, after)
+    return FineTuning(run, prepared.plan, prepared.report, before, after, untreated)
 
 
 def run_trial(
@@ -168,7 +176,7 @@ def run_trial(
         run_arms(task, arms, seeds, settings, store, progress=progress, keep=keep)
     runs = [run for run in store.runs if run.seed in seeds]
     found = outcome_of(arms, runs, told)
-    return replace(found, notes=(store.note,)) if store.note else found
+    return replace(found, notes=(store.note, *found.notes)) if store.note else found
 
 
 def check_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:

@@ -45,7 +45,8 @@ def advise(profile: Profile) -> Advice | None:
     apart; its error is that on networks that were left out when the limit was set.
 
     Args:
-        profile: Of the model before fine-tuning, on training images of the new task.
+        profile: Of the model before fine-tuning, on training images of the new task; where that
+            begins by measuring the norms anew, behind those.
     """
     found = figures(profile)
     if "dead" not in found:

@@ -12,7 +12,7 @@ from fastplastic.trials.arms import BASELINE, Arm, control_name
 from fastplastic.trials.record import ArmResult, Trial
 from fastplastic.trials.results import TrialRun
 from fastplastic.trials.statistics import Comparison, compare, estimate, holm
-from fastplastic.trials.verdict import verdict_of
+from fastplastic.trials.verdict import notes_of, verdict_of
 
 _NEVER = math.inf
 # The figures that are tested, each a field `NAME_tests` of the result.
@@ -29,7 +29,8 @@ def outcome_of(arms: Sequence[Arm], runs: Sequence[TrialRun], settings: Mapping[
     # The first of equals, so that the baseline wins ties.
     chosen = max(known, key=lambda arm: arm.validation or 0.0).name if known else None
     kept = tuple(run for arm in present for run in by_arm[arm.name])
-    return Trial(tuple(results), kept, settings, verdict_of(results), chosen)
+    verdict, notes = verdict_of(results), notes_of(results)
+    return Trial(tuple(results), kept, settings, verdict, chosen, notes)
 
 
 def _result(arm: Arm, by_arm: Mapping[str, Sequence[TrialRun]]) -> ArmResult:

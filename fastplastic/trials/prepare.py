@@ -184,7 +184,8 @@ class Start:
 
     def _shrink(self, model: nn.Module, factor: float | None) -> None:
         """Shrink and perturb all but the head."""
-        heads = [id(head) for head in output_layers(model)]
+        batch = next(read_batches(self._profiled(), device_of(model)))
+        heads = [id(head) for head in output_layers(model, batch)]
         names = [name for name, module in model.named_modules() if id(module) in heads]
         given = {} if factor is None else {"shrink": factor}
         shrink_perturb_(model, exclude=names, seed=self.seed, **given)
@@ -200,6 +201,8 @@ class Start:
         """Return the batches that are profiled, whole ones, kept in memory."""
         if not self._batches:
             images = 0
+            # Where they come in random order, the same ones whatever has been drawn since.
+            seed_all(self.data.plain, self.seed, epoch=-1)
             for batch in self.data.plain:
                 self._batches.append(batch)
                 images += len(batch["labels"] if isinstance(batch, Mapping) else batch[1])

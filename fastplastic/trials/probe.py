@@ -40,11 +40,11 @@ def fit_head(model: nn.Module, batches: Iterable[Any]) -> float:
     Raises:
         InputError: There is no such layer, or no batch, or the features are not finite.
     """
-    heads = output_layers(model)
+    heads = output_layers(model, next(read_batches(batches, device_of(model)), None))
     if not heads:
         raise InputError(
             f"{type(model).__name__} has no classifier to fit, expected a Linear or a convolution "
-            "that makes the outputs: leave the probe out"
+            "that makes the outputs: leave the probe out, as with TrainSettings(probe_first=False)"
         )
     features, targets = _features(model, heads, batches)
     losses = [_fit(head, features[i], targets) for i, head in enumerate(heads)]

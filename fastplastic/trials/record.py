@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fastplastic.errors import InputError
 from fastplastic.files import atomic_write, plain
+from fastplastic.trials.arms import parse_arm
 from fastplastic.trials.results import TrialRun
 from fastplastic.trials.statistics import Comparison, Estimate
 
@@ -65,7 +68,7 @@ class ArmResult:
     count: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trial:
     """The outcome of a trial.
 
@@ -75,7 +78,7 @@ class Trial:
         settings: What settled the results.
         verdict: One sentence for each arm that re-initialises.
         chosen: Name of the best arm by the validation images, or None without any.
-        notes: What happened to the file of results, if anything.
+        notes: What a reader should know, one sentence each.
     """
 
     arms: tuple[ArmResult, ...]
@@ -86,15 +89,28 @@ class Trial:
     notes: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> ArmResult:
-        """Return an arm by its name."""
-        return next(arm for arm in self.arms if arm.name == name)
+        """Return an arm by its name, or by a text that makes it, such as "dormant@0.30".
+
+        Raises:
+            KeyError: The trial has no such arm; with the names that it has.
+        """
+        by_name = {arm.name: arm for arm in self.arms}
+        if name not in by_name:
+            with suppress(InputError):
+                name = parse_arm(name).name
+        if name not in by_name:
+            raise KeyError(f"no arm {name!r}, expected one of {', '.join(by_name)}")
+        return by_name[name]
+
+    def __repr__(self) -> str:
+        return f"Trial({len(self.runs)} runs of {', '.join(arm.name for arm in self.arms)})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as values that `json.dumps` takes."""
         found = {
             "schema_version": SCHEMA_VERSION, "verdict": self.verdict, "chosen": self.chosen,
-            "settings": self.settings, "arms": [asdict(arm) for arm in self.arms],
-            "runs": [asdict(run) for run in self.runs],
+            "notes": self.notes, "settings": self.settings,
+            "arms": [asdict(arm) for arm in self.arms], "runs": [asdict(run) for run in self.runs],
         }  # fmt: skip
         return dict(plain(found))
 

@@ -6,11 +6,30 @@ from fastplastic.trials.arms import BASELINE
 from fastplastic.trials.record import ArmResult
 from fastplastic.trials.statistics import Comparison
 
+# A baseline may end so far below its beginning by chance.
+_NOISE = 0.01
+
 
 def verdict_of(arms: Sequence[ArmResult]) -> tuple[str, ...]:
     """Return one sentence or two for every arm that re-initialises."""
     by_name = {arm.name: arm for arm in arms}
     return tuple(_sentence(arm, by_name) for arm in arms if arm.kind == "reinit")
+
+
+def notes_of(arms: Sequence[ArmResult]) -> tuple[str, ...]:
+    """Return what makes the comparison a poor one."""
+    lost = next((_lost(arm) for arm in arms if arm.name == BASELINE), 0.0)
+    if lost <= _NOISE:
+        return ()
+    return (
+        f"the baseline ends {100 * lost:.1f} points below where it began, so that a gain over it "
+        "says little: take a smaller learning rate or another budget",
+    )
+
+
+def _lost(arm: ArmResult) -> float:
+    """Return how far an arm ends below its beginning."""
+    return arm.curve[0] - arm.curve[-1]
 
 
 def _sentence(arm: ArmResult, by_name: Mapping[str, ArmResult]) -> str:
@@ -22,7 +41,7 @@ def _sentence(arm: ArmResult, by_name: Mapping[str, ArmResult]) -> str:
     text += _sooner(arm)
     diverged = f"; it diverged in {arm.diverged} of {len(arm.seeds)} runs" if arm.diverged else ""
     control = tests.get(False)
-    if against.shown > 0 and control is not None:
+    if control is not None and (against.shown > 0 or control.shown):
         text += f"; {_controlled(control)}"
     return text + diverged + _alternatives(arm, by_name)
 
@@ -42,6 +61,8 @@ def _compared(test: Comparison, other: str) -> str:
         word = "better" if test.shown > 0 else "worse"
         return f"{word} than {other} by {_gain(test)}, {seeds}"
     assert test.detectable is not None
+    if test.detectable > 1:
+        return f"{seeds} are too few to show any difference to {other}: take more"
     return (
         f"no difference to {other} shown ({_gain(test)}, {seeds}; an effect under "
         f"{100 * test.detectable:.1f} points would hardly have been seen)"
@@ -50,9 +71,9 @@ def _compared(test: Comparison, other: str) -> str:
 
 def _controlled(test: Comparison) -> str:
     if test.shown > 0:
-        return f"and better than as many at random by {_gain(test)}"
+        return f"better than as many at random by {_gain(test)}"
     if test.shown < 0:
-        return f"but as many at random do better by {100 * -test.difference.mean:.1f} points"
+        return f"as many at random do better by {100 * -test.difference.mean:.1f} points"
     return f"whether the choice does better than as many at random is not shown ({_gain(test)})"
 
 
