@@ -16,7 +16,7 @@ def report(monkeypatch):
     import report
 
     yield report
-    for name in ("predict", "report", "study", "networks", "data"):
+    for name in ("predict", "measure", "report", "variants", "study", "networks", "data"):
         sys.modules.pop(name, None)
 
 

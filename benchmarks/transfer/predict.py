@@ -6,13 +6,11 @@
 Every network on every target of the finals is one case. It is helped where one of the settings that
 are the same for all networks ends significantly better than the baseline, or does better over the
 run.
-The figures are those of the profile before anything was done, `fastplastic.trials.figures`, and the
-loss on the test images behind the fitted head, which is the start of the baseline.
+The figures are those of measure.py, before anything was done.
 """
 
 import argparse
 import json
-import math
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,11 +19,14 @@ from itertools import pairwise
 from statistics import mean, pstdev
 from typing import Any
 
+from measure import measured
 from report import README, finals, gains_over_random, inserted, row
 from scipy import stats
 from study import HERE, usual
 
-from fastplastic.trials import BASELINE, Trial
+from fastplastic.criteria import CRITERIA, WEIGHT_CRITERIA
+from fastplastic.errors import FastPlasticError
+from fastplastic.trials import BASELINE
 from fastplastic.trials.evidence import FILE
 
 # Of the tests of criteria against random.
@@ -74,16 +75,10 @@ def cases() -> Iterator[Case]:
             if test.against == BASELINE
         ]
         gain = max(arm.final_tests[0].difference.mean for arm in arms)
-        figures = _figures(final.trial)
+        figures = measured(final.pair)
+        if not figures:
+            raise FastPlasticError(f"{final.pair.name}: not measured yet: run measure.py")
         yield Case(final.pair.network, final.pair.target, figures, gain, any(shown))
-
-
-def _figures(trial: Trial) -> dict[str, float]:
-    baselines = [run for run in trial.runs if run.arm == BASELINE]
-    names = set.intersection(*(set(run.figures) for run in baselines))
-    found = {name: mean(run.figures[name] for run in baselines) for name in sorted(names)}
-    losses = [math.inf if run.loss[0] is None else run.loss[0] for run in baselines]
-    return found | {"loss": mean(losses)}
 
 
 def auc(scores: Sequence[float], helped: Sequence[bool]) -> float:
@@ -133,9 +128,11 @@ def tables(found: Sequence[Case]) -> str:
     lines.append(row(("AUC", "", "", "", *scores)))
     helped = sum(case.helped for case in found)
     lines.append("")
+    networks = len({case.network for case in found})
     lines.append(
-        f"{helped} of {len(found)} cases are helped. Leave one network out: the others choose the "
-        f"figure, its direction and its scale; AUC {left_out(found):.2f}."
+        f"{helped} of {len(found)} cases of {networks} networks are helped. `{_FIGURE}`, which "
+        f"`profile` advises by: AUC {_auc_of(_FIGURE, found):.2f}. Leave one network out, so that "
+        f"the others choose the figure, its direction and its scale: AUC {left_out(found):.2f}."
     )
     return "\n".join(lines)
 
@@ -187,7 +184,9 @@ def criteria() -> dict[str, dict[str, list[int]]]:
             for gains in by_network.values()
         ]
         better = [_is_better(means) for means in finished if len(means) >= _SETTINGS]
-        if better:
+        # One that was screened may be gone since.
+        known = CRITERIA if granularity == "unit" else WEIGHT_CRITERIA
+        if better and criterion in known:
             counts[granularity][criterion] = [sum(better), len(better)]
     return counts
 

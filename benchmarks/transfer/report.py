@@ -8,14 +8,18 @@ import argparse
 import sys
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean, median
+from typing import Any
 
 from networks import NETWORKS
 from study import HERE, RESULTS, Pair, best_rate, pairs_of, runs_of
+from variants import AT_ONCE, VARIANTS, file_of
+from variants import pairs as varied_pairs
 
 from fastplastic.errors import FastPlasticError
 from fastplastic.trials import BASELINE, Arm, ArmResult, Comparison, Trial, outcome_of, parse_arm
+from fastplastic.trials.statistics import compare, holm
 
 README = HERE / "README.md"
 FIGURE = HERE / "results.svg"
@@ -54,7 +58,7 @@ class Final:
         return (arm.area.mean - base) / gap if gap > 0.01 else None
 
 
-def finals(config: dict[str, object]) -> Iterator[Final]:
+def finals(config: dict[str, Any]) -> Iterator[Final]:
     """Yield the finals that have runs, each pair at the best rate of its baseline first."""
     for pair in pairs_of(config):
         try:
@@ -155,7 +159,7 @@ def targets(found: Sequence[Final]) -> str:
 Gains = dict[tuple[str, str], dict[str, dict[str, list[float]]]]
 
 
-def gains_over_random(config: dict[str, object]) -> Gains:
+def gains_over_random(config: dict[str, Any]) -> Gains:
     """Return {(of what, criterion): {network: {setting: gains over random, one for each seed}}}."""
     gains: Gains = {}
     for pair in pairs_of(config):
@@ -165,7 +169,7 @@ def gains_over_random(config: dict[str, object]) -> Gains:
     return gains
 
 
-def screened(config: dict[str, object]) -> str:
+def screened(config: dict[str, Any]) -> str:
     """Return how criteria did against random units, or weights, of the same dose and treatment."""
     gains = gains_over_random(config)
     names = list(dict.fromkeys(name for found in gains.values() for name in found))
@@ -189,20 +193,45 @@ def _gains(pair: Pair) -> Iterator[tuple[tuple[str, str], str, float]]:
         return
     ends = {(run.arm, run.seed): run.accuracy[-1] for run in runs}
     for (name, seed), end in ends.items():
-        dose = None if name == BASELINE else parse_arm(name).dose
-        if dose is None or dose.criterion == "random":
-            continue
-        control = name.replace(f"{dose.criterion}@", "random@", 1)
-        if dose.granularity == "weight" and ":weight" not in control:
-            ratio, _, options = control.partition(":")
-            control = f"{ratio}:weight" + f"+{options}" * bool(options)
-        if (control, seed) in ends:
-            yield (dose.granularity, dose.criterion), name, end - ends[control, seed]
+        # By its text, as a criterion that was screened may be gone since.
+        criterion, _, dose = name.partition("@")
+        ratio, _, options = dose.partition(":")
+        of_weights = options.startswith("weight") or criterion in ("swr", "magnitude")
+        if of_weights and not options.startswith("weight"):
+            options = "weight" + f"+{options}" * bool(options)
+        control = f"random@{ratio}:{options}"
+        if criterion != "random" and (control, seed) in ends:
+            of = "weight" if of_weights else "unit"
+            yield (of, criterion), name, end - ends[control, seed]
+
+
+def varied(config: dict[str, Any]) -> str:
+    """Return how doses did that were given in other ways, against the same dose at once."""
+    names = [name for name in VARIANTS if name != AT_ONCE]
+    lines = [row(("network", "target", "dose", f"{AT_ONCE}: end", *names)), row(["---"] * 8)]
+    for pair in varied_pairs(config):
+        ends = {(run.arm, run.seed): run.accuracy[-1] for run in runs_of(file_of(pair))}
+        for dose in config["variants"]["doses"]:
+            found = {n: {s: e for (a, s), e in ends.items() if a == f"{dose}, {n}"}
+                     for n in VARIANTS}  # fmt: skip
+            seeds = sorted(set.intersection(*(set(by_seed) for by_seed in found.values())))
+            if not seeds:
+                continue
+            values = {name: [by_seed[s] for s in seeds] for name, by_seed in found.items()}
+            tests = [compare(AT_ONCE, values[name], values[AT_ONCE]) for name in names]
+            ps = holm({name: test.p for name, test in zip(names, tests, strict=True)})
+            cells = [
+                points(replace(test, corrected=ps[name]))
+                for name, test in zip(names, tests, strict=True)
+            ]
+            end = f"{100 * mean(values[AT_ONCE]):.1f} ({len(seeds)} seeds)"
+            lines.append(row((pair.network, pair.target, f"`{dose}`", end, *cells)))
+    return "\n".join(lines)
 
 
 def compute() -> str:
     """Return how many runs there are, and what they took."""
-    files = sorted(RESULTS.rglob("*.jsonl"))
+    files = sorted(file for file in RESULTS.rglob("*.jsonl") if file.parent.name != "figures")
     runs = [run for file in files for run in runs_of(file)]
     hours = sum(run.seconds.get("train", 0.0) for run in runs) / 3600
     return (
@@ -239,11 +268,11 @@ def draw(found: Sequence[Final]) -> None:
         figure.savefig(FIGURE, metadata={"Date": None})
 
 
-def readme(found: Sequence[Final], config: dict[str, object]) -> str:
+def readme(found: Sequence[Final], config: dict[str, Any]) -> str:
     """Return README.md with its generated parts made anew."""
     parts = {
         "targets": targets(found), "table": table(found), "screened": screened(config),
-        "compute": compute(),
+        "varied": varied(config), "compute": compute(),
     }  # fmt: skip
     text = README.read_text()
     for name, content in parts.items():
