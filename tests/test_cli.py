@@ -64,7 +64,7 @@ def test_version(run):
         ("plan m --threshold inf", "--threshold inf: expected a finite number"),
         (
             "plan m --ratio 0.1 --criterion worst",
-            "--criterion: no criterion 'worst' among 15, expected one such as dead",
+            "--criterion: no criterion 'worst' among 14, expected one such as dead",
         ),
         ("plan m --ratio 0.1 --granularity layer", "'layer' is not"),
         ("reinit m --ratio 0.1", "no -o/--output: name a .safetensors file, or add --dry-run"),

@@ -278,7 +278,9 @@ def test_folders_without_images(tmp_path):
 def test_one_class_teaches_nothing(folder):
     with pytest.raises(FileError) as error:
         source(folder / "ape")
-    assert "has 1 class (), expected at least two class folders" in str(error.value)
+    assert "has no class folders, only images, expected at least two class folders" in str(
+        error.value
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,14 @@ One line for each seed in `results/figures`: those of `fastplastic.trials.figure
 need more than a profile. After a change here the files are to be removed and made again.
 """
 
-import argparse
 import json
 import os
-import tomllib
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import geometric_mean, mean
 
-import torch
-from study import HERE, RESULTS, Pair, best_rate, pairs_of, runs_of
+from study import RESULTS, Pair, best_rate, options_beside, pairs_of, runs_of
 from torch import Tensor
 
 from fastplastic.errors import FastPlasticError
@@ -88,12 +85,7 @@ def _relative_gradient(layer: LayerProfile) -> float:
 
 def main() -> None:
     """Measure what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="*", help="pattern of NETWORK.TARGET")
-    parser.add_argument("--cache", type=Path, default=HERE / "cache", help="of made networks")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    config = tomllib.loads((HERE / "study.toml").read_text())
+    options, config = options_beside(__doc__)
     for pair in pairs_of(config):
         if not fnmatchcase(pair.name, options.only):
             continue

@@ -312,6 +312,15 @@ def main() -> None:
         sys.exit(str(error))
 
 
+def options_beside(doc: str) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Return the options of a script beside this one, one thread set, and the study."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--only", default="*", help="pattern of NETWORK.TARGET")
+    parser.add_argument("--cache", type=Path, default=HERE / "cache", help="of made networks")
+    torch.set_num_threads(1)
+    return parser.parse_args(), tomllib.loads((HERE / "study.toml").read_text())
+
+
 def run_stage(pair: Pair, stage: str, cache: Path, until: float) -> None:
     """Run what is missing of a stage of a pair."""
     (pair.results / stage).mkdir(parents=True, exist_ok=True)

@@ -7,9 +7,7 @@ rounds of profile, plan and re-initialisation with a third of the dose each. The
 `results/variants` are as those of study.py: finished runs are never run again.
 """
 
-import argparse
 import copy
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study import HERE, RESULTS, Pair, best_rate
+from study import RESULTS, Pair, best_rate, options_beside
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -189,12 +187,7 @@ def pairs(config: dict[str, Any], results: Path = RESULTS) -> list[Pair]:
 
 def main() -> None:
     """Run the variants."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="*", help="pattern of NETWORK.TARGET")
-    parser.add_argument("--cache", type=Path, default=HERE / "cache", help="of made networks")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    config = tomllib.loads((HERE / "study.toml").read_text())
+    options, config = options_beside(__doc__)
     entry = config["variants"]
     for pair in pairs(config):
         if fnmatchcase(pair.name, options.only):
