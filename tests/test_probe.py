@@ -121,3 +121,14 @@ def test_the_head_of_any_model_is_the_layer_whose_output_it_returns(flattened):
     same = {name for name, value in model.state_dict().items() if torch.equal(value, before[name])}
     assert before.keys() - same == {"out.weight", "out.bias"}
     assert not model.out._forward_hooks and not model.body._forward_hooks
+
+
+def test_batches_are_read_once_and_draw_nothing():
+    one, other = small(), small()
+    fit_head(one, list(data().plain))
+    fit_head(other, (batch for batch in data().plain))
+    assert torch.equal(one[-1].weight, other[-1].weight)
+    torch.manual_seed(4)
+    state = torch.get_rng_state()
+    fit_head(small(), data().train)
+    assert torch.equal(state, torch.get_rng_state())

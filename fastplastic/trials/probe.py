@@ -5,6 +5,7 @@ Kumar et al., "Fine-tuning can distort pretrained features" (LP-FT), arXiv 2202.
 """
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -40,13 +41,20 @@ def fit_head(model: nn.Module, batches: Iterable[Any]) -> float:
     Raises:
         InputError: There is no such layer, or no batch, or the features are not finite.
     """
-    heads = output_layers(model, next(read_batches(batches, device_of(model)), None))
-    if not heads:
-        raise InputError(
-            f"{type(model).__name__} has no classifier to fit, expected a Linear or a convolution "
-            "that makes the outputs: leave the probe out, as with TrainSettings(probe_first=False)"
-        )
-    features, targets = _features(model, heads, batches)
+    with undisturbed(model):
+        # Read once: the batches may be a generator, or come in random order.
+        unread = iter(batches)
+        first = next(unread, None)
+        if first is None:
+            raise InputError("there are no batches to fit the head to, expected at least one")
+        heads = output_layers(model, next(read_batches([first], device_of(model))))
+        if not heads:
+            raise InputError(
+                f"{type(model).__name__} has no classifier to fit, expected a Linear or a "
+                "convolution that makes the outputs: leave the probe out, as with "
+                "TrainSettings(probe_first=False)"
+            )
+        features, targets = _features(model, heads, chain([first], unread))
     losses = [_fit(head, features[i], targets) for i, head in enumerate(heads)]
     return sum(losses) / len(losses)
 
@@ -66,7 +74,7 @@ def _features(
 
     handles = [head.register_forward_pre_hook(keep(i)) for i, head in enumerate(heads)]
     try:
-        with undisturbed(model), torch.no_grad():
+        with torch.no_grad():
             model.eval()
             for batch in read_batches(batches, device_of(model)):
                 outputs_of(model, batch)
@@ -74,8 +82,6 @@ def _features(
     finally:
         for handle in handles:
             handle.remove()
-    if not targets:
-        raise InputError("there are no batches to fit the head to, expected at least one")
     return [torch.cat(parts) for parts in seen], torch.cat(targets)
 
 
