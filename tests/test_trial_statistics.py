@@ -232,7 +232,8 @@ def test_too_few_seeds_are_called_too_few():
     ends = {"baseline": (0.1, 0.9), DOSE: (0.9, 0.3), f"random:{DOSE}": (0.5, 0.5)}
     runs = [run(name, seed, [0, 0, end[seed]]) for name, end in ends.items() for seed in (0, 1)]
     (text,) = outcome_of(arms(DOSE), runs, {}).verdict
-    assert "2 seeds are too few to show any difference to the baseline: take more" in text
+    assert "no difference to the baseline shown (+10.0 points (95 % interval -" in text
+    assert text.endswith(", 2 seeds; too few to show any: take more)")
 
 
 def test_being_better_than_random_is_told_without_a_gain_over_the_baseline():

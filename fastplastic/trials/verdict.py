@@ -61,12 +61,10 @@ def _compared(test: Comparison, other: str) -> str:
         word = "better" if test.shown > 0 else "worse"
         return f"{word} than {other} by {_gain(test)}, {seeds}"
     assert test.detectable is not None
+    unseen = f"an effect under {100 * test.detectable:.1f} points would hardly have been seen"
     if test.detectable > 1:
-        return f"{seeds} are too few to show any difference to {other}: take more"
-    return (
-        f"no difference to {other} shown ({_gain(test)}, {seeds}; an effect under "
-        f"{100 * test.detectable:.1f} points would hardly have been seen)"
-    )
+        unseen = "too few to show any: take more"
+    return f"no difference to {other} shown ({_gain(test)}, {seeds}; {unseen})"
 
 
 def _controlled(test: Comparison) -> str:
