@@ -42,11 +42,7 @@ def run(options: FinetuneOptions) -> None:
             settings=loaded.settings,
             plain=splits.plain, seed=options.seed, progress=told,
         )  # fmt: skip
-    if tuned.run.diverged_at is not None:
-        raise InputError(
-            f"--lr {options.lr:g}: the loss was not finite at update {tuned.run.diverged_at}, so "
-            "nothing is written: take a smaller rate"
-        )
+    _check_finite(options, tuned)
     save_state_dict(
         options.output, loaded.model, options.force, dtypes=loaded.dtypes, metadata=loaded.metadata
     )
@@ -59,6 +55,15 @@ def run(options: FinetuneOptions) -> None:
     out = console(sys.stdout)
     facts = (*loaded.facts, ("reinit", _reset(tuned, arm.name)), ("seed", str(options.seed)))
     out.print(trial_view.tuned(tuned, facts, str(options.output)))
+
+
+def _check_finite(options: FinetuneOptions, tuned: "FineTuning") -> None:
+    """Refuse to write weights that diverged: InputError."""
+    if tuned.run.diverged_at is not None:
+        raise InputError(
+            f"--lr {options.lr:g}: the loss was not finite at update {tuned.run.diverged_at}, so "
+            "nothing is written: take a smaller rate"
+        )
 
 
 @contextmanager

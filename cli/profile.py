@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from fastplastic.cli.following import after_profile
 from fastplastic.cli.options import ProfileOptions
 from fastplastic.cli.outputs import STDOUT, write_json
-from fastplastic.cli.session import Measured, measure, precision
+from fastplastic.cli.session import Measured, measure, norms_of_other_data, precision
 from fastplastic.cli.terminal import console, follow, progress
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ def run(options: ProfileOptions) -> None:
     schema = measured.profile.to_dict(
         model=options.model, weights=measured.loaded.weights, data=measured.source.name
     )
-    advice = _advice(options, measured)
+    # Nobody sees it otherwise, and it may take more passes.
+    advice = None if options.quiet and not options.json else _advice(options, measured)
     if options.json:
         values = dict(schema) | ({"advice": asdict(advice)} if advice else {})
         write_json(options.json, values, force=options.force)
@@ -52,9 +53,9 @@ def _advice(options: ProfileOptions, measured: Measured) -> "Advice | None":
 
     if measured.loaded.weights == "random":
         return None
-    if not measured.norms_of_other_data:
-        return advise(measured.profile)
     model, source = measured.loaded.model, measured.source
+    if not norms_of_other_data(measured.loaded, source):
+        return advise(measured.profile)
     # The model is not read any more after this.
     with precision(options), progress(len(source), quiet=options.quiet, text="advice") as done:
         recalibrate_norms(model, source)

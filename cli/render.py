@@ -383,6 +383,6 @@ def criteria(rows: Iterable[Sequence[str]]) -> RenderableType:
         "over samples and positions. candidates: the scores that are re-initialised first. "
         "A threshold of weights is a multiple of the mean score of their tensor. beats random: on "
         "how many of the networks that benchmarks/transfer screens the accuracy after fine-tuning "
-        "was above that of as many units at random (p < 0.05)."
+        "was above that of as many at random (p < 0.05)."
     )
     return stacked(table, Text(words, style="dim"))

@@ -25,11 +25,6 @@ class Measured:
     source: "DataSource"
     facts: tuple[tuple[str, str], ...]
 
-    @property
-    def norms_of_other_data(self) -> bool:
-        """Whether fine-tuning on these data begins by measuring the norms anew."""
-        return _norms_of_other_data(self.loaded, self.source)
-
 
 def device_of(name: str | None) -> "torch.device":
     """Return the torch device with this name, by default cuda where there is one; InputError."""
@@ -177,7 +172,7 @@ def _facts(
             "loss only, so gradients say little until a head is fitted"
         )
         pairs.append(("head", text))
-    if loaded.weights != "random" and _norms_of_other_data(loaded, source):
+    if loaded.weights != "random" and norms_of_other_data(loaded, source):
         text = (
             "the statistics of BatchNorm are those of the weights; trial and finetune measure them "
             "anew on your images first, and count other units then"
@@ -186,7 +181,8 @@ def _facts(
     return tuple(pairs)
 
 
-def _norms_of_other_data(loaded: "LoadedModel", source: "DataSource") -> bool:
+def norms_of_other_data(loaded: "LoadedModel", source: "DataSource") -> bool:
+    """Return whether fine-tuning on these data begins by measuring the norms anew."""
     from fastplastic.trials import norms_of
 
     new_head = bool(loaded.head or loaded.model.num_classes != source.num_classes)

@@ -27,9 +27,9 @@ def run(options: TrialOptions) -> None:
     """Fine-tune a model in several arms under one budget, and say which is better.
 
     The baseline, what you name with --arm (by default dormant@0.3:zero+compensate+recalibrate), and
-    for each dose as many units at random: each with
-    several seeds, the same batches in the same order, and nothing chosen by the test images. Every
-    finished run is kept in a file, so that the same command goes on after an interruption.
+    for each dose as many units at random: each with several seeds, the same batches in the same
+    order, and nothing chosen by the test images. Every finished run is kept in a file, so that the
+    same command goes on after an interruption.
 
     For example: fastplastic trial resnet50 --data DIR --arm dormant@0.3:zero+compensate --arm
     swr@0.05
