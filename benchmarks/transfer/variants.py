@@ -53,7 +53,7 @@ class Run:
     updates: int
 
     def reset(self, chosen: Plan, optimizer: Optimizer | None = None) -> None:
-        """Re-initialise by a plan, with fresh values of its own for each time."""
+        """Re-initialise by a plan; a unit that is taken twice gets the same values again."""
         reinit_(self.model, chosen, outgoing=self.dose.outgoing, optimizer=optimizer,
                 reset_steps=optimizer is not None, seed=self.start.seed)  # fmt: skip
 

@@ -181,8 +181,8 @@ def plan(
         profile: What `fastplastic.profile` or a `Monitor` measured; for weights, what `profile`
             measured with gradients=True, of a model whose weights are still the same.
         criterion: Name in `criteria.CRITERIA`, or `criteria.WEIGHT_CRITERIA` for weights; formulas
-            and sources stand there. By default "dormant" for units, which no other was better than
-            in benchmarks/transfer and which needs no gradients, and "swr" for weights.
+            and sources stand there. By default "dormant" for units, which needs no gradients (see
+            benchmarks/transfer/README.md for how each did), and "swr" for weights.
         ratio: Select exactly floor(ratio * eligible units), in (0, 1].
         threshold: Select the units whose score is at most (for `frozen` and `saturated`: at least)
             this, or the weights whose score is at most this times the mean score of their tensor.

@@ -47,8 +47,8 @@ def reinit_(
     outgoing weights of zero has no effect on the network until it is trained. After Sokar et al.
     (ReDo), arXiv 2302.12902, and Dohare et al., Nature 2024; "keep" after GraMa, arXiv 2505.24061.
     Single weights are drawn afresh and nothing else is touched, after Hernandez-Garcia et al.
-    (SWR), arXiv 2508.00212. The defaults harm least right away; which treatment did best on which
-    networks is in benchmarks/transfer/README.md.
+    (SWR), arXiv 2508.00212. Which treatment did best on which networks is in
+    benchmarks/transfer/README.md.
 
     Args:
         model: The model that was profiled, or one with the same parameters.
