@@ -100,9 +100,10 @@ class Pair:
         return Pair(self.network, own["targets"][0], self.config, self.results)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Return an entry of the network, or of the training."""
-        own = self.config["networks"][self.network]
-        return own.get(key, self.config["training"].get(key, default))
+        """Return an entry of the pair, of the network, or of the training."""
+        network = self.config["networks"][self.network]
+        places = (network.get("on", {}).get(self.target, {}), network, self.config["training"])
+        return next((place[key] for place in places if key in place), default)
 
     def settings(self, lr: float) -> TrainSettings:
         """Return the budget at a learning rate."""
@@ -252,11 +253,12 @@ def final(pair: Pair) -> Iterator[tuple[float, list[Arm], list[int]]]:
     seeds = list(range(pair.get("seeds")))
     alone = pair.get("alone", entry["alone"])
     is_first = pair == pair.first
+    doubted = pair.get("doubted", chosen[0] if is_first else None)
     # What is removed cannot be read again.
-    removed = [f"remove:{chosen[0].replace('+refit', '')}"] * is_first
+    removed = [f"remove:{doubted.replace('+refit', '')}"] if doubted else []
     wanted = list(dict.fromkeys([*chosen, *usual(pair), *alone, *removed]))
     for factor in pair.get("factors", entry["rates"] if is_first else [1.0]):
-        texts = wanted if factor == 1 else [chosen[0], "fresh"]
+        texts = wanted if factor == 1 else [doubted, *(name for name in alone if name == "fresh")]
         yield lr * factor, list(with_controls(texts)), seeds
 
 
