@@ -57,6 +57,20 @@ def test_the_limit_errs_least_and_lies_in_the_widest_gap(report):
     assert predict.auc([1.0, 1.0], [True, False]) == 0.5
 
 
+def test_a_limit_of_the_others_finds_its_direction_itself(report):
+    import predict
+
+    def case(network, growth, helped):
+        return predict.Case(network, "t", {"growth": growth}, 0.0, helped)
+
+    large = [case(str(n), 5.0 + n, True) for n in range(3)]
+    small = [case(str(n), 1.0 + n / 10, False) for n in range(3, 6)]
+    assert predict.errors([*large, *small], "growth") == 0
+    turned = [case(c.network, c.figures["growth"], not c.helped) for c in (*large, *small)]
+    assert predict.errors(turned, "growth") == 0
+    assert predict.errors([*large, *small, case("9", 9.0, False)], "growth") == 1
+
+
 def test_every_target_is_made_of_real_images(report):
     import data
 

@@ -37,6 +37,7 @@ _SEEDS = 5
 _SETTINGS = 3
 # The figure that advice is given by: it needs no gradients, and is the plainest of them.
 _FIGURE = "dead"
+_SHARES = ("dead", "dormant", "flat", "frozen", "no_gradient", "saturated", "weak_gradient")
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,9 @@ def cases() -> Iterator[Case]:
     for final in finals(config):
         wanted = usual(final.pair)
         arms = [arm for arm in final.trial.arms if arm.name in wanted and len(arm.seeds) >= _SEEDS]
-        if not arms or final.pair.name in seen:
+        # With statistics that fine-tuning does not begin with it is the same network once more.
+        again = not final.pair.get("norms_first", True)
+        if not arms or again or final.pair.name in seen:
             continue
         seen.add(final.pair.name)
         shown = [
@@ -126,6 +129,7 @@ def tables(found: Sequence[Case]) -> str:
         lines.append(row((case.network, case.target, f"{100 * case.gain:+.1f}", helped, *shares)))
     scores = [f"{_auc_of(name, found):.2f}" for name in names]
     lines.append(row(("AUC", "", "", "", *scores)))
+    lines.append(row(("errs", "", "", "", *(str(errors(found, name)) for name in names))))
     helped = sum(case.helped for case in found)
     lines.append("")
     networks = len({case.network for case in found})
@@ -137,16 +141,36 @@ def tables(found: Sequence[Case]) -> str:
     return "\n".join(lines)
 
 
-def limit_of(found: Sequence[Case]) -> float:
-    """Return the limit of the figure that errs least, in the middle of the widest such gap."""
-    values = sorted({case.figures[_FIGURE] for case in found})
-    gaps = [(low, high) for low, high in pairwise([0.0, *values, 1.0]) if high > low]
-    middles = {(low + high) / 2: high - low for low, high in gaps}
-    return min(middles, key=lambda limit: (_wrong(limit, found), -middles[limit]))
+def limit_of(found: Sequence[Case], figure: str = _FIGURE, sign: float = 1.0) -> float:
+    """Return the limit of a figure that errs least, in the middle of the widest such gap.
+
+    Args:
+        found: The cases that it is set on.
+        figure: The figure.
+        sign: 1 where a large figure tells of help, -1 where a small one does.
+    """
+    values = sorted({sign * case.figures[figure] for case in found})
+    # Beyond all of them, too: a share ends at 0 and 1, another figure as far again as they lie.
+    span = values[-1] - values[0]
+    ends = sorted((0.0, sign)) if figure in _SHARES else [values[0] - span, values[-1] + span]
+    around = sorted({ends[0], *values, ends[1]})
+    middles = {(low + high) / 2: high - low for low, high in pairwise(around)}
+    return min(middles, key=lambda m: (_wrong(m, found, figure, sign), -middles[m]))
 
 
-def _wrong(limit: float, found: Sequence[Case]) -> int:
-    return sum((case.figures[_FIGURE] >= limit) != case.helped for case in found)
+def _wrong(limit: float, found: Sequence[Case], figure: str, sign: float) -> int:
+    return sum((sign * case.figures[figure] >= limit) != case.helped for case in found)
+
+
+def errors(found: Sequence[Case], figure: str) -> int:
+    """Return for how many cases a limit errs that the other networks set, and its direction."""
+    wrong = 0
+    for network in sorted({case.network for case in found}):
+        others = [case for case in found if case.network != network]
+        own = [case for case in found if case.network == network]
+        sign = 1.0 if _auc_of(figure, others) >= 0.5 else -1.0
+        wrong += _wrong(limit_of(others, figure, sign), own, figure, sign)
+    return wrong
 
 
 def advice(found: Sequence[Case]) -> dict[str, Any]:
@@ -156,16 +180,11 @@ def advice(found: Sequence[Case]) -> dict[str, Any]:
     for case in found:
         side = "above" if case.figures[_FIGURE] >= limit else "below"
         sides[side].append(case.helped)
-    networks = sorted({case.network for case in found})
-    wrong = 0
-    for network in networks:
-        others = [case for case in found if case.network != network]
-        own = [case for case in found if case.network == network]
-        wrong += _wrong(limit_of(others), own)
+    networks = {case.network for case in found}
     return {
         "figure": _FIGURE, "limit": limit, "networks": len(networks),
         **{side: [sum(helped), len(helped)] for side, helped in sides.items()},
-        "wrong": [wrong, len(found)],
+        "wrong": [errors(found, _FIGURE), len(found)],
     }  # fmt: skip
 
 
