@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fastplastic.measure import LayerProfile, Monitor, Profile, profile
     from fastplastic.planning import Plan, plan
     from fastplastic.reinit import ReinitReport, reinit_
+    from fastplastic.training import Recycler
     from fastplastic.trials import FineTuning, TrainSettings, Trial, finetune, trial
 
 __version__ = "0.1.0"
@@ -21,11 +22,21 @@ _NAMES = {
     "measure": ("LayerProfile", "Monitor", "Profile", "profile"),
     "planning": ("Plan", "plan"),
     "reinit": ("ReinitReport", "reinit_"),
+    "training": ("Recycler",),
     "trials": ("FineTuning", "TrainSettings", "Trial", "finetune", "trial"),
 }
 _HOME = {name: package for package, names in _NAMES.items() for name in names}
 __all__ = ["FastPlasticError", "FineTuning", "LayerProfile", "Monitor", "Plan", "Profile"]
-__all__ += ["ReinitReport", "TrainSettings", "Trial", "__version__", "finetune", "plan", "profile"]
+__all__ += [
+    "Recycler",
+    "ReinitReport",
+    "TrainSettings",
+    "Trial",
+    "__version__",
+    "finetune",
+    "plan",
+    "profile",
+]
 __all__ += ["reinit_", "trial"]
 
 

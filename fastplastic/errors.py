@@ -27,3 +27,7 @@ def no_such(what: str, name: str, known: Iterable[str]) -> str:
     if near:
         return f"no {what} {name!r} among {len(names)}: did you mean {', '.join(near)}?"
     return f"no {what} {name!r} among {len(names)}, expected one such as {', '.join(names[:3])}"
+
+
+class NothingToChooseError(InputError):
+    """There is no unit or weight to choose from, as things are now."""

@@ -23,7 +23,8 @@ FOLDERS = {
 # Each room may import those before it, and the kernels.
 ROOMS = [
     "errors", "wiring", "randomness", "stats", "criteria", "diagnostics", "model", "files", "graph",
-    "measure", "planning", "initial", "reinit", "trials", "sources", "cli", "__main__",
+    "measure", "planning", "initial", "reinit", "training", "trials",
+    "sources", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -12,6 +12,7 @@ PUBLIC_NAMES = {
     "Monitor",
     "Plan",
     "Profile",
+    "Recycler",
     "ReinitReport",
     "TrainSettings",
     "Trial",

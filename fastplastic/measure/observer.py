@@ -75,6 +75,9 @@ class Observer:
         model: The model; its forward pass is one step.
         graph: Its wiring.
         parameters: Whether to read weights and the gradients of every single backward pass too.
+        gradients: Whether to read the gradients of activations.
+        training: Measure only calls of the model that gradients are recorded for: no evaluation
+            in between, no acting.
         every: Measure the first of every so many steps.
         scale: Returns the factor on the loss; None when there is none.
         sample: Called with what activations are read of: the layers, z without padding, its axis.
@@ -86,6 +89,8 @@ class Observer:
         graph: UnitGraph,
         *,
         parameters: bool = False,
+        gradients: bool = True,
+        training: bool = False,
         every: int = 1,
         scale: Callable[[], float] | None = None,
         sample: Callable[[Sequence[UnitLayer], Tensor, int], None] | None = None,
@@ -97,7 +102,7 @@ class Observer:
         self._weights = WeightReader(graph, self._columns, model)
         self._reads = TensorReads(graph, self._columns)
         self._untraced = [name for name, _ in graph.skipped]
-        self._parameters = parameters
+        self._parameters, self._gradients, self._training = parameters, gradients, training
         self._every = every
         self._scale = scale
         self._sample = sample
@@ -196,6 +201,9 @@ class Observer:
         """Start a step: runs before the forward pass of the model."""
         if self.paused or in_backward():
             return
+        if self._training and not torch.is_grad_enabled():
+            self._running = False
+            return
         with self._lock:
             if self._scale is not None:
                 self._fold()
@@ -251,7 +259,7 @@ class Observer:
             found = projection(attention, where, args, kwargs)
             if read.activations and not again:
                 self._read_activations(read, found.values())
-            if read.gradients is not None:
+            if self._gradients and read.gradients is not None:
                 hook = partial(self._see_gradient, read, self._tokens)
                 found.hook_gradient(result, hook)
 
@@ -271,7 +279,7 @@ class Observer:
             # only the recomputed tensors get a gradient.
             if read.activations and not again:
                 self._read_activations(read, tensor)
-            if read.gradients is not None and tensor.requires_grad:
+            if self._gradients and read.gradients is not None and tensor.requires_grad:
                 _hook_gradient(tensor, partial(self._see_gradient, read, self._tokens))
 
     def _fits(self, read: TensorRead, tensor: Tensor) -> bool:

@@ -68,7 +68,8 @@ def profile(
         backward: Also measure gradients. Without, the model is run forward only, which is faster,
             and criteria that read gradients have no scores.
         example_inputs: What to trace the model with: a tensor, a tuple of positional or a mapping
-            of keyword arguments. By default up to two samples of the first batch.
+            of keyword arguments. By default up to two samples of the first batch. Or the wiring
+            itself, where it is known.
         progress: Called with the number of batches done after each.
         lent_head: What `fastplastic.model.loss_head` gives, where a head stands in for the model's
             own: its weights are not kept, and the profile is of the model with its own head.
@@ -89,7 +90,11 @@ def profile(
         first = next(stream, None)
         if first is None:
             raise InputError("there are no batches, expected at least one: check the data")
-        graph = build_graph(model, first.example() if example_inputs is None else example_inputs)
+        if isinstance(example_inputs, UnitGraph):
+            graph = example_inputs
+        else:
+            example = first.example() if example_inputs is None else example_inputs
+            graph = build_graph(model, example)
         samples = _row_samples() if ranks else None
         observer = Observer(model, graph, sample=None if samples is None else samples.read)
         try:

@@ -11,7 +11,7 @@ from fastplastic.criteria import CRITERIA
 from fastplastic.errors import FileError, InputError
 from fastplastic.files import StoredPlan, read_plan, write_plan
 from fastplastic.planning.request import DEFAULT_CRITERIA, Request, patterns, stored_checks
-from fastplastic.planning.units import choose_units, choose_units_like
+from fastplastic.planning.units import choose_units, choose_units_like, wiring_of
 from fastplastic.planning.weights import choose_weights, choose_weights_like
 from fastplastic.wiring import UnitLayer
 
@@ -223,6 +223,24 @@ def plan(
         profile.fingerprint, chosen.masks, (*chosen.notes, *nothing),
     )  # fmt: skip
     return replace(made, notes=(*made.notes, *_health(made)))
+
+
+def plan_of_units(
+    profile: "Profile",
+    request: Request,
+    units: Mapping[str, Tensor],
+    scores: Mapping[str, Tensor],
+) -> Plan:
+    """Return the plan of units that were chosen elsewhere.
+
+    Args:
+        profile: Of the model that they are of.
+        request: What they were chosen by.
+        units: Layer name -> int64, ascending.
+        scores: Layer name -> float64, the score of each.
+    """
+    eligible = sum(int(layer.wiring.hidden.sum()) for layer in profile.layers)
+    return Plan(request, units, scores, wiring_of(profile, units), eligible, profile.fingerprint)
 
 
 def control(plan: Plan, profile: "Profile", *, seed: int) -> Plan:

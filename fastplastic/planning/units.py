@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastplastic.criteria import CRITERIA, Criterion, ScoredLayer
-from fastplastic.errors import InputError
+from fastplastic.errors import NothingToChooseError
 from fastplastic.planning.counts import Pool, counts_by_ratio, counts_by_threshold, take
 from fastplastic.planning.request import Choice, Request, criterion_among, matching, some_of
 from fastplastic.randomness import unit_noise
@@ -39,7 +39,7 @@ def choose_units(profile: "Profile", request: Request) -> Choice:
     units, scores = take(pools, counts)
     return Choice(
         eligible=sum(len(pool.units) for pool in pools),
-        wiring=_wiring_of(profile, units),
+        wiring=wiring_of(profile, units),
         units=units,
         scores=scores,
         notes=notes,
@@ -53,7 +53,7 @@ def choose_units_like(profile: "Profile", request: Request, counts: Mapping[str,
     units, scores = take(pools, {pool.name: counts.get(pool.name, 0) for pool in pools})
     return Choice(
         eligible=sum(len(pool.units) for pool in pools),
-        wiring=_wiring_of(profile, units),
+        wiring=wiring_of(profile, units),
         units=units,
         scores=scores,
     )
@@ -75,6 +75,20 @@ def _chosen_layers(layers: Iterable["LayerProfile"], request: Request) -> list["
     ]
 
 
+def scored_units(profile: "Profile", request: Request) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the score of each unit, and which may be chosen, of the layers with any of these.
+
+    Returns:
+        Layer name -> (scores, float64 [units], and bool [units]).
+
+    Raises:
+        InputError: No unit may be chosen.
+    """
+    rule = CRITERIA[criterion_among(request.criterion, CRITERIA, "unit")]
+    found = _eligible(profile, _chosen_layers(profile.layers, request), rule, request, [])
+    return {layer.name: (scores, eligible) for layer, scores, eligible in found}
+
+
 def _pools(
     profile: "Profile",
     chosen: list["LayerProfile"],
@@ -82,7 +96,20 @@ def _pools(
     request: Request,
     notes: list[str],
 ) -> list[Pool]:
-    pools = []
+    return [
+        _pool(layer, scores, eligible, rule, request)
+        for layer, scores, eligible in _eligible(profile, chosen, rule, request, notes)
+    ]
+
+
+def _eligible(
+    profile: "Profile",
+    chosen: list["LayerProfile"],
+    rule: Criterion,
+    request: Request,
+    notes: list[str],
+) -> list[tuple["LayerProfile", Tensor, Tensor]]:
+    found = []
     unknown: dict[str, int] = {}
     still: dict[str, int] = {}
     spoiled: dict[str, int] = {}
@@ -101,17 +128,19 @@ def _pools(
         if (hidden & ~eligible).any():
             unknown[layer.name] = int((hidden & ~eligible).sum())
         if eligible.any():
-            pools.append(_pool(layer, scores, eligible, rule, request))
+            found.append((layer, scores, eligible))
     lost = [_still_note(still)] * bool(still) + [_spoiled_note(spoiled)] * bool(spoiled)
     notes += lost
     if unknown:
         notes.append(_unknown_note(unknown, rule))
-    if not pools:
+    if not found:
         if lost and not unknown:
             why = "; ".join(lost)
-            raise InputError(f"there is no unit to choose from, expected at least one: {why}")
-        raise InputError(_nothing_eligible(chosen, unknown, rule))
-    return pools
+            raise NothingToChooseError(
+                f"there is no unit to choose from, expected at least one: {why}"
+            )
+        raise NothingToChooseError(_nothing_eligible(chosen, unknown, rule))
+    return found
 
 
 def _spoiled(profile: "Profile", layer: "LayerProfile", rule: Criterion) -> bool:
@@ -220,7 +249,8 @@ def _nothing_eligible(
     )
 
 
-def _wiring_of(profile: "Profile", units: Mapping[str, Tensor]) -> dict[str, UnitLayer]:
+def wiring_of(profile: "Profile", units: Mapping[str, Tensor]) -> dict[str, UnitLayer]:
+    """Return the wiring of the layers of units, and of those coupled to them."""
     wiring: dict[str, UnitLayer] = {}
     for name in units:
         wiring[name] = profile[name].wiring

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastplastic.criteria import WEIGHT_CRITERIA, WeightCriterion
-from fastplastic.errors import InputError
+from fastplastic.errors import InputError, NothingToChooseError
 from fastplastic.kernels import select, selection_masks
 from fastplastic.model import Weights
 from fastplastic.planning.counts import shares, wanted_of
@@ -65,7 +65,7 @@ def choose_weights(profile: "Profile", request: Request) -> Choice:
     notes += [f"not chosen from, {why}: {some_of(names)}" for why, names in left.items()]
     if not pool.names:
         why = "; ".join(notes) or "none is chosen"
-        raise InputError(
+        raise NothingToChooseError(
             f"there is no weight to choose from ({why}), expected at least one: "
             "change include, exclude or the criterion"
         )

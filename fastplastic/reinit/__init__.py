@@ -1,8 +1,12 @@
 """Apply a plan to a model: the only code that writes to weights, buffers and optimizer state."""
 
+from fastplastic.reinit.optimizer_state import OptimizerState, optimizers_of
 from fastplastic.reinit.report import ReinitReport, Written
 from fastplastic.reinit.run import OUTGOING, reinit_
 from fastplastic.reinit.shrink import shrink_perturb_
 from fastplastic.reinit.silence import removal
 
-__all__ = ["OUTGOING", "ReinitReport", "Written", "reinit_", "removal", "shrink_perturb_"]
+__all__ = [
+    "OUTGOING", "OptimizerState", "ReinitReport", "Written", "optimizers_of", "reinit_", "removal",
+    "shrink_perturb_",
+]  # fmt: skip

@@ -17,6 +17,7 @@ from fastplastic.errors import InputError
 from fastplastic.model import loss_of, read_batches, undisturbed
 from fastplastic.planning import some_of
 from fastplastic.reinit.changes import Change
+from fastplastic.reinit.known_means import KnownMeans
 from fastplastic.reinit.regions import Region, Tensors, region_mask
 from fastplastic.reinit.report import Written
 from fastplastic.reinit.transaction import Undo, place_of
@@ -219,8 +220,9 @@ class Adjustment:
         model: The model.
         tensors: Its tensors.
         change: What the plan does.
-        batches: As for `fastplastic.profile`; None to do nothing.
+        batches: As for `fastplastic.profile`; None to measure nothing.
         loss_fn: (output, targets) -> loss.
+        known: What the outgoing columns contribute, where that need not be measured.
     """
 
     def __init__(
@@ -230,10 +232,12 @@ class Adjustment:
         change: Change,
         batches: Iterable[Any] | None,
         loss_fn: Callable[[Any, Any], Tensor],
+        known: KnownMeans | None = None,
     ) -> None:
         self._model, self._tensors, self._change = model, tensors, change
-        self._batches, self._loss_fn = batches, loss_fn
+        self._batches, self._loss_fn, self._known = batches, loss_fn, known
         self._contributions = Contributions(model, change.columns)
+        self.shifts: dict[str, Tensor] = {}
         self.loss_before: float | None = None
         self.loss_after: float | None = None
         self.notes: list[str] = []
@@ -242,28 +246,30 @@ class Adjustment:
         """Measure the loss before, and what would be lost."""
         if self._batches is None:
             return
-        with self._contributions.attached() if compensate else nullcontext():
+        watched = compensate and self._known is None
+        with self._contributions.attached() if watched else nullcontext():
             self.loss_before = mean_loss(self._model, self._batches, self._loss_fn)
 
     def apply(self, undo: Undo, compensate: bool, recalibrate: bool) -> list[Written]:
         """Write what is wanted besides, measure the loss after; return what was not yet counted."""
-        if self._batches is None:
-            return []
         shifted = self._compensate(undo) if compensate else []
+        if self._batches is None:
+            return shifted
         if recalibrate:
             self._recalibrate(self._batches)
         self.loss_after = mean_loss(self._model, self._batches, self._loss_fn)
         return shifted
 
     def _compensate(self, undo: Undo) -> list[Written]:
-        shifts, without = self._contributions.shifts(self._change.rows)
+        source = self._known or self._contributions
+        self.shifts, without = source.shifts(self._change.rows)
         if without:
             self.notes.append(
                 f"{len(without)} weights have no bias or BatchNorm to compensate with: "
                 f"{some_of(without)}"
             )
         written = []
-        for name, shift in shifts.items():
+        for name, shift in self.shifts.items():
             _check_finite(f"what columns contributed to {name!r}", shift)
             tensor = self._tensors[name].detach()
             undo.keep(partial(tensor.copy_, tensor.clone()))

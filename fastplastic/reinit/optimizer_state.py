@@ -52,7 +52,7 @@ class OptimizerState:
             raise InputError(
                 f"optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer"
             )
-        layers = list(_layers_of(optimizer))
+        layers = list(optimizers_of(optimizer))
         self._states = [layer.state for layer in layers]
         self._classes = [type(layer).__name__ for layer in layers]
         self._groups = {
@@ -117,13 +117,13 @@ class OptimizerState:
         return float(value)
 
 
-def _layers_of(optimizer: Optimizer) -> Iterator[Optimizer]:
+def optimizers_of(optimizer: Optimizer) -> Iterator[Optimizer]:
     """Yield an optimizer and those that it wraps (timm's Lookahead, Accelerate)."""
     yield optimizer
     for name in ("_base_optimizer", "base_optimizer", "optimizer"):
         inner = getattr(optimizer, name, None)
         if isinstance(inner, Optimizer) and inner is not optimizer:
-            yield from _layers_of(inner)
+            yield from optimizers_of(inner)
             return
 
 

@@ -1,7 +1,7 @@
 """Apply a plan to a model: all of it, or nothing if anything fails."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
@@ -18,6 +18,8 @@ from fastplastic.planning import GRANULARITIES, Plan, some_of
 from fastplastic.reinit.adjust import Adjustment
 from fastplastic.reinit.averages import notes_of_averages, refuse_average
 from fastplastic.reinit.changes import unit_change, weight_change
+from fastplastic.reinit.copies import Copies
+from fastplastic.reinit.known_means import KnownMeans
 from fastplastic.reinit.optimizer_state import OptimizerState
 from fastplastic.reinit.regions import Elements, Region, Tensors, Where, merged
 from fastplastic.reinit.report import ReinitReport, Written
@@ -32,12 +34,13 @@ def reinit_(
     *,
     init: str = "default",
     outgoing: str = "zero",
-    compensate: bool = False,
+    compensate: bool | Mapping[str, Tensor] = False,
     recalibrate: bool = False,
     batches: Iterable[Any] | None = None,
     loss_fn: Callable[[Any, Any], Tensor] = cross_entropy,
     optimizer: Optimizer | None = None,
     reset_steps: bool = False,
+    copies: Sequence[nn.Module] = (),
     seed: int = 0,
 ) -> ReinitReport:
     """Re-initialise what a plan names in place: all of it, or nothing if anything fails.
@@ -64,7 +67,8 @@ def reinit_(
             anew. "keep".
         compensate: Add what the outgoing columns contributed on average over `batches` to the bias
             of their layer (without one, take it from the running mean of its BatchNorm), so that a
-            unit that is stuck at a value takes no constant with it. For "zero" and "small".
+            unit that is stuck at a value takes no constant with it. For "zero" and "small". Or the
+            mean activation of each unit, by layer name, where it is known: no batches are needed.
         recalibrate: Measure the running statistics of fresh norm channels over `batches`, instead
             of mean 0 and variance 1.
         batches: As for `fastplastic.profile`, to be read several times: the mean loss before and
@@ -75,6 +79,8 @@ def reinit_(
             fresh weights.
         reset_steps: Also let its counter of steps begin anew, for each tensor that is written, as
             Adam corrects its means by it.
+        copies: Target networks or moving averages of the model: the same elements are given the
+            same values there.
         seed: Any integer. Fresh values depend on it, the parameter's name and the element alone;
             the global random state is neither read nor changed.
 
@@ -83,11 +89,14 @@ def reinit_(
         FileError: The plan does not fit the model or itself (edited by hand).
         InputError: An argument is unknown, or a weight cannot be written: shared between layers,
             transformed before use, not floating-point, not loaded. The optimizer is none, or not
-            that of the model. The model is a moving average of another. There are no batches for
-            what needs them.
+            that of the model. The model is a moving average of another. A copy is none. There are
+            no batches for what needs them.
     """
+    means = None if isinstance(compensate, bool) else compensate
+    compensated = means is not None or compensate is True
     _check_choices(plan, outgoing, seed)
-    _check_adjustments(plan, outgoing, batches is not None, compensate, recalibrate)
+    _check_adjustments(plan, outgoing, compensated, recalibrate)
+    _check_batches(batches is not None, compensate is True, recalibrate)
     refuse_average(model)
     initializer = make_initializer(init, model)
     tensors = Tensors(model)
@@ -100,12 +109,15 @@ def reinit_(
     places = change.writes.places
     written = _count(tensors, places)
     memory = _OptimizerReset.of(state, places, written, reset_steps)
-    adjust = Adjustment(model, tensors, change, batches, loss_fn)
-    adjust.measure(compensate)
+    known = None if means is None else KnownMeans(model, plan, tensors, means)
+    adjust = Adjustment(model, tensors, change, batches, loss_fn, known)
+    along = Copies(copies, [entry.name for entry in written], tensors)
+    adjust.measure(compensated)
     undo = Undo()
     try:
         apply(tensors, change.writes, memory.writes, seed, undo)
-        shifted = adjust.apply(undo, compensate, recalibrate)
+        shifted = adjust.apply(undo, compensated, recalibrate)
+        along.write(places, adjust.shifts, undo)
     except BaseException:  # also KeyboardInterrupt and MemoryError
         undo()
         raise
@@ -149,12 +161,14 @@ def _shares(plan: Plan, counts: dict[str, int]) -> dict[str, float]:
     return {name: count / sizes[name] for name, count in counts.items()}
 
 
-def _check_adjustments(
-    plan: Plan, outgoing: str, batches: bool, compensate: bool, recalibrate: bool
-) -> None:
+def _check_batches(given: bool, compensate: bool, recalibrate: bool) -> None:
     for name, asked in (("compensate", compensate), ("recalibrate", recalibrate)):
-        if asked and not batches:
+        if asked and not given:
             raise InputError(f"{name} needs batches, found none: pass batches=..., as to profile")
+
+
+def _check_adjustments(plan: Plan, outgoing: str, compensate: bool, recalibrate: bool) -> None:
+    for name, asked in (("compensate", compensate), ("recalibrate", recalibrate)):
         if asked and plan.granularity == "weight":
             raise InputError(f"{name} is for units, found a plan of single weights: leave it out")
     if compensate and outgoing not in ("zero", "small"):

@@ -1,0 +1,129 @@
+"""What a Recycler sees of a model: activations of the steps that count, weights and gradients."""
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastplastic.errors import InputError
+from fastplastic.measure import LayerProfile, Observer, Profile, assemble, profile
+from fastplastic.training.methods import Method
+from fastplastic.wiring import UnitGraph
+
+
+class Watch:
+    """Measures single steps of a training, and nothing in between.
+
+    Hooks are on the model during the steps that are measured only, and code that was compiled runs
+    eagerly in these.
+
+    Args:
+        model: The model.
+        graph: Its wiring.
+        method: Its criterion says what is measured.
+        seed: Of a criterion that draws.
+    """
+
+    def __init__(self, model: nn.Module, graph: UnitGraph, method: Method, seed: int) -> None:
+        self._model, self._graph, self._method, self._seed = model, graph, method, seed
+        self._observer = Observer(
+            model, graph, gradients=method.criterion == "activation_gradient", training=True
+        )
+        self._on = False
+        self._eager: Any = None
+        self._first: Profile | None = None
+
+    def begin(self) -> None:
+        """Measure from now on; what was seen before is forgotten."""
+        self._observer.reset()
+        if not self._on:
+            self._on = True
+            self._observer.attach()
+            self._eager = _eagerly()
+
+    def end(self) -> None:
+        """Take all hooks off the model."""
+        if self._on:
+            self._on = False
+            self._observer.detach()
+            if self._eager is not None:
+                self._eager.__exit__(None, None, None)
+                self._eager = None
+
+    @property
+    def on(self) -> bool:
+        """Whether it is measuring."""
+        return self._on
+
+    def take(self) -> Profile:
+        """Return the profile of what was seen, with weights and gradients as they are now.
+
+        Raises:
+            InputError: Nothing was seen, or there are no gradients for what needs them.
+        """
+        gradients = self._gradients() if self._method.needs_gradients else {}
+        observation = self._observer.observation(gradients)
+        if not observation.steps:
+            raise InputError(
+                "the model was not called with gradients since the last step, so nothing was "
+                "measured: pass the model that the loop calls, or batches"
+            )
+        weights = self._method.granularity == "weight"
+        return assemble(
+            self._model, self._graph, observation, seed=self._seed,
+            gradients=gradients if weights else None, backward=self._method.needs_gradients,
+        )  # fmt: skip
+
+    def take_layers(self) -> Profile:
+        """Return the same for scores of units alone, which takes less time."""
+        if self._first is None:
+            self._first = self.take()
+            return self._first
+        gradients = self._gradients() if self._method.needs_gradients else {}
+        stats = self._observer.observation(gradients).stats
+        layers = (
+            LayerProfile(layer.wiring, stats[layer.name], None) for layer in self._first.layers
+        )
+        return replace(self._first, layers=tuple(layers))
+
+    def of(self, batches: Iterable[Any], loss_fn: Callable[[Any, Any], Tensor]) -> Profile:
+        """Return the profile of batches, which are run for it; the model is as before."""
+        return profile(
+            self._model, batches, loss_fn=loss_fn, gradients=self._method.granularity == "weight",
+            backward=self._method.needs_gradients or self._method.granularity == "weight",
+            example_inputs=self._graph,
+        )  # fmt: skip
+
+    def _gradients(self) -> Mapping[str, Tensor]:
+        found = {
+            name: parameter.grad.detach().to_dense()
+            for name, parameter in self._model.named_parameters(remove_duplicate=False)
+            if parameter.grad is not None
+        }
+        if not found:
+            raise InputError(
+                f"criterion {self._method.criterion!r} reads gradients, and there are none: call "
+                "step() right behind optimizer.step(), before zero_grad(), or use install()"
+            )
+        return found
+
+
+def gradients_are_finite(model: nn.Module) -> bool:
+    """Tell whether no gradient of a model holds NaN or infinity."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return not gradients or bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+
+
+def _eagerly() -> Any:
+    """Let compiled code run eagerly until the exit of what is returned; None where there is none.
+
+    Hooks that come after the compilation are not seen by compiled code.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return None
+    stance = torch.compiler.set_stance("force_eager")
+    stance.__enter__()
+    return stance

@@ -1,0 +1,369 @@
+"""A Recycler in the loops that people have: schedules, resuming, errors, what it leaves alone."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fastplastic import Recycler
+from fastplastic.errors import InputError
+
+METHODS = {
+    "redo": {"every": 20, "threshold": 0.5},
+    "cbp": {"rate": 5e-3, "maturity": 10},
+    "cbp in windows": {"rate": 5e-3, "maturity": 10, "every": 10, "window": 3},
+    "grama": {"every": 20, "threshold": 0.5},
+    "swr": {"every": 20, "threshold": 0.05},
+    "random": {"every": 20, "ratio": 0.1},
+    "custom": {"criterion": "activation_gradient", "every": 20, "ratio": 0.1},
+}
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3)
+    )
+
+
+def recycler_of(model: nn.Module, optimizer: torch.optim.Optimizer, name: str, **more) -> Recycler:
+    method = name.partition(" ")[0]
+    return Recycler(model, torch.randn(2, 8), optimizer, method, **METHODS[name], **more)
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    draws = torch.Generator().manual_seed(step)
+    images = torch.randn(16, 8, generator=draws)
+    return images, (images[:, 0] > 0).long() + (images[:, 1] > 0).long()
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    recycler: Recycler | None,
+    steps: range,
+) -> None:
+    for step in steps:
+        images, labels = batch(step)
+        optimizer.zero_grad()
+        cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        if recycler is not None and not recycler._installed:
+            recycler.step()
+
+
+def values(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Return every parameter and every tensor of the optimizer's state."""
+    found = [p.detach().clone() for p in model.parameters()]
+    for parameter in model.parameters():
+        found += [v.clone() for v in optimizer.state[parameter].values() if torch.is_tensor(v)]
+    return found
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("stop", [1, 37, 60])
+def test_training_goes_on_from_a_checkpoint_to_the_same_bits(name: str, stop: int) -> None:
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    recycler = recycler_of(model, optimizer, name, seed=3)
+    train(model, optimizer, recycler, range(100))
+    assert recycler.log
+    wanted = values(model, optimizer)
+
+    first = network()
+    begun = torch.optim.Adam(first.parameters(), 1e-2)
+    before = recycler_of(first, begun, name, seed=3)
+    train(first, begun, before, range(stop))
+    file = io.BytesIO()
+    torch.save([first.state_dict(), begun.state_dict(), before.state_dict()], file)
+    file.seek(0)
+    weights, state, own = torch.load(file, weights_only=True)
+
+    second = network(seed=9)
+    second.load_state_dict(weights)
+    resumed = torch.optim.Adam(second.parameters(), 1e-2)
+    resumed.load_state_dict(state)
+    after = recycler_of(second, resumed, name, seed=3)
+    after.load_state_dict(own)
+    train(second, resumed, after, range(stop, 100))
+    assert all(map(torch.equal, values(second, resumed), wanted))
+    assert [r.to_dict() for r in after.log] == [r.to_dict() for r in recycler.log]
+
+
+@pytest.mark.parametrize("fused", ["plain", "foreach", "fused"])
+@pytest.mark.parametrize("name", METHODS)
+def test_installed_it_does_the_same_as_called(name: str, fused: str) -> None:
+    found = []
+    for installed in (False, True):
+        model = network()
+        option = {} if fused == "plain" else {fused: True}
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2, **option)
+        recycler = recycler_of(model, optimizer, name)
+        if installed:
+            assert recycler.install() is recycler
+        train(model, optimizer, recycler, range(60))
+        assert recycler.log
+        found.append(values(model, optimizer))
+        recycler.detach()
+    assert all(map(torch.equal, *found))
+
+
+def test_what_the_optimizer_remembers_of_fresh_weights_begins_anew() -> None:
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    recycler = Recycler(
+        model, torch.randn(2, 8), optimizer, "random", ratio=0.2, every=10, outgoing="zero"
+    )
+    train(model, optimizer, recycler, range(10))
+    (reset,) = recycler.log
+    for name, units in reset.units.items():
+        weight = model[int(name)].weight
+        assert not optimizer.state[weight]["exp_avg"][units].any()
+        assert not optimizer.state[weight]["exp_avg_sq"][units].any()
+        assert optimizer.state[weight]["step"] == 0
+        reader = model[int(name) + 2].weight
+        assert not reader[:, units].any() and not optimizer.state[reader]["exp_avg"][:, units].any()
+    kept = [p for p in model.parameters() if optimizer.state[p]["step"] == 10]
+    assert len(kept) == 1  # the bias of the head
+
+
+def test_nothing_is_on_the_model_in_steps_that_are_not_measured() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    recycler = Recycler(model, torch.randn(2, 8), optimizer, "redo", every=10)
+
+    def hooks() -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+    seen = []
+    for step in range(20):
+        seen.append(hooks() > 0)
+        train(model, optimizer, recycler, range(step, step + 1))
+    assert seen == ([False] * 9 + [True]) * 2
+    recycler.detach()
+    assert hooks() == 0 and not optimizer._optimizer_step_post_hooks
+
+
+def test_start_and_end() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    recycler = Recycler(
+        model, torch.randn(2, 8), optimizer, "random", ratio=0.2, every=10, start_step=15,
+        end_step=45,
+    )  # fmt: skip
+    train(model, optimizer, recycler, range(100))
+    assert [reset.step for reset in recycler.log] == [20, 30, 40]
+    assert recycler._next == math.inf
+
+
+def test_gradients_that_are_accumulated_are_one_step() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    recycler = Recycler(
+        model, torch.randn(2, 8), optimizer, "custom", criterion="dormant", ratio=0.1, every=5
+    )
+    for step in range(20):
+        images, labels = batch(step)
+        cross_entropy(model(images), labels).backward()
+        if step % 4 == 3:
+            optimizer.step()
+            optimizer.zero_grad()
+        recycler.step()
+    assert recycler.steps == 5 and [reset.step for reset in recycler.log] == [5]
+    assert recycler.skipped == {"step() without a step of the optimizer: waited for it": 15}
+
+
+def test_evaluation_in_between_is_not_measured() -> None:
+    found = []
+    for evaluates in (False, True):
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        recycler = Recycler(model, torch.randn(2, 8), optimizer, "redo", every=1, threshold=0.3)
+        for step in range(10):
+            if evaluates:
+                with torch.no_grad():
+                    model(torch.full((64, 8), 5.0))
+            train(model, optimizer, recycler, range(step, step + 1))
+        found.append([reset.to_dict() for reset in recycler.log])
+    assert found[0] == found[1] != []
+
+
+def test_copies_get_the_same_elements() -> None:
+    model = network()
+    target = copy.deepcopy(model)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    recycler = Recycler(
+        model, torch.randn(2, 8), optimizer, "random", ratio=0.2, every=10,
+        sync=[target, average],
+    )  # fmt: skip
+    before = {name: p.detach().clone() for name, p in target.named_parameters()}
+    train(model, optimizer, recycler, range(10))
+    (reset,) = recycler.log
+    for other in (target, average.module):
+        own = dict(other.named_parameters())
+        for name, units in reset.units.items():
+            weight = f"{name}.weight"
+            assert torch.equal(own[weight][units], model[int(name)].weight[units])
+            assert not own[f"{int(name) + 2}.weight"][:, units].any()
+    name = next(iter(reset.units))
+    units = reset.units[name]
+    kept = [u for u in range(len(before[f"{name}.bias"])) if u not in units.tolist()]
+    assert torch.equal(target[int(name)].bias[kept], before[f"{name}.bias"][kept])
+
+
+def test_batches_of_their_own_are_measured() -> None:
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    images, labels = batch(99)
+    recycler = Recycler(
+        model, torch.randn(2, 8), optimizer, "redo", every=10, threshold=0.5,
+        batches=lambda: [(images, labels)],
+    )  # fmt: skip
+    train(model, optimizer, recycler, range(9))
+    images_now, labels_now = batch(9)
+    optimizer.zero_grad()
+    cross_entropy(model(images_now), labels_now).backward()
+    optimizer.step()
+    with torch.no_grad():
+        h = model[:2](images).double()
+    wanted = (h.abs().mean(0) / (h.abs().mean() + 1e-9) <= 0.5).nonzero().flatten()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    reset = recycler.step()
+    assert torch.equal(reset.units["0"], wanted) and len(wanted)
+    assert all(map(torch.equal, (p.grad for p in model.parameters()), gradients))
+
+
+def test_a_loss_that_is_not_a_number_is_counted_and_skipped() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    recycler = Recycler(model, torch.randn(2, 8), optimizer, "random", ratio=0.2, every=5)
+    weights = copy.deepcopy(model.state_dict())
+    for step in range(10):
+        images, labels = batch(step)
+        optimizer.zero_grad()
+        factor = math.nan if step == 4 else 1.0
+        (cross_entropy(model(images), labels) * factor).backward()
+        optimizer.step()
+        recycler.step()
+        if step == 4:
+            model.load_state_dict(weights)
+    assert recycler.skipped == {"gradients are NaN or infinite": 1}
+    assert [reset.step for reset in recycler.log] == [10]
+
+
+def test_resets_that_take_the_same_again_are_told_of() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    recycler = Recycler(
+        model, torch.randn(2, 8), optimizer, "custom", criterion="contribution", ratio=0.2, every=2
+    )
+    with pytest.warns(UserWarning, match="3 times in a row more than 90% of what is re-init"):
+        train(model, optimizer, recycler, range(20))
+    assert recycler.log[-1].overlap == 1.0
+
+
+def test_two_on_one_model() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    first = Recycler(model, torch.randn(2, 8), optimizer, "redo")
+    with pytest.raises(InputError, match=r"a Recycler .redo. acts on this model already: detach"):
+        Recycler(model, torch.randn(2, 8), optimizer, "cbp")
+    first.detach()
+    with Recycler(model, torch.randn(2, 8), optimizer, "cbp"), pytest.raises(InputError):
+        first.attach()
+    first.attach()
+
+
+def test_an_optimizer_of_another_model() -> None:
+    optimizer = torch.optim.SGD(network().parameters(), 0.1)
+    with pytest.raises(InputError, match="trains none of the parameters of the model"):
+        Recycler(network(), torch.randn(2, 8), optimizer)
+
+
+def test_a_model_that_has_changed_since() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    recycler = Recycler(model, torch.randn(2, 8), optimizer, "random", ratio=0.2, every=5)
+    train(model, optimizer, recycler, range(3))
+    model.add_module("5", nn.Linear(3, 3))
+    optimizer.add_param_group({"params": model[5].parameters()})
+    with pytest.raises(InputError, match="other parameters than when the Recycler began"):
+        train(model, optimizer, recycler, range(3, 5))
+
+
+def test_gradients_that_are_gone() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    recycler = Recycler(model, torch.randn(2, 8), optimizer, "grama", every=1)
+    images, labels = batch(0)
+    cross_entropy(model(images), labels).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(InputError, match=r"call step.. right behind optimizer.step.., before zero"):
+        recycler.step()
+
+
+def test_layers_that_do_not_learn_are_left_alone() -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), 1e-2)
+    recycler = Recycler(model, torch.randn(2, 8), optimizer, "grama", every=5, threshold=0.9)
+    train(model, optimizer, recycler, range(20))
+    assert recycler.log and all(set(reset.units) == {"2"} for reset in recycler.log)
+
+
+def test_a_model_without_such_units() -> None:
+    model = nn.Sequential(nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(InputError, match="no unit that can be re-initialised"):
+        Recycler(model, torch.randn(2, 8), optimizer)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "text"),
+    [
+        ("redoo", {}, "method 'redoo' is unknown, expected one of redo, .*: did you mean 'redo'"),
+        ("redo", {"evry": 3}, "option 'evry' is unknown, .*: did you mean 'every'"),
+        ("redo", {"every": 0}, "every is 0, expected an integer of at least 1"),
+        ("redo", {"every": 1.5}, "every is 1.5, expected an integer"),
+        ("redo", {"criterion": "dorment"}, "criterion 'dorment' is unknown for granularity 'unit'"),
+        ("redo", {"granularity": "filter"}, "granularity 'filter' is unknown"),
+        ("redo", {"ratio": 0.1, "threshold": 0.1}, "threshold and ratio given of threshold, ratio"),
+        ("custom", {}, "nothing given of threshold, ratio and rate, expected exactly one"),
+        ("redo", {"compensate": True}, "compensate needs the moving average of the activations"),
+        ("cbp", {"rate": 1e-3, "window": 5}, "window 5 is more than every 1"),
+        ("cbp", {"rate": 0.0}, "rate is 0.0, expected more than 0 and at most 1"),
+        ("cbp", {"decay": 1.0}, "decay is 1.0, expected at least 0 and less than 1"),
+        ("cbp", {"batches": lambda: []}, "batches with a rate"),
+        ("swr", {"rate": 0.1}, "rate and compensate are for units, found granularity 'weight'"),
+        ("redo", {"outgoing": "gone"}, "outgoing 'gone' is unknown, expected one of zero"),
+        ("redo", {"init": "he"}, "init 'he' is unknown"),
+        ("redo", {"include": ["layer9"]}, "include pattern 'layer9' matches none"),
+        ("custom", {"ratio": 2.0}, "ratio 2.0 is out of range"),
+    ],
+)
+def test_what_cannot_be_done(method: str, options: dict, text: str) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(InputError, match=text):
+        Recycler(model, torch.randn(2, 8), optimizer, method, **options)
+
+
+def test_a_state_of_another_recycler() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    recycler = Recycler(model, torch.randn(2, 8), optimizer, "redo", every=5)
+    state = recycler.state_dict()
+    with pytest.raises(InputError, match="the state has version None, expected 1"):
+        recycler.load_state_dict({})
+    with pytest.raises(InputError, match="saved with method every 7, this one has 5"):
+        recycler.load_state_dict(state | {"method": state["method"] | {"every": 7}})
+    with pytest.raises(InputError, match="saved with sizes 0 99, this one has 16"):
+        recycler.load_state_dict(state | {"sizes": {"0": 99, "2": 12}})
+    with pytest.raises(InputError, match="saved with seed 5, this one has 0"):
+        recycler.load_state_dict(state | {"seed": 5})
