@@ -1,5 +1,6 @@
 """Apply a plan to a model: the only code that writes to weights, buffers and optimizer state."""
 
+from fastplastic.reinit.fire import fire_
 from fastplastic.reinit.optimizer_state import OptimizerState, optimizers_of
 from fastplastic.reinit.report import ReinitReport, Written
 from fastplastic.reinit.run import OUTGOING, reinit_
@@ -7,6 +8,6 @@ from fastplastic.reinit.shrink import shrink_perturb_
 from fastplastic.reinit.silence import removal
 
 __all__ = [
-    "OUTGOING", "OptimizerState", "ReinitReport", "Written", "optimizers_of", "reinit_", "removal",
-    "shrink_perturb_",
+    "OUTGOING", "OptimizerState", "ReinitReport", "Written", "fire_", "optimizers_of", "reinit_",
+    "removal", "shrink_perturb_",
 ]  # fmt: skip
