@@ -145,8 +145,8 @@ def _polar(matrices: Tensor, iterations: int) -> Tensor:
     x = x / x.flatten(1).norm(dim=1).clamp(min=torch.finfo(x.dtype).tiny)[:, None, None]
     for _ in range(iterations):
         x = 1.5 * x - 0.5 * x @ (x.mT @ x)
-    x = x.mT if wide else x
-    return x * math.sqrt(matrices.shape[1] / matrices.shape[2])
+    scale = math.sqrt(matrices.shape[1] / matrices.shape[2])
+    return torch.mul(x.mT if wide else x, scale)
 
 
 def _forget(state: OptimizerState, weights: dict[str, Tensor], undo: Undo) -> None:

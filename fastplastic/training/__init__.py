@@ -1,7 +1,8 @@
-"""Keep plasticity while a network is trained: re-initialisation on a schedule."""
+"""Keep plasticity while a network is trained: re-initialisation on a schedule, and a pull."""
 
+from fastplastic.training.anchor import L2Init
 from fastplastic.training.methods import METHODS, Method
 from fastplastic.training.recycler import Recycler
 from fastplastic.training.resets import Reset
 
-__all__ = ["METHODS", "Method", "Recycler", "Reset"]
+__all__ = ["METHODS", "L2Init", "Method", "Recycler", "Reset"]

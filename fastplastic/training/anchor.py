@@ -1,0 +1,69 @@
+"""L2-init: pull the weights to where they began."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from fastplastic.errors import InputError
+from fastplastic.model import check_built
+from fastplastic.reinit import OptimizerState, optimizers_of
+
+
+class L2Init:
+    """Add strength * norm(w - w_0)^2 to the loss, with w_0 the weights when this was made.
+
+    The gradient 2 strength (w - w_0) is added to that of the loss when the optimizer makes its
+    step: the same bits as a term of the loss where gradients are not clipped, without a graph for
+    it, and clipping does not see it.
+
+        L2Init(model, optimizer, strength=1e-2)
+
+    Source: Kumar, Marklund and Van Roy, "Maintaining plasticity in continual learning via
+    regenerative regularization", arXiv 2308.11958.
+
+    Args:
+        model: The model, as it is to be pulled to.
+        optimizer: Its optimizer.
+        strength: More than 0.
+
+    Raises:
+        InputError: `strength` is not more than 0, or the optimizer is not that of the model.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, *, strength: float = 1e-2) -> None:
+        if not strength > 0:
+            raise InputError(f"strength is {strength!r}, expected more than 0, such as 1e-2")
+        check_built(model)
+        OptimizerState(optimizer, model)
+        self._strength = float(strength)
+        self._model = model
+        self._begun = {name: p.detach().clone() for name, p in model.named_parameters()}
+        innermost = list(optimizers_of(optimizer))[-1]
+        self._handle: RemovableHandle | None = innermost.register_step_pre_hook(self._pull)
+
+    def remove(self) -> None:
+        """Pull no more."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the weights that are pulled to."""
+        return dict(self._begun)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Pull to the weights that `state_dict` gave; InputError when they are of another model."""
+        if {n: w.shape for n, w in state.items()} != {n: w.shape for n, w in self._begun.items()}:
+            raise InputError("the state is of another model, expected that of this L2Init")
+        for name, weight in self._begun.items():
+            weight.copy_(state[name])
+
+    def _pull(self, *_: Any) -> None:
+        with torch.no_grad():
+            for name, parameter in self._model.named_parameters():
+                begun = self._begun.get(name)
+                if parameter.grad is not None and begun is not None:
+                    parameter.grad.add_(parameter - begun, alpha=2 * self._strength)
