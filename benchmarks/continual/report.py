@@ -148,6 +148,8 @@ def filled(text: str, tables: dict[str, str]) -> str:
     """Return the README with its tables replaced."""
     for name, own in tables.items():
         begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+        if begin not in text or end not in text:
+            raise LookupError(f"README.md has no place for {name!r}")
         before, _, rest = text.partition(begin)
         _, _, after = rest.partition(end)
         text = before + begin + own + end + after

@@ -1,0 +1,96 @@
+"""The study of sequences of tasks: resumable, and its tables are those of its results."""
+
+import json
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parent.parent / "benchmarks" / "continual"
+
+
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    for name in ("study", "report"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import study
+
+    torch.manual_seed(0)
+    pixels = torch.randn(200, 784), torch.randint(10, (200,))
+    monkeypatch.setattr(study, "digits", lambda: pixels)
+    yield study
+    for name in ("study", "report"):
+        sys.modules.pop(name, None)
+
+
+ENTRY = {"images": 64, "hidden": [16], "batch": 16, "lr": 1e-2, "tasks": 3, "epochs": 2, "from": 2}
+
+
+@pytest.mark.parametrize("problem", ["random-labels", "permuted-digits"])
+def test_a_run_is_settled_by_its_seed(study, problem: str) -> None:
+    first, again, other = (
+        study.run(problem, ENTRY, "random", {"every": 4, "ratio": 0.2}, seed) for seed in (0, 0, 1)
+    )
+    assert first.online == again.online != other.online
+    assert len(first.online) == 3 and first.resets == [6, 6, 6]
+
+
+def test_every_method_runs(study) -> None:
+    config = tomllib.loads((FOLDER / "study.toml").read_text())
+    for method, own in config["methods"].items():
+        for options in own["tried"]:
+            done = study.run("random-labels", ENTRY, method, options, 0)
+            assert len(done.online) == 3 and all(0 <= value <= 1 for value in done.online)
+
+
+def test_a_line_that_was_cut_off_is_written_anew(study, tmp_path: Path) -> None:
+    file = tmp_path / "runs.jsonl"
+    runs = [study.Run("none", {}, seed, [0.5, 0.25]) for seed in (0, 1)]
+    study.append(file, runs[0])
+    file.write_text(file.read_text() + '{"method": "none", "opti')
+    assert study.read(file) == runs[:1]
+    study.append(file, runs[1])
+    assert study.read(file) == runs
+    assert [json.loads(line)["seed"] for line in file.read_text().splitlines()] == [0, 1]
+
+
+def test_the_setting_that_did_best_in_the_tuning_goes_on(study, tmp_path: Path) -> None:
+    config = {
+        "tune": {"seeds": [9]}, "problems": {"p": {"seeds": 2}},
+        "methods": {"m": {"tried": [{"a": 1}, {"a": 2}]}, "none": {"tried": [{}]}},
+    }  # fmt: skip
+    with pytest.raises(LookupError, match=r"p.m: not tuned yet"):
+        study.best_options(config, "p", "m", tmp_path)
+    for value, accuracy in ((1, 0.4), (2, 0.6)):
+        file = tmp_path / "tune" / "p.jsonl"
+        study.append(file, study.Run("m", {"a": value}, 9, [accuracy]))
+    assert study.best_options(config, "p", "m", tmp_path) == {"a": 2}
+    assert list(study.wanted(config, "final", "p", "m", tmp_path)) == [({"a": 2}, 0), ({"a": 2}, 1)]
+    assert list(study.wanted(config, "tune", "p", "none", tmp_path)) == []
+
+
+def test_the_tables_are_those_of_the_results(study) -> None:
+    import report
+
+    config = tomllib.loads((FOLDER / "study.toml").read_text())
+    found = {problem: report.sequences(config, problem) for problem in config["problems"]}
+    text = report.README.read_text()
+    assert report.filled(text, report.parts(found)) == text
+
+
+def test_a_table(study) -> None:
+    import report
+
+    def sequence(method: str, late: list[float]):
+        runs = {s: study.Run(method, {}, s, [0.7, value], [3, 1]) for s, value in enumerate(late)}
+        return report.Sequence(method, runs, dict(enumerate(late)))
+
+    found = {
+        "none": sequence("none", [0.20, 0.22, 0.21]), "redo": sequence("redo", [0.50, 0.55, 0.51]),
+    }  # fmt: skip
+    rows = list(report.table(found))
+    assert rows[2].startswith("| `redo` |  | 3 | 70.0 | 52.0 [45.4, 58.6] | +31.0 p 0.00")
+    assert rows[2].endswith("|  | 2 |") and rows[3].startswith("| `none` |  | 3 | 70.0 | 21.0")
