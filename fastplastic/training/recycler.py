@@ -1,6 +1,5 @@
 """Re-initialise units or weights on a schedule while a model is trained."""
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -24,6 +23,7 @@ from fastplastic.reinit import OptimizerState, optimizers_of, reinit_
 from fastplastic.training.methods import Method, method_of
 from fastplastic.training.replacement import Replacement
 from fastplastic.training.resets import Reset, chosen_of, overlap
+from fastplastic.training.schedule import Schedule
 from fastplastic.training.watch import Watch, gradients_are_finite
 from fastplastic.wiring import UnitGraph
 
@@ -117,6 +117,7 @@ class Recycler:
             None if self.method.rate is None
             else Replacement(self._sizes, self.method, self._seed)
         )  # fmt: skip
+        self._schedule = Schedule(self.method)
         self._watch = Watch(model, graph, self.method, self._seed)
         self._last: dict[str, Tensor] | None = None
         self._warned = False
@@ -195,7 +196,7 @@ class Recycler:
             return None
         reset = None
         try:
-            if self._measured(self.steps):
+            if self._schedule.is_measured(self.steps):
                 reset = self._act()
         finally:
             self._look_ahead()
@@ -204,31 +205,18 @@ class Recycler:
     def _look_ahead(self) -> None:
         """Measure the next step, or find the one before the next that is measured."""
         following = self.steps + 1
-        if self._measured(following):
-            if self._batches is None:
-                self._watch.begin()
-            self._next = following
-            return
-        self._watch.end()
-        method = self.method
-        first = max(following, method.start_step + 1)
-        due = -(-first // method.every) * method.every
-        over = method.end_step is not None and due > method.end_step
-        self._next = math.inf if over else max(due - method.measured, following)
-
-    def _measured(self, step: int) -> bool:
-        """Tell whether a step is one of those that a choice is made of."""
-        method = self.method
-        due = -(-step // method.every) * method.every
-        after = method.end_step is not None and due > method.end_step
-        return due > method.start_step and not after and due - step < method.measured
+        if self._schedule.is_measured(following) and self._batches is None:
+            self._watch.begin()
+        else:
+            self._watch.end()
+        self._next = self._schedule.wakes_behind(following)
 
     def _act(self) -> Reset | None:
         """Measure the step that was just made, and choose if it is time."""
         if not gradients_are_finite(self._model):
             self._skip("gradients are NaN or infinite")
             return None
-        due = self.steps % self.method.every == 0
+        due = self._schedule.is_due(self.steps)
         try:
             chosen = self._replaced(due) if self._replacement else self._planned()
         except NothingToChooseError as error:
