@@ -1,6 +1,7 @@
 """A Recycler in the loops that people have: schedules, resuming, errors, what it leaves alone."""
 
 import copy
+import gc
 import io
 import math
 
@@ -389,3 +390,23 @@ def test_a_state_of_another_recycler() -> None:
         recycler.load_state_dict(state | {"sizes": {"0": 99, "2": 12}})
     with pytest.raises(InputError, match="saved with seed 5, this one has 0"):
         recycler.load_state_dict(state | {"seed": 5})
+
+
+def test_two_that_measure_at_overlapping_times_leave_compiled_code_compiled() -> None:
+    from torch._dynamo import eval_frame
+
+    # Those of other tests may still be measuring.
+    gc.collect()
+    first, second = network(), network(1)
+    optimizers = [torch.optim.SGD(model.parameters(), 0.1) for model in (first, second)]
+    # One measures step 2, the other steps 2 to 4.
+    recyclers = [
+        Recycler(first, torch.randn(2, 8), optimizers[0], "random", ratio=0.1, every=2, end_step=2),
+        Recycler(second, torch.randn(2, 8), optimizers[1], rate=0.01, every=4, window=3),
+    ]
+    seen = []
+    for step in range(4):
+        for three in zip((first, second), optimizers, recyclers, strict=True):
+            train(*three, range(step, step + 1))
+        seen.append(eval_frame._stance.stance)
+    assert seen == ["force_eager"] * 3 + ["default"]

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,6 @@ class Watch:
             model, graph, gradients=method.criterion == "activation_gradient", training=True
         )
         self._on = False
-        self._eager: Any = None
         self._first: Profile | None = None
 
     def begin(self) -> None:
@@ -42,16 +42,14 @@ class Watch:
         if not self._on:
             self._on = True
             self._observer.attach()
-            self._eager = _eagerly()
+            _EAGER.enter(self)
 
     def end(self) -> None:
         """Take all hooks off the model."""
         if self._on:
             self._on = False
             self._observer.detach()
-            if self._eager is not None:
-                self._eager.__exit__(None, None, None)
-                self._eager = None
+            _EAGER.leave(self)
 
     @property
     def on(self) -> bool:
@@ -117,13 +115,31 @@ def gradients_are_finite(model: nn.Module) -> bool:
     return not gradients or bool(torch.nn.utils.get_total_norm(gradients).isfinite())
 
 
-def _eagerly() -> Any:
-    """Let compiled code run eagerly until the exit of what is returned; None where there is none.
+class EagerSpan:
+    """Lets compiled code run eagerly while anyone measures.
 
-    Hooks that come after the compilation are not seen by compiled code.
+    Hooks that come after the compilation are not seen by compiled code. A stance that is left puts
+    back the one before it, so with several that measure at overlapping times only the first may
+    take one, and only the last may leave it. Who is thrown away while measuring does not count.
     """
-    if "torch._dynamo" not in sys.modules:
-        return None
-    stance = torch.compiler.set_stance("force_eager")
-    stance.__enter__()
-    return stance
+
+    def __init__(self) -> None:
+        self._inside: WeakSet[Watch] = WeakSet()
+        self._stance: Any = None
+
+    def enter(self, watch: Watch) -> None:
+        """Run eagerly from now on."""
+        self._inside.add(watch)
+        if self._stance is None and "torch._dynamo" in sys.modules:
+            self._stance = torch.compiler.set_stance("force_eager")
+            self._stance.__enter__()
+
+    def leave(self, watch: Watch) -> None:
+        """Run compiled code again, when nobody else measures."""
+        self._inside.discard(watch)
+        if not self._inside and self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
+
+
+_EAGER = EagerSpan()
