@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from fastplastic import Recycler
 from fastplastic.errors import InputError
+from fastplastic.graph import build_graph
 
 METHODS = {
     "redo": {"every": 20, "threshold": 0.5},
@@ -395,8 +396,7 @@ def test_a_state_of_another_recycler() -> None:
 def test_two_that_measure_at_overlapping_times_leave_compiled_code_compiled() -> None:
     from torch._dynamo import eval_frame
 
-    # Those of other tests may still be measuring.
-    gc.collect()
+    gc.collect()  # those of other tests may still be measuring
     first, second = network(), network(1)
     optimizers = [torch.optim.SGD(model.parameters(), 0.1) for model in (first, second)]
     # One measures step 2, the other steps 2 to 4.
@@ -410,3 +410,13 @@ def test_two_that_measure_at_overlapping_times_leave_compiled_code_compiled() ->
             train(*three, range(step, step + 1))
         seen.append(eval_frame._stance.stance)
     assert seen == ["force_eager"] * 3 + ["default"]
+
+
+def test_a_wiring_that_is_known_is_not_traced_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    graph = build_graph(model, torch.randn(2, 8))
+    monkeypatch.delattr("fastplastic.training.recycler.build_graph")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recycler(model, graph, optimizer, "random", ratio=0.2, every=5) as recycler:
+        train(model, optimizer, recycler, range(5))
+    assert len(recycler.log) == 1

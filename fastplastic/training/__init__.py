@@ -1,8 +1,9 @@
 """Keep plasticity while a network is trained: re-initialisation on a schedule, and a pull."""
 
 from fastplastic.training.anchor import L2Init
-from fastplastic.training.methods import METHODS, Method
+from fastplastic.training.methods import METHODS, Method, method_of
 from fastplastic.training.recycler import Recycler
 from fastplastic.training.resets import Reset
+from fastplastic.training.watch import Watch
 
-__all__ = ["METHODS", "L2Init", "Method", "Recycler", "Reset"]
+__all__ = ["METHODS", "L2Init", "Method", "Recycler", "Reset", "Watch", "method_of"]

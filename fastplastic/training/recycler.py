@@ -58,7 +58,8 @@ class Recycler:
     Args:
         model: The model that the loop calls; for a wrapped one (DistributedDataParallel), the
             module inside.
-        example_inputs: What to trace the model with, as for `Monitor`.
+        example_inputs: What to trace the model with, as for `Monitor`. Or the wiring itself, where
+            it is known.
         optimizer: The optimizer of the model.
         method: "redo", "cbp", "grama", "swr", "random" (the control), "custom", or a `Method`.
         sync: Copies of the model (target networks, moving averages) in which the same elements
@@ -104,7 +105,8 @@ class Recycler:
         self._batches, self._loss_fn, self._seed = batches, loss_fn, int(seed)
         if batches is not None and self.method.rate is not None:
             raise InputError("batches with a rate: its averages are made of the running batches")
-        graph = build_graph(model, example_inputs)
+        known = isinstance(example_inputs, UnitGraph)
+        graph = example_inputs if known else build_graph(model, example_inputs)
         self._fingerprint = fingerprint(model)
         _check_patterns(graph, self.method, model)
         self._sizes = {layer.name: layer.n_units for layer in graph.layers if layer.hidden.any()}
