@@ -62,6 +62,9 @@ def export_program(model: nn.Module, example_inputs: Any, mode: str) -> Exported
         kwargs.setdefault("use_cache", False)
     with in_mode(model, mode), torch.no_grad(), _silent(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if "_original_forward" in vars(model):
+            # Mixed precision of Accelerate, which would hide all operators in one. It is put back.
+            model.forward = vars(model)["_original_forward"]
         return torch.export.export(model, args, kwargs, strict=False)
 
 
