@@ -24,7 +24,7 @@ FOLDERS = {
 ROOMS = [
     "errors", "wiring", "randomness", "stats", "criteria", "diagnostics", "model", "files", "graph",
     "measure", "planning", "initial", "reinit", "training", "trials",
-    "sources", "cli", "__main__",
+    "sources", "integrations", "cli", "__main__",
 ]  # fmt: skip
 
 
@@ -98,6 +98,19 @@ def test_no_backend_imports_another():
 def test_imports_point_one_way(name):
     before = {*ROOMS[: ROOMS.index(room(name))], room(name), "kernels", ""}
     assert {room(other) for other in own(name)} <= before
+
+
+FRAMEWORKS = {"transformers", "lightning", "accelerate", "peft", "tensorboard"}
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_frameworks_stand_in_the_modules_of_their_own(name):
+    """Nobody else loads them, and nobody loads these modules but their users."""
+    if room(name) != "integrations":
+        assert "integrations" not in {room(other) for other in own(name)}
+    used = {part.partition(".")[0] for part in imports(MODULES[name])} & FRAMEWORKS
+    assert used <= ({name.rpartition(".")[2]} if room(name) == "integrations" else set())
+    assert not own(name) & {f"fastplastic.integrations.{framework}" for framework in FRAMEWORKS}
 
 
 PURE = [name for name in LIBRARY if room(name) in ("criteria", "diagnostics", "stats", "planning")]
@@ -179,11 +192,18 @@ def in_place_copies(tree: ast.AST) -> list[int]:
 
 # Files load weights, and a model that was run gets its buffers back.
 WRITERS = {"reinit", "files", "kernels"}
+LEFT_AS_FOUND = "fastplastic.model.left_as_found"
+# These write to what they remember themselves, and have it back from a checkpoint.
+REMEMBERING = {
+    "fastplastic.training.recycler",
+    "fastplastic.training.replacement",
+    "fastplastic.integrations.follower",
+}
 
 
 @pytest.mark.parametrize("name", LIBRARY)
 def test_only_reinit_writes_to_weights(name):
-    if room(name) not in WRITERS and name != "fastplastic.model.left_as_found":
+    if room(name) not in WRITERS and name not in {LEFT_AS_FOUND, *REMEMBERING}:
         assert not in_place_copies(ast.parse(MODULES[name].read_text()))
 
 
