@@ -1,6 +1,6 @@
 """What is asked of any live model: its batches, weights and head, and how it is left as found."""
 
-from fastplastic.model.batches import Batch, loss_of, outputs_of, read_batches
+from fastplastic.model.batches import Batch, loss_of, outputs_of, read_batch, read_batches
 from fastplastic.model.checks import (
     check_built,
     device_of,
@@ -29,6 +29,7 @@ __all__ = [
     "nonfinite_tensors",
     "output_layers",
     "outputs_of",
+    "read_batch",
     "read_batches",
     "undisturbed",
     "weights_of",
