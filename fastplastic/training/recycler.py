@@ -105,16 +105,9 @@ class Recycler:
         self._batches, self._loss_fn, self._seed = batches, loss_fn, int(seed)
         if batches is not None and self.method.rate is not None:
             raise InputError("batches with a rate: its averages are made of the running batches")
-        known = isinstance(example_inputs, UnitGraph)
-        graph = example_inputs if known else build_graph(model, example_inputs)
         self._fingerprint = fingerprint(model)
-        _check_patterns(graph, self.method, model)
+        graph = _graph_of(model, example_inputs, self.method)
         self._sizes = {layer.name: layer.n_units for layer in graph.layers if layer.hidden.any()}
-        if not self._sizes and self.method.granularity == "unit":
-            raise InputError(
-                "the model has no unit that can be re-initialised: `fastplastic profile` shows "
-                "why, layer by layer; or choose single weights (granularity='weight')"
-            )
         self._replacement = (
             None if self.method.rate is None
             else Replacement(self._sizes, self.method, self._seed)
@@ -349,6 +342,19 @@ class Recycler:
         self._pending = 0
         if self._handle is not None:
             self._look_ahead()
+
+
+def _graph_of(model: nn.Module, example_inputs: Any, method: Method) -> UnitGraph:
+    """Return the wiring of a model, in which there is something to choose from."""
+    known = isinstance(example_inputs, UnitGraph)
+    graph: UnitGraph = example_inputs if known else build_graph(model, example_inputs)
+    _check_patterns(graph, method, model)
+    if method.granularity == "unit" and not any(layer.hidden.any() for layer in graph.layers):
+        raise InputError(
+            "the model has no unit that can be re-initialised: `fastplastic profile` shows why, "
+            "layer by layer; or choose single weights (granularity='weight')"
+        )
+    return graph
 
 
 def _check_patterns(graph: UnitGraph, method: Method, model: nn.Module) -> None:
