@@ -15,7 +15,7 @@ from fastplastic.integrations.loggers import metrics, reset_metrics
 from fastplastic.measure import Profile
 from fastplastic.model import device_of, read_batch
 from fastplastic.reinit import optimizers_of
-from fastplastic.training import Method, Recycler, Watch, method_of
+from fastplastic.training import Method, Recycler, StepWatch, method_of
 
 _VERSION = 1
 # What is read for a profile: activations, and the gradients of weights.
@@ -116,7 +116,7 @@ class Follower:
         self._settings = settings
         self._values: dict[str, float] = {}
         self._logged = 0
-        self._watch = Watch(model, graph, _PROFILED, settings.seed) if logs else None
+        self._watch = StepWatch(model, graph, _PROFILED, settings.seed) if logs else None
         if settings.method is not None:
             self.recycler = Recycler(
                 model, graph, optimizer, settings.method, sync=settings.sync, seed=settings.seed

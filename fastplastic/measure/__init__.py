@@ -1,10 +1,12 @@
 """Run a model on data and sum up what its units do: profiles, and a monitor for training."""
 
+from fastplastic.measure.compiled import EagerStance
 from fastplastic.measure.monitor import Monitor
 from fastplastic.measure.observer import Observer
 from fastplastic.measure.record import Coverage, LayerProfile, Profile, Totals
 from fastplastic.measure.run import assemble, profile
 
 __all__ = [
-    "Coverage", "LayerProfile", "Monitor", "Observer", "Profile", "Totals", "assemble", "profile",
+    "Coverage", "EagerStance", "LayerProfile", "Monitor", "Observer", "Profile", "Totals",
+    "assemble", "profile",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from fastplastic.errors import InputError
-from fastplastic.measure.observer import Observation
+from fastplastic.measure.observation import Observation
 from fastplastic.measure.record import Coverage, LayerProfile
 from fastplastic.wiring import UnitGraph
 

@@ -35,8 +35,11 @@ class Monitor:
             train_one_epoch(model)
         monitor.compute().totals
 
-    A model that is compiled (torch.compile) has to be attached before its first call: later hooks
-    are not seen by the compiled code.
+    In a model that is compiled (torch.compile) after the monitor is attached, the statistics are
+    operators of the compiled graph, without a graph break. With `every` above 1, the steps that are
+    measured run eagerly and all others as they are compiled without a monitor, whenever that was;
+    of calls that are made inside of a compiled function, those with a backward pass count. Calls
+    that compiled code ran past the hooks are never left out silently: `compute` raises.
 
     With activation checkpointing, what is recomputed is not counted twice. With an
     `attention_mask` argument, padding is left out.
@@ -97,12 +100,12 @@ class Monitor:
 
     def pause(self) -> "Pause":
         """Stop measuring until `resume`, or to the end of `with monitor.pause():`."""
-        self._observer.paused = True
+        self._observer.pause(True)
         return Pause(self)
 
     def resume(self) -> None:
         """Measure again after `pause`."""
-        self._observer.paused = False
+        self._observer.pause(False)
 
     def reset(self) -> None:
         """Forget what was seen and start anew."""
@@ -112,7 +115,7 @@ class Monitor:
         """Return the profile of what was seen since the start or the last `reset`.
 
         Raises:
-            InputError: No layer was measured.
+            InputError: No layer was measured, or compiled code ran some calls past the hooks.
         """
         # Weights without any gradient so far are read as they are now.
         observation = self._observer.observation({})

@@ -1,13 +1,14 @@
 """Hooks on a live model that sum up what passes them; the model is never changed.
 
 A tensor is read once, inside the hook that sees it: an in-place activation function overwrites the
-pre-activation right afterwards. Every hook returns None. Gradients are seen by hooks on tensors,
+pre-activation right afterwards. Hooks change no value. Gradients are seen by hooks on tensors,
 never by full backward hooks of modules, which raise when an in-place operation follows.
+
+Hooks that torch.compile traces put operators into its graph (`compiled.py`); all others are called
+as they are.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from threading import RLock
 from typing import Any
@@ -18,54 +19,33 @@ from torch.utils.hooks import RemovableHandle
 
 from fastplastic.kernels import activation_stats, gradient_stats, untraced
 from fastplastic.measure.attention import projection
-from fastplastic.measure.padding import Tokens, unpadded, unpadded_tokens
+from fastplastic.measure.compiled import (
+    ATTENTION,
+    CALLS,
+    break_graph,
+    keep_address,
+    run_as_is,
+    trace_reads,
+    traces_operator,
+)
+from fastplastic.measure.hooks import SiteCalls, SiteHooks, hook_gradient, in_backward
+from fastplastic.measure.observation import (
+    CallCount,
+    Observation,
+    first_tensor,
+    laid_out,
+    samples_of,
+)
+from fastplastic.measure.operators import MODES, add_call
+from fastplastic.measure.pace import Pace
+from fastplastic.measure.padding import Tokens, padding_mask, tokens_of, unpadded
 from fastplastic.measure.parameters import WeightReader
+from fastplastic.measure.scale import nonfinite_gradients, unscaled
 from fastplastic.measure.slots import TensorRead, TensorReads
-from fastplastic.measure.sums import DeviceSums, fold_weights
+from fastplastic.measure.sums import DeviceSums, add_weights, reading
 from fastplastic.model import mode_of
-from fastplastic.stats import STATISTICS, UnitStats, columns_of, empty_table, merge_into
+from fastplastic.stats import UnitStats, columns_of, empty_table, merge_into
 from fastplastic.wiring import Argument, UnitGraph, UnitLayer
-
-_ROW = {name: row for row, name in enumerate(STATISTICS)}
-_NONFINITE_GRADIENTS = [
-    _ROW[name] for name in ("n_nonfinite_g", "n_nonfinite_dw", "n_nonfinite_dw_out")
-]
-_GRADIENT_COUNTS = [_ROW[name] for name in ("n_g", "n_dw", "n_dw_out")]
-# How each sum of gradients grows with the scale of the loss.
-_POWER_OF_SCALE = {
-    "sum_abs_g": 1, "sum_sq_g": 2, "sum_abs_dw": 1, "sum_sq_dw": 2, "sum_abs_w_dw": 1,
-    "sum_w_out_dw_out": 1,
-}  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class Observation:
-    """What an observer has seen so far.
-
-    Attributes:
-        stats: The statistics of all layers.
-        modes: "train", "eval" or "mixed", of every step.
-        samples: Sum of the first dimension of the model's first input.
-        steps: Forward passes measured.
-        dropped: Steps without gradients, because they were not finite under a loss scale.
-        masked: Whether padding was left out by an attention mask.
-        problems: {layer name: why its hook could not read the tensor}.
-        unforeseen: Names of weight layers that ran and are in no trace of the model.
-    """
-
-    stats: UnitStats
-    modes: frozenset[str]
-    samples: int
-    steps: int
-    dropped: int
-    masked: bool
-    problems: Mapping[str, str]
-    unforeseen: frozenset[str]
-
-
-def in_backward() -> bool:
-    """Tell whether this thread is inside a backward pass, as in a recomputation of activations."""
-    return bool(torch._C._current_graph_task_id() != -1)
 
 
 class Observer:
@@ -101,11 +81,11 @@ class Observer:
         self._units = sum(layer.n_units for layer in graph.layers)
         self._weights = WeightReader(graph, self._columns, model)
         self._reads = TensorReads(graph, self._columns)
-        self._untraced = [name for name, _ in graph.skipped]
+        calls = SiteCalls(self._see_output, self._see_input, self._see_attention, self._note_run)
+        self._site_hooks = SiteHooks(model, self._reads.sites, dict(graph.skipped), calls)
         self._parameters, self._gradients, self._training = parameters, gradients, training
-        self._every = every
-        self._scale = scale
-        self._sample = sample
+        self._every, self._pace = every, Pace(every)
+        self._scale, self._sample = scale, sample
         # Gradient hooks run on threads of the autograd engine.
         self._lock = RLock()
         self._handles: list[RemovableHandle] = []
@@ -113,6 +93,9 @@ class Observer:
         # Whether the current step is measured, and whether its forward pass is on.
         self._measuring = self._running = False
         self._tokens: Tokens | None = None
+        self._mask: Tensor | None = None
+        # What compiled code adds to; None where it cannot.
+        self._traced: DeviceSums | None = None
         self._sums: dict[torch.device, DeviceSums] = {}
         self.reset()
 
@@ -129,9 +112,8 @@ class Observer:
             for sums in self._sums.values():
                 sums.clear()
             self._factor = 1.0
-            self._calls = self._steps = self._samples = self._dropped = 0
-            self._modes: set[str] = set()
-            self._masked = False
+            self._pace.restart()
+            self._calls, self._dropped = CallCount(), 0
             self._problems: dict[str, str] = {}
             self._unforeseen: set[str] = set()
 
@@ -139,34 +121,39 @@ class Observer:
         """Put the hooks on the model; does nothing when they are."""
         if self._handles:
             return
-        begin = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        run_as_is(*_ON_THE_WAY)
+        begin = self.model.register_forward_pre_hook(self._on_begin, with_kwargs=True)
         # Called after an exception too: what runs outside of the model's forward is not read.
-        end = self.model.register_forward_hook(self._end, always_call=True)
+        end = self.model.register_forward_hook(self._on_end, always_call=True)
         self._handles.extend((begin, end))
-        for (name, where), reads in self._reads.sites.items():
-            module = self.model.get_submodule(name)
-            if where == "output":
-                hook = partial(self._see_output, reads)
-                self._handles.append(module.register_forward_hook(hook))
-            elif where != "input":
-                hook = partial(self._see_attention, where, reads)
-                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
-            else:
-                pre_hook = partial(self._see_input, reads)
-                self._handles.append(module.register_forward_pre_hook(pre_hook, with_kwargs=True))
-        for name, module in self.model.named_modules():
-            if name in self._untraced:
-                note = partial(self._note_run, name)
-                self._handles.append(module.register_forward_pre_hook(note))
+        self._site_hooks.put_on()
+        self._prepare_tables()
+        if self._parameters:
+            self._hook_parameters()
+        self._pace.attach(paused=self.paused)
+
+    def _prepare_tables(self) -> None:
+        """Make the tables that compiled code adds to: one set, on the device of the model."""
+        devices = {parameter.device for parameter in self.model.parameters()}
+        if len(devices) == 1 and self._sample is None:
+            self._traced = self._sums_on(devices.pop())
+            keep_address(self._traced)
+
+    def pause(self, paused: bool) -> None:
+        """Measure nothing, or go on."""
+        self.paused = paused
+        self._pace.pause(paused, hooked=bool(self._handles))
 
     def detach(self) -> None:
         """Take all hooks off the model; what was seen is kept."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._site_hooks.take_off()
+        self._pace.detach()
         self._hooked.clear()
         self._measuring = self._running = False
-        self._tokens = None
+        self._tokens = self._mask = None
 
     def observation(self, gradients: Mapping[str, Tensor]) -> Observation:
         """Return what was seen so far, and the weights as they are now.
@@ -178,26 +165,46 @@ class Observer:
         with self._lock:
             self._fold()
             table = self._total.clone()
-            self._read_weights(table, gradients)
+            parameters = dict(self.model.named_parameters(remove_duplicate=False))
+            left = {n: parameters[n] for n in self._weights.names if n not in self._weights_seen}
+            add_weights(table, self._weights, left, gradients)
             return Observation(
-                UnitStats(table, self._columns), frozenset(self._modes), self._samples,
-                self._steps, self._dropped, self._masked, dict(self._problems),
-                frozenset(self._unforeseen),
+                UnitStats(table, self._columns), frozenset(self._calls.modes), self._calls.samples,
+                self._calls.steps, self._dropped, self._calls.masked, dict(self._problems),
+                frozenset(self._unforeseen), self._pace.unseen, self._pace.stale,
             )  # fmt: skip
 
-    def _read_weights(self, table: Tensor, gradients: Mapping[str, Tensor]) -> None:
-        """Add the weights of which no gradient was seen to a statistics table."""
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        left = [name for name in self._weights.names if name not in self._weights_seen]
-        with _reading():
-            for device in {parameters[name].device for name in left}:
-                here = {n: parameters[n] for n in left if parameters[n].device == device}
-                sums = self._weights.new_tables(device)
-                self._weights.add(sums, here, gradients)
-                fold_weights(table, self._weights, sums)
+    def _on_begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            if self.paused or self._every > 1:
+                return
+            if self._traced is not None and self._scale is None:
+                return self._trace_begin(self._traced, args, kwargs)
+            break_graph(CALLS)
+        self._begin(args, kwargs)
+
+    def _trace_begin(self, sums: DeviceSums, args: tuple[Any, ...], kwargs: Any) -> None:
+        """Let compiled code start a step."""
+        self._measuring = self._running = self._pace.traced = True
+        self._mask = padding_mask(self.model, kwargs)
+        samples, kind = samples_of([*args, *kwargs.values()]), MODES.index(mode_of(self.model))
+        add_call(sums.calls, samples, kind, self._mask)
+
+    def _on_end(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            self._running, self._mask = False, None
+        else:
+            self._end(output)
+
+    def _breaks(self, why: str) -> bool:
+        """End the graph that is being compiled, unless nothing is measured in it."""
+        if self.paused or self._every > 1:
+            return False
+        break_graph(why)
+        return True
 
     @untraced
-    def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Start a step: runs before the forward pass of the model."""
         if self.paused or in_backward():
             return
@@ -207,22 +214,26 @@ class Observer:
         with self._lock:
             if self._scale is not None:
                 self._fold()
-            self._measuring = self._running = self._calls % self._every == 0
-            self._calls += 1
+            self._measuring = self._running = self._pace.begin()
             if not self._measuring:
+                self._site_hooks.take_off()
                 return
-            self._steps += 1
-            self._samples += _samples([*args, *kwargs.values()])
-            self._modes.add(mode_of(self.model))
-            self._tokens = unpadded_tokens(self.model, kwargs)
-            self._masked |= self._tokens is not None
+            self._site_hooks.put_on()
+            self._mask = padding_mask(self.model, kwargs)
+            self._tokens = None if self._mask is None else tokens_of(self._mask)
+            samples = samples_of([*args, *kwargs.values()])
+            self._calls.add(samples, mode_of(self.model), self._tokens is not None)
             self._factor = 1.0 if self._scale is None else self._scale()
             if self._parameters:
                 self._hook_parameters()
 
     @untraced
-    def _end(self, *_: Any) -> None:
+    def _end(self, output: Any) -> None:
         if not in_backward():
+            if self._running:
+                self._pace.end(whole=output is not None and bool(self._reads.sites))
+            elif not self.paused:
+                self._pace.end_unmeasured()
             self._running = False
 
     def _hook_parameters(self) -> None:
@@ -233,27 +244,48 @@ class Observer:
             if weight is not None and weight.requires_grad and name not in self._hooked:
                 self._hooked.add(name)
                 hook = partial(self._see_parameter, name, weight)
-                self._handles.append(_hook_gradient(weight, hook))
+                self._handles.append(hook_gradient(weight, hook))
 
-    @untraced
     def _see_output(
         self, reads: Sequence[TensorRead], _: nn.Module, args: tuple[Any, ...], output: Any
     ) -> None:
+        if torch.compiler.is_dynamo_compiling() and self._trace(reads, output):
+            return
         self._see(reads, output)
 
-    @untraced
     def _see_input(
         self, reads: Sequence[TensorRead], _: nn.Module, args: tuple[Any, ...], kwargs: Any
     ) -> None:
-        self._see(reads, (*args, *kwargs.values()))
+        values = (*args, *kwargs.values())
+        if torch.compiler.is_dynamo_compiling() and self._trace(reads, values):
+            return
+        self._see(reads, values)
+
+    def _trace(self, reads: Sequence[TensorRead], values: Any) -> bool:
+        """Put what is read into the graph that is being compiled; tell whether it could be."""
+        if self.paused or self._every > 1 or not self._running:
+            return True
+        tensor = first_tensor(values)
+        if not trace_reads(reads, tensor, self._traced, self._mask, self._gradients):
+            return False
+        if not traces_operator():
+            self._pace.passed = True
+        return True
+
+    def _see_attention(self, where: Argument, reads: Sequence[TensorRead], *call: Any) -> None:
+        if torch.compiler.is_dynamo_compiling() and not self._breaks(ATTENTION):
+            return
+        self._pace.read_graph()
+        self._see_projection(where, reads, *call)
 
     @untraced
-    def _see_attention(
+    def _see_projection(
         self, where: Argument, reads: Sequence[TensorRead],
         attention: nn.MultiheadAttention, args: Any, kwargs: Mapping[str, Any], output: Any,
     ) -> None:  # fmt: skip
         again = in_backward()
-        result = _first_tensor(output)
+        self._pace.passed = True
+        result = first_tensor(output)
         assert result is not None
         for read in reads if self._reads_now(again) else ():
             found = projection(attention, where, args, kwargs)
@@ -263,42 +295,33 @@ class Observer:
                 hook = partial(self._see_gradient, read, self._tokens)
                 found.hook_gradient(result, hook)
 
-    @untraced
     def _note_run(self, name: str, *_: Any) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            if not self._breaks(f"{name} ran, which is in no trace of the model"):
+                return
         if self._running and not self.paused:
             self._unforeseen.add(name)
 
+    @untraced
     def _see(self, reads: Sequence[TensorRead], values: Any) -> None:
         again = in_backward()
-        tensor = _first_tensor(values)
+        self._pace.passed = True
+        tensor = first_tensor(values)
         for read in reads if self._reads_now(again) else ():
-            if tensor is None or not self._fits(read, tensor):
-                self._note_problem(read, tensor)
+            if tensor is None or not read.fits(tensor):
+                with self._lock:
+                    self._problems.update(dict.fromkeys(read.layers, read.misfit(tensor)))
                 continue
             # What is recomputed was counted in the forward pass, but with reentrant checkpointing
             # only the recomputed tensors get a gradient.
             if read.activations and not again:
                 self._read_activations(read, tensor)
             if self._gradients and read.gradients is not None and tensor.requires_grad:
-                _hook_gradient(tensor, partial(self._see_gradient, read, self._tokens))
-
-    def _fits(self, read: TensorRead, tensor: Tensor) -> bool:
-        inside = -tensor.ndim <= read.axis < tensor.ndim and tensor.is_floating_point()
-        return inside and tensor.shape[read.axis] == read.channels
+                hook_gradient(tensor, partial(self._see_gradient, read, self._tokens))
 
     def _reads_now(self, again: bool) -> bool:
-        """Tell whether what a module gets or returns counts.
-
-        Args:
-            again: Whether it runs in a backward pass, where activations are recomputed.
-        """
+        """Tell whether what a module gets or returns counts, recomputed or for the first time."""
         return not self.paused and (self._measuring if again else self._running)
-
-    def _note_problem(self, read: TensorRead, tensor: Tensor | None) -> None:
-        found = "no tensor" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
-        text = f"its hook saw {found}, expected {read.channels} channels on axis {read.axis}"
-        with self._lock:
-            self._problems.update(dict.fromkeys(read.layers, text))
 
     def _read_activations(self, read: TensorRead, tensor: Tensor) -> None:
         with self._lock:
@@ -324,76 +347,54 @@ class Observer:
             gradient_stats(g, axis, out=out)
 
     @untraced
-    def _see_parameter(self, name: str, weight: Tensor, gradient: Tensor) -> None:
-        if self.paused or not self._measuring:
-            return
-        # Not from `.grad` when the backward pass is over: others may have added to it by then.
+    def _see_parameter(self, name: str, weight: Tensor, gradient: Tensor) -> Tensor | None:
+        if self.paused:
+            return None
         with self._lock:
-            self._sums_on(weight.device).add_weight(name, weight.detach(), _dense(gradient))
+            if self._pace.gradient(torch._C._current_graph_task_id()):
+                self._measuring = False
+            if not self._measuring:
+                return None
+            # Not from `.grad` when the backward pass is over: others may have added to it by then.
+            own, copied = laid_out(gradient, weight)
+            self._sums_on(weight.device).add_weight(name, weight.detach(), own)
             self._weights_seen.add(name)
+        # `.grad` becomes the copy, which would be made for it a second time.
+        return own if copied else None
 
     def _sums_on(self, device: torch.device) -> DeviceSums:
         sums = self._sums.get(device)
         if sums is None:
-            with _reading():
+            with reading():
                 sums = self._sums[device] = DeviceSums.empty(self._reads, self._weights, device)
         return sums
 
     def _fold(self) -> None:
         """Add the sums since the last time to the total, without the loss scale, and clear them."""
-        with _reading():
+        with reading():
             tables = []
             for sums in self._sums.values():
                 table = empty_table(self._units)
                 sums.fold_into(table, self._reads)
+                self._calls.add_counted(sums.calls)
                 sums.clear()
                 tables.append(table)
-            bad = sum(float(table[_NONFINITE_GRADIENTS].sum()) for table in tables)
+            bad = sum(nonfinite_gradients(table) for table in tables)
             drop = self._scale is not None and bad > 0
             self._dropped += drop
             for table in tables:
-                merge_into(self._total, self._unscaled(table, drop))
-
-    def _unscaled(self, table: Tensor, drop: bool) -> Tensor:
-        for name, power in _POWER_OF_SCALE.items():
-            table[_ROW[name]] /= self._factor**power
-        if drop:
-            rows = [*_NONFINITE_GRADIENTS, *_GRADIENT_COUNTS]
-            rows += [_ROW[name] for name in _POWER_OF_SCALE]
-            table[rows] = 0
-        return table
+                merge_into(self._total, unscaled(table, self._factor, drop))
 
 
 def _idle_observer() -> Observer:
     observer = Observer.__new__(Observer)
-    observer.paused = True
+    observer._pace = Pace(1)
+    observer.paused, observer._running = True, False
     return observer
 
 
-@contextmanager
-def _reading() -> Iterator[None]:
-    """Compute without a graph, on tensors that can be written to later."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-def _hook_gradient(tensor: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
-    register: Callable[[Callable[[Tensor], None]], RemovableHandle] = tensor.register_hook
-    return register(hook)
-
-
-def _first_tensor(values: Any) -> Tensor | None:
-    """Return the first tensor in nested tuples and lists."""
-    if isinstance(values, Tensor):
-        return values
-    nested = values if isinstance(values, (tuple, list)) else ()
-    return next((tensor for tensor in map(_first_tensor, nested) if tensor is not None), None)
-
-
-def _samples(values: Sequence[Any]) -> int:
-    first = _first_tensor(values)
-    return first.shape[0] if first is not None and first.ndim else 0
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
+# Hooks that compiled code calls on its way, or traces.
+_ON_THE_WAY = (
+    Observer._on_begin, Observer._on_end, Observer._see_output, Observer._see_input,
+    Observer._see_attention, Observer._note_run,
+)  # fmt: skip

@@ -21,15 +21,18 @@ class Tokens:
     positions: Tensor
 
 
-def unpadded_tokens(model: nn.Module, kwargs: Mapping[str, Any]) -> Tokens | None:
-    """Return the tokens that count in a call with these keyword arguments, or None for all."""
+def padding_mask(model: nn.Module, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return the mask of a call with these keyword arguments, [batch, tokens], if there is one."""
     mask = kwargs.get("attention_mask")
     # In an encoder-decoder the mask is for the encoder's tokens only.
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False) or not isinstance(mask, Tensor):
         return None
-    if mask.ndim != 2:
-        return None
+    return mask if mask.ndim == 2 else None
+
+
+def tokens_of(mask: Tensor) -> Tokens | None:
+    """Return the tokens that count by a mask, or None for all."""
     # Here the host waits for a GPU, once in a step.
     positions = mask.flatten().nonzero().flatten()
     return None if positions.numel() == mask.numel() else Tokens(mask.shape, positions)

@@ -13,8 +13,10 @@ from torch.nn.functional import cross_entropy
 from fastplastic.errors import InputError
 from fastplastic.graph import build_graph
 from fastplastic.kernels import backend
+from fastplastic.measure.compiled import EagerStance
 from fastplastic.measure.coverage import coverage_of, notes_of
-from fastplastic.measure.observer import Observation, Observer
+from fastplastic.measure.observation import Observation
+from fastplastic.measure.observer import Observer
 from fastplastic.measure.record import LayerProfile, Profile
 from fastplastic.model import (
     Batch,
@@ -29,7 +31,7 @@ from fastplastic.model import (
     undisturbed,
     weights_of,
 )
-from fastplastic.wiring import UnitGraph
+from fastplastic.wiring import UnitGraph, UnitLayer
 
 if TYPE_CHECKING:
     from fastplastic.measure.row_samples import RowSamples
@@ -85,7 +87,7 @@ def profile(
     device = device_of(model)
     seed = torch.initial_seed()
     mean = MeanGradient(model)
-    with undisturbed(model), torch.inference_mode(False), torch.enable_grad():
+    with undisturbed(model), torch.inference_mode(False), torch.enable_grad(), EagerStance():
         stream = read_batches(batches, device)
         first = next(stream, None)
         if first is None:
@@ -127,6 +129,7 @@ def assemble(
     backward: bool = True,
 ) -> Profile:
     """Return the profile of what an observer has seen; InputError when it saw nothing."""
+    _check_seen(graph, observation)
     graph = _with_learning(_without_unforeseen(graph, observation), model)
     layers = [
         LayerProfile(
@@ -153,6 +156,33 @@ def assemble(
         weights=None if gradients is None else weights_of(model, but=lent),
         notes=(*notes_of(graph, layers, observation, backward=backward), *notes),
     )
+
+
+def _check_seen(graph: UnitGraph, observation: Observation) -> None:
+    """Refuse what is not whole: compiled code ran calls, or layers, past the hooks."""
+    bypassed = [layer.name for layer in graph.layers if _bypassed(layer, observation)]
+    if observation.unseen:
+        what = f"{observation.unseen} calls of the model"
+    elif bypassed:
+        what = f"{bypassed[0]} ({len(bypassed)} layers in all)"
+    else:
+        return
+    raise InputError(
+        f"{what} ran in compiled code that hooks do not see, and could not be measured: the code "
+        "was compiled before there were hooks (call torch.compiler.reset() before they are put "
+        "on) or is of nn.MultiheadAttention; or measure with every=2 or more, which runs the "
+        "measured steps eagerly"
+    )
+
+
+def _bypassed(layer: UnitLayer, observation: Observation) -> bool:
+    """Tell whether a layer has gradients though no hook saw it, and old code may have run it."""
+    if not observation.stale or layer.tied or layer.name in observation.problems:
+        return False
+    stats = observation.stats[layer.name]
+    hooked = [site.where in ("input", "output") for site in layer.z_sites]
+    seen = (stats["n"] + stats["n_nonfinite_h"]).any()
+    return bool(hooked) and all(hooked) and not seen and bool(stats["n_dw"].any())
 
 
 def _without_unforeseen(graph: UnitGraph, observation: Observation) -> UnitGraph:

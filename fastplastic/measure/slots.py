@@ -42,6 +42,16 @@ class TensorRead:
     gradients: int | None = None
     measured: list[UnitLayer] = field(default_factory=list)
 
+    def fits(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor has the channels that are to be read."""
+        inside = -tensor.ndim <= self.axis < tensor.ndim and tensor.is_floating_point()
+        return inside and tensor.shape[self.axis] == self.channels
+
+    def misfit(self, tensor: Tensor | None) -> str:
+        """Say what was found instead."""
+        found = "no tensor" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+        return f"its hook saw {found}, expected {self.channels} channels on axis {self.axis}"
+
 
 class SlotMap:
     """Which column of the statistics table each slot adds to; a slot may serve several."""

@@ -1,11 +1,14 @@
 """The sums of a model's units on one device, before they are mapped to the statistics table."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fastplastic.kernels import ACTIVATION_ROWS, GRADIENT_ROWS, parameter_stats
+from fastplastic.measure.operators import MODES
 from fastplastic.measure.parameters import WeightPiece, WeightReader
 from fastplastic.measure.slots import SlotMap, TensorReads
 from fastplastic.stats import (
@@ -28,12 +31,14 @@ class DeviceSums:
         gradients: float64 [GRADIENT_ROWS, slots].
         parameters: float64 [PARAMETER_ROWS, slots] and [PARAMETER_COLUMNS, slots].
         weights: What is read of each weight.
+        calls: int64, the calls of the model that compiled code counts, as `add_call` does.
     """
 
     activations: Tensor
     gradients: Tensor
     parameters: tuple[Tensor, Tensor]
     weights: WeightReader
+    calls: Tensor
     # Views of the tables, made once: in a step, where caches are cold, each takes 30 us.
     _activation_views: dict[int, Tensor] = field(default_factory=dict)
     _gradient_views: dict[int, Tensor] = field(default_factory=dict)
@@ -49,13 +54,14 @@ class DeviceSums:
             _table(len(GRADIENT_ROWS), reads.gradients, device),
             weights.new_tables(device),
             weights,
+            torch.empty(3 + len(MODES), dtype=torch.int64, device=device),
         )
         sums.clear()
         return sums
 
     def clear(self) -> None:
         """Forget everything, in place."""
-        for table in (self.activations, self.gradients, *self.parameters):
+        for table in (self.activations, self.gradients, *self.parameters, self.calls):
             table.zero_()
         self.activations[MIN_ROW].fill_(torch.inf)
         self.activations[MIN_ROW + 1].fill_(-torch.inf)
@@ -96,6 +102,28 @@ def fold_weights(table: Tensor, weights: WeightReader, sums: tuple[Tensor, Tenso
     """Add the sums over weights to a statistics table on the CPU."""
     _fold(table, ROW_STATISTICS, weights.rows, sums[0])
     _fold(table, COLUMN_STATISTICS, weights.columns, sums[1])
+
+
+def add_weights(
+    table: Tensor,
+    reader: WeightReader,
+    weights: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+) -> None:
+    """Add weights as they are now, by their names, to a statistics table on the CPU."""
+    with reading():
+        for device in {weight.device for weight in weights.values()}:
+            here = {name: weight for name, weight in weights.items() if weight.device == device}
+            sums = reader.new_tables(device)
+            reader.add(sums, here, gradients)
+            fold_weights(table, reader, sums)
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Compute without a graph, on tensors that can be written to later."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _table(rows: int, slots: SlotMap, device: torch.device) -> Tensor:

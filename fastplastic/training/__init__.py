@@ -4,6 +4,6 @@ from fastplastic.training.anchor import L2Init
 from fastplastic.training.methods import METHODS, Method, method_of
 from fastplastic.training.recycler import Recycler
 from fastplastic.training.resets import Reset
-from fastplastic.training.watch import Watch
+from fastplastic.training.watch import StepWatch
 
-__all__ = ["METHODS", "L2Init", "Method", "Recycler", "Reset", "Watch", "method_of"]
+__all__ = ["METHODS", "L2Init", "Method", "Recycler", "Reset", "StepWatch", "method_of"]

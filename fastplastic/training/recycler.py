@@ -24,7 +24,7 @@ from fastplastic.training.methods import Method, method_of
 from fastplastic.training.replacement import Replacement
 from fastplastic.training.resets import Reset, chosen_of, overlap
 from fastplastic.training.schedule import Schedule
-from fastplastic.training.watch import Watch, gradients_are_finite
+from fastplastic.training.watch import StepWatch, gradients_are_finite
 from fastplastic.wiring import UnitGraph
 
 _VERSION = 1
@@ -113,7 +113,7 @@ class Recycler:
             else Replacement(self._sizes, self.method, self._seed)
         )  # fmt: skip
         self._schedule = Schedule(self.method)
-        self._watch = Watch(model, graph, self.method, self._seed)
+        self._watch = StepWatch(model, graph, self.method, self._seed)
         self._last: dict[str, Tensor] | None = None
         self._warned = False
         # Up to which step the ages are counted.

@@ -1,21 +1,19 @@
 """What a Recycler sees of a model: activations of the steps that count, weights and gradients."""
 
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from fastplastic.errors import InputError
-from fastplastic.measure import LayerProfile, Observer, Profile, assemble, profile
+from fastplastic.measure import EagerStance, LayerProfile, Observer, Profile, assemble, profile
 from fastplastic.training.methods import Method
 from fastplastic.wiring import UnitGraph
 
 
-class Watch:
+class StepWatch:
     """Measures single steps of a training, and nothing in between.
 
     Hooks are on the model during the steps that are measured only, and code that was compiled runs
@@ -34,6 +32,7 @@ class Watch:
             model, graph, gradients=method.criterion == "activation_gradient", training=True
         )
         self._on = False
+        self._eager = EagerStance()
         self._first: Profile | None = None
 
     def begin(self) -> None:
@@ -42,14 +41,14 @@ class Watch:
         if not self._on:
             self._on = True
             self._observer.attach()
-            _EAGER.enter(self)
+            self._eager.begin()
 
     def end(self) -> None:
         """Take all hooks off the model."""
         if self._on:
             self._on = False
             self._observer.detach()
-            _EAGER.leave(self)
+            self._eager.end()
 
     @property
     def on(self) -> bool:
@@ -113,33 +112,3 @@ def gradients_are_finite(model: nn.Module) -> bool:
     """Tell whether no gradient of a model holds NaN or infinity."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     return not gradients or bool(torch.nn.utils.get_total_norm(gradients).isfinite())
-
-
-class EagerSpan:
-    """Lets compiled code run eagerly while anyone measures.
-
-    Hooks that come after the compilation are not seen by compiled code. A stance that is left puts
-    back the one before it, so with several that measure at overlapping times only the first may
-    take one, and only the last may leave it. Who is thrown away while measuring does not count.
-    """
-
-    def __init__(self) -> None:
-        self._inside: WeakSet[Watch] = WeakSet()
-        self._stance: Any = None
-
-    def enter(self, watch: Watch) -> None:
-        """Run eagerly from now on."""
-        self._inside.add(watch)
-        if self._stance is None and "torch._dynamo" in sys.modules:
-            self._stance = torch.compiler.set_stance("force_eager")
-            self._stance.__enter__()
-
-    def leave(self, watch: Watch) -> None:
-        """Run compiled code again, when nobody else measures."""
-        self._inside.discard(watch)
-        if not self._inside and self._stance is not None:
-            self._stance.__exit__(None, None, None)
-            self._stance = None
-
-
-_EAGER = EagerSpan()

@@ -1,0 +1,99 @@
+"""What an observer hands on, and how it reads what hooks are given."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastplastic.measure.operators import MODES
+from fastplastic.stats import UnitStats
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """What an observer has seen so far.
+
+    Attributes:
+        stats: The statistics of all layers.
+        modes: "train", "eval" or "mixed", of every step.
+        samples: Sum of the first dimension of the model's first input.
+        steps: Forward passes measured.
+        dropped: Steps without gradients, because they were not finite under a loss scale.
+        masked: Whether padding was left out by an attention mask.
+        problems: {layer name: why its hook could not read the tensor}.
+        unforeseen: Names of weight layers that ran and are in no trace of the model.
+        unseen: Calls that ran in compiled code that hooks did not see, or not all of.
+        stale: Whether code had been compiled before there were hooks.
+    """
+
+    stats: UnitStats
+    modes: frozenset[str]
+    samples: int
+    steps: int
+    dropped: int
+    masked: bool
+    problems: Mapping[str, str]
+    unforeseen: frozenset[str]
+    unseen: int
+    stale: bool
+
+
+@dataclass
+class CallCount:
+    """What is known of the calls that were measured; fields as in `Observation`."""
+
+    steps: int = 0
+    samples: int = 0
+    modes: set[str] = field(default_factory=set)
+    masked: bool = False
+
+    def add(self, samples: int, mode: str, masked: bool) -> None:
+        """Count a call."""
+        self.steps += 1
+        self.samples += samples
+        self.modes.add(mode)
+        self.masked |= masked
+
+    def add_counted(self, counts: Tensor) -> None:
+        """Add the calls that `add_call` counted."""
+        steps, samples, masked, *modes = counts.tolist()
+        self.steps += steps
+        self.samples += samples
+        self.masked |= masked > 0
+        self.modes |= {mode for mode, number in zip(MODES, modes, strict=True) if number}
+
+
+def first_tensor(values: Any) -> Tensor | None:
+    """Return the first tensor in nested tuples and lists."""
+    if isinstance(values, Tensor):
+        return values
+    nested = values if isinstance(values, (tuple, list)) else ()
+    return next((tensor for tensor in map(first_tensor, nested) if tensor is not None), None)
+
+
+def samples_of(values: Sequence[Any]) -> int:
+    """Return the first dimension of the first tensor, 0 without one."""
+    first = first_tensor(values)
+    return first.shape[0] if first is not None and first.ndim else 0
+
+
+def laid_out(gradient: Tensor, weight: Tensor) -> tuple[Tensor, bool]:
+    """Return a gradient by itself, with all its elements, and whether it is a copy.
+
+    Where it lies otherwise than its weight it is copied, to be read along with it. The copy may
+    become `.grad`, which lies as the weight, in place of another one.
+    """
+    own = gradient.detach()
+    if gradient.is_sparse:
+        return own.to_dense(), False
+    # What a graph is made of (create_graph=True) has to stay.
+    if gradient.requires_grad or type(gradient) is not Tensor or _lies_as(gradient, weight):
+        return own, False
+    return torch.empty_like(weight, requires_grad=False).copy_(own), True
+
+
+def _lies_as(gradient: Tensor, weight: Tensor) -> bool:
+    sizes = zip(weight.shape, weight.stride(), gradient.stride(), strict=True)
+    return all(size <= 1 or one == other for size, one, other in sizes)

@@ -1,0 +1,91 @@
+"""The statistics as operators of torch: torch.compile keeps them in its graphs, without a break.
+
+Each adds to a table in place and returns nothing, so the table stays where it is. They take the
+whole table and the first slot: of several views of one table, the compiler would make copies.
+"""
+
+import torch
+from torch import Tensor
+
+from fastplastic.kernels import activation_stats, gradient_stats
+from fastplastic.measure.padding import tokens_of, unpadded
+
+# Of the modules of a model together.
+MODES = ("train", "eval", "mixed")
+# The kernels take any strides, so that the compiler need not copy into those of eager code.
+_TAGS = (torch.Tag.flexible_layout,)
+
+
+@torch.library.custom_op("fastplastic::add_activations", mutates_args=("table",), tags=_TAGS)
+def add_activations(
+    x: Tensor,
+    axis: int,
+    start: int,
+    stop: int,
+    activation: str,
+    table: Tensor,
+    slot: int,
+    mask: Tensor | None,
+) -> None:
+    """Add the statistics of some channels of pre-activations to a table.
+
+    Args:
+        x: Pre-activations z, floating point, any shape and strides.
+        axis: Dimension of the channels.
+        start: First channel.
+        stop: Where the channels end.
+        activation: Name of f in h = f(z).
+        table: float64 [9, slots], rows as in `ACTIVATION_ROWS`.
+        slot: Column of the first channel.
+        mask: [batch, tokens], 0 where a token is padding; None for no padding.
+    """
+    z, along = unpadded(x, axis, None if mask is None else tokens_of(mask))
+    part = z if stop - start == z.shape[along] else z.narrow(along, start, stop - start)
+    activation_stats(part, along, activation, out=table[:, slot : slot + stop - start])
+
+
+@torch.library.custom_op("fastplastic::add_gradients", mutates_args=("table",), tags=_TAGS)
+def add_gradients(g: Tensor, axis: int, table: Tensor, slot: int, mask: Tensor | None) -> None:
+    """Add the statistics of gradients to a table.
+
+    Args:
+        g: dL/dh, floating point, any shape and strides.
+        axis: Dimension of the channels.
+        table: float64 [4, slots], rows as in `GRADIENT_ROWS`.
+        slot: Column of the first channel.
+        mask: [batch, tokens], 0 where a token is padding; None for no padding.
+    """
+    part, along = unpadded(g, axis, None if mask is None else tokens_of(mask))
+    gradient_stats(part, along, out=table[:, slot : slot + part.shape[along]])
+
+
+@torch.library.custom_op("fastplastic::add_call", mutates_args=("counts",))
+def add_call(counts: Tensor, samples: int, kind: int, mask: Tensor | None) -> None:
+    """Count a call of a model.
+
+    Args:
+        counts: int64 [3 + len(MODES)]: calls, samples, calls with padding, calls in each mode.
+        samples: Size of the batch.
+        kind: Which of `MODES`.
+        mask: [batch, tokens], 0 where a token is padding; None for no padding.
+    """
+    counts[0] += 1
+    counts[1] += samples
+    if mask is not None:
+        counts[2] += (mask == 0).any()
+    counts[3 + kind] += 1
+
+
+@add_activations.register_fake
+def _no_activations(*_: object) -> None:
+    """Return nothing, of tensors without values."""
+
+
+@add_gradients.register_fake
+def _no_gradients(*_: object) -> None:
+    """Return nothing, of tensors without values."""
+
+
+@add_call.register_fake
+def _no_call(*_: object) -> None:
+    """Return nothing, of tensors without values."""
