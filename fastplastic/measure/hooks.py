@@ -74,7 +74,7 @@ class SiteHooks:
         self._handles.clear()
 
 
-def hook_gradient(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+def hook_gradient(tensor: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
     """Call a hook with every gradient of a tensor."""
     register: Callable[..., RemovableHandle] = tensor.register_hook
     return register(hook)

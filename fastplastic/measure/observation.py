@@ -79,19 +79,14 @@ def samples_of(values: Sequence[Any]) -> int:
     return first.shape[0] if first is not None and first.ndim else 0
 
 
-def laid_out(gradient: Tensor, weight: Tensor) -> tuple[Tensor, bool]:
-    """Return a gradient by itself, with all its elements, and whether it is a copy.
-
-    Where it lies otherwise than its weight it is copied, to be read along with it. The copy may
-    become `.grad`, which lies as the weight, in place of another one.
-    """
+def laid_out(gradient: Tensor, weight: Tensor) -> Tensor:
+    """Return a gradient with all its elements, laid out as its weight, to be read along with it."""
     own = gradient.detach()
     if gradient.is_sparse:
-        return own.to_dense(), False
-    # What a graph is made of (create_graph=True) has to stay.
-    if gradient.requires_grad or type(gradient) is not Tensor or _lies_as(gradient, weight):
-        return own, False
-    return torch.empty_like(weight, requires_grad=False).copy_(own), True
+        return own.to_dense()
+    if type(gradient) is not Tensor or _lies_as(own, weight):
+        return own
+    return torch.empty_like(weight, requires_grad=False).copy_(own)
 
 
 def _lies_as(gradient: Tensor, weight: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Hooks on a live model that sum up what passes them; the model is never changed.
 
 A tensor is read once, inside the hook that sees it: an in-place activation function overwrites the
-pre-activation right afterwards. Hooks change no value. Gradients are seen by hooks on tensors,
+pre-activation right afterwards. Every hook returns None. Gradients are seen by hooks on tensors,
 never by full backward hooks of modules, which raise when an in-place operation follows.
 
 Hooks that torch.compile traces put operators into its graph (`compiled.py`); all others are called
@@ -347,20 +347,18 @@ class Observer:
             gradient_stats(g, axis, out=out)
 
     @untraced
-    def _see_parameter(self, name: str, weight: Tensor, gradient: Tensor) -> Tensor | None:
+    def _see_parameter(self, name: str, weight: Tensor, gradient: Tensor) -> None:
         if self.paused:
-            return None
+            return
         with self._lock:
             if self._pace.gradient(torch._C._current_graph_task_id()):
                 self._measuring = False
             if not self._measuring:
-                return None
+                return
             # Not from `.grad` when the backward pass is over: others may have added to it by then.
-            own, copied = laid_out(gradient, weight)
+            own = laid_out(gradient, weight)
             self._sums_on(weight.device).add_weight(name, weight.detach(), own)
             self._weights_seen.add(name)
-        # `.grad` becomes the copy, which would be made for it a second time.
-        return own if copied else None
 
     def _sums_on(self, device: torch.device) -> DeviceSums:
         sums = self._sums.get(device)
