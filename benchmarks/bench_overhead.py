@@ -51,7 +51,7 @@ def test_step(benchmark, name, batch):
     step, watched = step_of(model, images), step_of(twin, images)
     monitor = fastplastic.Monitor(twin, images[:2])
     monitor.attach()
-    benchmark.extra_info["hooks"] = len(monitor._observer._readers.sites)
+    benchmark.extra_info["hooks"] = len(monitor._observer._reads.sites)
     peaks = {}
     for kind, function in {"plain": step, "watched": watched}.items():
         function()
@@ -98,7 +98,7 @@ def test_fixed_cost_in_a_model(benchmark):
         compare(benchmark, step_of(watched, images), {"plain": step_of(model, images)})
     reads = sum(
         len(reader.activations) + (reader.gradients is not None)
-        for readers in monitor._observer._readers.sites.values()
+        for readers in monitor._observer._reads.sites.values()
         for reader in readers
     )
     cost = benchmark.stats.stats.median * 1e3 - benchmark.extra_info["plain ms"]
