@@ -65,7 +65,7 @@ def test_the_setting_that_did_best_in_the_tuning_goes_on(study, tmp_path: Path) 
     with pytest.raises(LookupError, match=r"p.m: not tuned yet"):
         study.best_options(config, "p", "m", tmp_path)
     for value, accuracy in ((1, 0.4), (2, 0.6)):
-        file = tmp_path / "tune" / "p.jsonl"
+        file = tmp_path / "tune" / "p.m.jsonl"
         study.append(file, study.Run("m", {"a": value}, 9, [accuracy]))
     assert study.best_options(config, "p", "m", tmp_path) == {"a": 2}
     assert list(study.wanted(config, "final", "p", "m", tmp_path)) == [({"a": 2}, 0), ({"a": 2}, 1)]

@@ -60,13 +60,13 @@ def sequences(config: dict[str, Any], problem: str) -> dict[str, Sequence]:
     """Return {method: its final runs at its best setting}."""
     found = {}
     entry = config["problems"][problem]
-    runs = read(RESULTS / "final" / f"{problem}.jsonl")
     for method in config["methods"]:
         try:
             best = best_options(config, problem, method, RESULTS)
         except LookupError:
             continue
-        own = {run.seed: run for run in runs if run.method == method and run.options == best}
+        runs = read(RESULTS / "final" / f"{problem}.{method}.jsonl")
+        own = {run.seed: run for run in runs if run.options == best}
         late = {seed: mean(run.online[entry["from"] - 1 :]) for seed, run in own.items()}
         if own:
             found[method] = Sequence(method, own, late)

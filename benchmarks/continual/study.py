@@ -3,7 +3,8 @@
     python benchmarks/continual/study.py tune
     python benchmarks/continual/study.py final --only 'random-labels.*' --minutes 8
 
-Each problem and stage has one file in the folder `results`; finished runs are never run again.
+Each stage of a method on a problem has a file of its own in the folder `results`, so that methods
+can run side by side; finished runs are never run again.
 """
 
 import argparse
@@ -196,7 +197,7 @@ def best_options(
     tried = config["methods"][method]["tried"]
     if len(tried) == 1:
         return dict(tried[0])
-    runs = read(results / "tune" / f"{problem}.jsonl")
+    runs = read(results / "tune" / f"{problem}.{method}.jsonl")
     means = []
     for options in tried:
         own = [r for r in runs if r.method == method and r.options == options]
@@ -243,7 +244,7 @@ def main() -> None:
 def _run_missing(
     config: dict[str, Any], stage: str, problem: str, method: str, results: Path, until: float
 ) -> None:
-    file = results / stage / f"{problem}.jsonl"
+    file = results / stage / f"{problem}.{method}.jsonl"
     for setting, seed in wanted(config, stage, problem, method, results):
         if Run(method, setting, seed, []).key in {r.key for r in read(file)}:
             continue
