@@ -84,11 +84,6 @@ def laid_out(gradient: Tensor, weight: Tensor) -> Tensor:
     own = gradient.detach()
     if gradient.is_sparse:
         return own.to_dense()
-    if type(gradient) is not Tensor or _lies_as(own, weight):
-        return own
-    return torch.empty_like(weight, requires_grad=False).copy_(own)
-
-
-def _lies_as(gradient: Tensor, weight: Tensor) -> bool:
-    sizes = zip(weight.shape, weight.stride(), gradient.stride(), strict=True)
-    return all(size <= 1 or one == other for size, one, other in sizes)
+    formats = [torch.contiguous_format, *[torch.channels_last] * (weight.ndim == 4)]
+    alike = next((form for form in formats if weight.is_contiguous(memory_format=form)), None)
+    return own if alike is None else own.contiguous(memory_format=alike)

@@ -40,8 +40,9 @@ class Pace:
         """Count from the start."""
         self._calls = self.unseen = 0
         self.passed = self.traced = self.missed = False
-        # Calls with a backward pass to come, and the last backward pass.
+        # Calls with a backward pass to come, whether there was any, and the last backward pass.
         self._pending = 0
+        self._known = False
         self._backward = -1
         if self._on:
             self.look_ahead()
@@ -81,6 +82,7 @@ class Pace:
             self.rest()
         self._calls += 1
         self._pending += torch.is_grad_enabled()
+        self._known |= torch.is_grad_enabled()
         self.passed = self.missed = False
         return measured
 
@@ -117,7 +119,8 @@ class Pace:
         hidden = not self._pending and not self.traced and anything_is_compiled()
         if hidden and self._every > 1:
             self._calls += 1
-        elif hidden:
+        elif hidden and not self._known:
+            # One call may have several backward passes, so this is told of the first calls only.
             self.unseen += self.stale
         self._pending = max(0, self._pending - 1)
         self.traced = False

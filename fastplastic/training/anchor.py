@@ -58,8 +58,7 @@ class L2Init:
         """Pull to the weights that `state_dict` gave; InputError when they are of another model."""
         if {n: w.shape for n, w in state.items()} != {n: w.shape for n, w in self._begun.items()}:
             raise InputError("the state is of another model, expected that of this L2Init")
-        for name, weight in self._begun.items():
-            weight.copy_(state[name])
+        self._begun = {name: state[name].clone().to(own) for name, own in self._begun.items()}
 
     def _pull(self, *_: Any) -> None:
         with torch.no_grad():
