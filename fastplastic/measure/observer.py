@@ -206,7 +206,7 @@ class Observer:
     @untraced
     def _begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Start a step: runs before the forward pass of the model."""
-        if self.paused or in_backward():
+        if self.paused or self._pace.recomputes():
             return
         if self._training and not torch.is_grad_enabled():
             self._running = False

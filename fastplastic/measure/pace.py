@@ -8,6 +8,7 @@ from fastplastic.measure.compiled import (
     in_compiled_call,
     traced_operators,
 )
+from fastplastic.measure.hooks import in_backward
 
 
 class Pace:
@@ -85,6 +86,12 @@ class Pace:
         self._known |= torch.is_grad_enabled()
         self.passed = self.missed = False
         return measured
+
+    def recomputes(self) -> bool:
+        """Tell, and note, that a call is made once more in its backward pass."""
+        inside = in_backward()
+        self._known |= inside
+        return inside
 
     def end(self, *, whole: bool) -> None:
         """End a call that is measured.
