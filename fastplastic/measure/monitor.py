@@ -36,10 +36,11 @@ class Monitor:
         monitor.compute().totals
 
     In a model that is compiled (torch.compile) after the monitor is attached, the statistics are
-    operators of the compiled graph, without a graph break. With `every` above 1, the steps that are
-    measured run eagerly and all others as they are compiled without a monitor, whenever that was;
-    of calls that are made inside of a compiled function, those with a backward pass count. Calls
-    that compiled code ran past the hooks are never left out silently: `compute` raises.
+    operators of the compiled graph, without a graph break (torch 2.14 and newer; an older one
+    breaks it, and with fullgraph=True says why). With `every` above 1, the steps that are measured
+    run eagerly and all others as they are compiled without a monitor, whenever that was; of calls
+    that are made inside of a compiled function, those with a backward pass count. Calls that
+    compiled code ran past the hooks are never left out silently: `compute` raises.
 
     With activation checkpointing, what is recomputed is not counted twice. With an
     `attention_mask` argument, padding is left out.
