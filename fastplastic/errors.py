@@ -12,6 +12,10 @@ class InputError(FastPlasticError):
     """An argument, an option or the data is not usable."""
 
 
+class NothingToChooseError(InputError):
+    """There is no unit or weight to choose from, as things are now."""
+
+
 class FileError(FastPlasticError):
     """A file is missing, corrupt, not writable, or does not fit the model."""
 
@@ -27,7 +31,3 @@ def no_such(what: str, name: str, known: Iterable[str]) -> str:
     if near:
         return f"no {what} {name!r} among {len(names)}: did you mean {', '.join(near)}?"
     return f"no {what} {name!r} among {len(names)}, expected one such as {', '.join(names[:3])}"
-
-
-class NothingToChooseError(InputError):
-    """There is no unit or weight to choose from, as things are now."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastplastic.errors import InputError
-from fastplastic.reinit import fire_
+from fastplastic.reinit import fire, fire_
 
 
 def polar(matrix: Tensor) -> Tensor:
@@ -104,3 +104,22 @@ def test_a_weight_of_zeros() -> None:
     nn.init.zeros_(model[0].weight)
     with pytest.raises(InputError, match=r"0.weight is 0 throughout"):
         fire_(model)
+
+
+def test_everything_is_as_before_when_the_optimizer_fails(monkeypatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2))
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(4, 6)).sum().backward()
+    optimizer.step()
+    weights, state = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(fire, "step_of", fail)
+    with pytest.raises(MemoryError):
+        fire_(model, optimizer=optimizer)
+    assert all(map(torch.equal, weights.values(), model.state_dict().values()))
+    for now, then in zip(optimizer.state_dict()["state"].values(), state.values(), strict=True):
+        assert all(map(torch.equal, now.values(), then.values()))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from fastplastic import Recycler
+from fastplastic import Monitor, Recycler
 
 
 @pytest.fixture(autouse=True)
@@ -117,3 +117,13 @@ def test_in_mixed_precision_units_are_found_beneath_autocast() -> None:
     assert set(loop.recycler._sizes) == {"0", "2"} and loop.model.forward == patched
     loop.run()
     assert [reset.step for reset in loop.recycler.log] == [4, 8, 12]
+
+
+def test_mixed_precision_is_left_on_the_model() -> None:
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    model = accelerator.prepare(network())
+    before = vars(model)["forward"]
+    with Monitor(model, torch.randn(2, 8)) as monitor:
+        model(torch.randn(4, 8)).sum().backward()
+    assert vars(model)["forward"] is before
+    assert monitor.compute().coverage.measured == 3

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastplastic import plan, profile, reinit_
 from fastplastic.errors import InputError
+from fastplastic.reinit.transaction import Undo
 
 
 def mlp() -> nn.Sequential:
@@ -123,3 +124,36 @@ def test_a_copy_that_is_none() -> None:
     ):
         reinit_(model, chosen, copies=[other])
     assert all(map(torch.equal, before.values(), model.state_dict().values()))
+
+
+def test_model_optimizer_and_copies_are_as_before_when_a_copy_fails(monkeypatch) -> None:
+    model = mlp()
+    batches = batch_of(model)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(batches[0][0]).sum().backward()
+    optimizer.step()
+    copies = [copy.deepcopy(model), copy.deepcopy(model)]
+    seen = profile(model, batches)
+    chosen = plan(seen, ratio=0.4)
+    means = {layer.name: layer.stats.mean_h + 1 for layer in seen.layers}
+    everything = [model.state_dict(), *(own.state_dict() for own in copies)]
+    before = copy.deepcopy([*everything, optimizer.state_dict()["state"]])
+    kept = Undo.keep_place
+    calls = []
+
+    def fail_late(self: Undo, tensor: Tensor, where: object) -> object:
+        calls.append(tensor)
+        if any(tensor.data_ptr() == p.data_ptr() for p in copies[1].parameters()):
+            raise MemoryError
+        return kept(self, tensor, where)
+
+    monkeypatch.setattr(Undo, "keep_place", fail_late)
+    with pytest.raises(MemoryError):
+        reinit_(model, chosen, compensate=means, copies=copies, optimizer=optimizer)
+    assert calls
+    for now, then in zip([*everything], before, strict=False):
+        assert all(map(torch.equal, now.values(), then.values()))
+    for now, then in zip(
+        optimizer.state_dict()["state"].values(), before[-1].values(), strict=True
+    ):
+        assert all(map(torch.equal, now.values(), then.values()))

@@ -16,8 +16,8 @@ class L2Init:
     """Add strength * norm(w - w_0)^2 to the loss, with w_0 the weights when this was made.
 
     The gradient 2 strength (w - w_0) is added to that of the loss when the optimizer makes its
-    step: the same bits as a term of the loss where gradients are not clipped, without a graph for
-    it, and clipping does not see it.
+    step: as of a term of the loss, up to rounding, but without a graph for it, and gradients are
+    clipped without it.
 
         L2Init(model, optimizer, strength=1e-2)
 

@@ -21,7 +21,8 @@ class Method:
         name: Its name.
         criterion: Name in `criteria.CRITERIA`, or in `WEIGHT_CRITERIA` for single weights.
         granularity: "unit" or "weight".
-        threshold: Choose what scores at most this (weights: this times the mean of their tensor).
+        threshold: Choose what scores at most this (`frozen` and `saturated`: at least; weights: at
+            most this times the mean of their tensor).
         ratio: Choose this share of all.
         rate: Choose this share of the mature units of each layer with each step, those with the
             smallest moving average of the score; what is less than a unit is carried on.
