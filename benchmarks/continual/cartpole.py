@@ -10,22 +10,20 @@ results/cartpole.jsonl for each run; finished runs are never run again.
 """
 
 import argparse
-import json
-import os
 import time
 from copy import deepcopy
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import mean
 
 import torch
+from study import RESULTS, append, read
 from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 
 from fastplastic import Recycler
 from fastplastic.trials.statistics import compare, estimate
 
-FILE = Path(__file__).parent / "results" / "cartpole.jsonl"
+FILE = RESULTS / "cartpole.jsonl"
 _STEPS, _WARM_UP, _UPDATES, _BATCH = 20_000, 500, 4, 32
 _DISCOUNT, _COPY_EVERY = 0.99, 1000
 _METHODS = {
@@ -151,8 +149,7 @@ def play(method: str, seed: int) -> Played:
 
 def finished() -> list[Played]:
     """Return the runs of the file."""
-    lines = FILE.read_text().splitlines() if FILE.exists() else []
-    return [Played(**json.loads(line)) for line in lines]
+    return read(FILE, Played)
 
 
 def report(runs: list[Played]) -> None:
@@ -179,16 +176,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    FILE.parent.mkdir(exist_ok=True)
     for seed in range(options.seeds):
         for method in _METHODS:
             if any((run.method, run.seed) == (method, seed) for run in finished()):
                 continue
             done = play(method, seed)
-            with FILE.open("a") as out:
-                out.write(json.dumps(asdict(done)) + "\n")
-                out.flush()
-                os.fsync(out.fileno())
+            append(FILE, done)
             print(f"{method} {seed}: {done.late:.0f} in the end, {done.seconds:.0f} s", flush=True)
     report(finished())
 

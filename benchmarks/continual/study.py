@@ -13,7 +13,7 @@ import os
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -165,16 +165,16 @@ def _train(
     return right / seen
 
 
-def read(file: Path) -> list[Run]:
-    """Return the runs of a file; a last line that was cut off is left out."""
+def read(file: Path, kind: Callable[..., Any] = Run) -> list[Any]:
+    """Return the runs of a file, of one kind; a last line that was cut off is left out."""
     if not file.exists():
         return []
     text = file.read_text()
     whole = text[: text.rfind("\n") + 1]
-    return [Run(**json.loads(line)) for line in whole.splitlines()]
+    return [kind(**json.loads(line)) for line in whole.splitlines()]
 
 
-def append(file: Path, done: Run) -> None:
+def append(file: Path, done: Any) -> None:
     """Append a run, and see that it is on the disk."""
     file.parent.mkdir(parents=True, exist_ok=True)
     known = file.read_text() if file.exists() else ""
