@@ -41,9 +41,62 @@ def test_a_run_is_settled_by_its_seed(study, problem: str) -> None:
 def test_every_method_runs(study) -> None:
     config = tomllib.loads((FOLDER / "study.toml").read_text())
     for method, own in config["methods"].items():
-        for options in own["tried"]:
+        for options in own.get("tried", [{"as": own.get("as"), "every": 5, "threshold": 0.5}]):
             done = study.run("random-labels", ENTRY, method, options, 0)
             assert len(done.online) == 3 and all(0 <= value <= 1 for value in done.online)
+
+
+def test_units_at_random_take_the_same_dose_in_the_same_steps(study, monkeypatch) -> None:
+    seen = []
+
+    class Watched(study.AtRandom):
+        def __init__(self, *args) -> None:
+            super().__init__(*args)
+            seen.append(self)
+
+        def _stepped(self, *args: object) -> None:
+            before = self._model[0].weight.detach().clone()
+            super()._stepped(*args)
+            changed = (self._model[0].weight != before).any(1).sum()
+            due = self._dose.get(self._step)
+            assert changed == (0 if due is None else due.counts.get("0", 0))
+
+    monkeypatch.setattr(study, "AtRandom", Watched)
+    options = {"every": 4, "threshold": 0.6}
+    theirs = study.run("random-labels", ENTRY, "redo", options, 0)
+    ours = study.run("random-labels", ENTRY, "random-as-redo", {"as": "redo", **options}, 0)
+    assert ours.resets == theirs.resets and sum(theirs.resets) > 0
+    assert ours.online[0] != theirs.online[0]
+    units = [[int(unit) for unit in reset.units["0"]] for reset in seen[0]._dose.values()]
+    assert len(seen) == 1 and any(units)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_a_warm_start_is_judged_by_what_is_held_out(study, noise: float) -> None:
+    entry = {**ENTRY, "images": 150, "noise": noise}
+    first, second = study.tasks_of("warm-start", entry, 0)
+    pixels, labels = study.digits()
+    assert torch.equal(first.images, second.images[:75]) and len(second.images) == 150
+    wrong = (first.labels != second.labels[:75]).double().mean()
+    assert wrong == 0 if noise == 0 else 0.25 < wrong < 0.65
+    known = {tuple(row) for row in second.images.tolist()}
+    held_out, answers = first.held_out
+    assert len(held_out) == 50 and not any(tuple(row) in known for row in held_out.tolist())
+    found = [labels[(pixels == image).all(1)].item() for image in held_out]
+    assert torch.equal(answers, torch.tensor(found))
+
+
+def test_a_fresh_network_knows_nothing_of_the_task_before(study) -> None:
+    torch.manual_seed(0)
+    model = study.network([16], leaky=False)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    keeper = study.Keeper("fresh", {}, model, optimizer, 0, [])
+    torch.randn(8, 784).mm(model[0].weight.T).sum().backward()
+    optimizer.step()
+    before = [p.detach().clone() for p in model.parameters()]
+    keeper.between_tasks(1)
+    assert not optimizer.state
+    assert all((p != q).all() for p, q in zip(before, model.parameters(), strict=True))
 
 
 def test_a_line_that_was_cut_off_is_written_anew(study, tmp_path: Path) -> None:
@@ -90,7 +143,10 @@ def test_a_table(study) -> None:
 
     found = {
         "none": sequence("none", [0.20, 0.22, 0.21]), "redo": sequence("redo", [0.50, 0.55, 0.51]),
+        "random-as-redo": sequence("random-as-redo", [0.40, 0.45, 0.40]),
     }  # fmt: skip
     rows = list(report.table(found))
     assert rows[2].startswith("| `redo` |  | 3 | 70.0 | 52.0 [45.4, 58.6] | +31.0 p 0.00")
-    assert rows[2].endswith("|  | 2 |") and rows[3].startswith("| `none` |  | 3 | 70.0 | 21.0")
+    assert rows[2].endswith("|  | +10.3 p 0.001 | 2 |")
+    assert rows[3].startswith("| `random-as-redo` |") and rows[3].endswith("|  |  | 2 |")
+    assert rows[4].startswith("| `none` |  | 3 | 70.0 | 21.0")

@@ -19,7 +19,13 @@ from fastplastic.trials.statistics import Comparison, Estimate, compare, estimat
 README = HERE / "README.md"
 FIGURE = HERE / "results.svg"
 _LEAST_SEEDS = 2
+# For a curve.
+_LEAST_TASKS = 5
 _CONTROLS = ("none", "random")
+_COLUMNS = (
+    "method", "setting", "seeds", "first task", "late tasks", "to none", "to random",
+    "to its dose at random", "resets",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,17 +90,25 @@ def table(found: dict[str, Sequence]) -> Iterator[str]:
         control: holm({name: None if test is None else test.p for name, test in own.items()})
         for control, own in tests.items()
     }
-    yield "| method | setting | seeds | first task | late tasks | to none | to random | resets |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    yield f"| {' | '.join(_COLUMNS)} |"
+    yield f"| {' | '.join('---' for _ in _COLUMNS)} |"
     for name, own in sorted(found.items(), key=lambda item: -mean(item[1].late.values())):
         options = next(iter(own.runs.values())).options
         setting = ", ".join(f"{key} {value}" for key, value in options.items())
         late = estimate(list(own.late.values()))
         cells = [
             f"`{name}`", setting, str(len(own.runs)), f"{100 * own.first:.1f}", _interval(late),
-            *(_cell(tests, corrected, control, name) for control in _CONTROLS), _resets(own),
+            *(_cell(tests, corrected, control, name) for control in _CONTROLS),
+            _to_its_dose(own, found), _resets(own),
         ]  # fmt: skip
         yield f"| {' | '.join(cells)} |"
+
+
+def _to_its_dose(own: Sequence, found: dict[str, Sequence]) -> str:
+    """Return the comparison with as many units at random in the same steps."""
+    control = found.get(f"random-as-{own.method}")
+    test = None if control is None else own.against(control)
+    return "" if test is None else _shown(test, test.p)
 
 
 def _resets(own: Sequence) -> str:
@@ -117,25 +131,36 @@ def _cell(
     test = tests.get(control, {}).get(name)
     if test is None:
         return ""
-    p = corrected[control][name]
+    return _shown(test, corrected[control][name])
+
+
+def _shown(test: Comparison, p: float | None) -> str:
     shown = "" if p is None else " p <0.001" if p < 0.001 else f" p {p:.2g}"
     return f"{100 * test.difference.mean:+.1f}{shown}"
 
 
-def draw(found: dict[str, dict[str, Sequence]]) -> None:
-    """Write the curves over tasks as a picture."""
+def draw(config: dict[str, Any], found: dict[str, dict[str, Sequence]]) -> None:
+    """Write the curves over tasks as a picture, for the problems of many."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    axes = figure.subplots(1, max(len(found), 1), squeeze=False)[0]
+    found = {
+        problem: own for problem, own in found.items()
+        if config["problems"][problem]["tasks"] >= _LEAST_TASKS
+    }  # fmt: skip
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    axes = figure.subplots(1, len(found), squeeze=False)[0]
+    colours = {name: f"C{number % 10}" for number, name in enumerate(config["methods"])}
     for place, (problem, methods) in zip(axes, found.items(), strict=True):
-        for number, (name, own) in enumerate(methods.items()):
-            dashes = "--" if name in ("none", "random", "leaky-relu") else "-"
+        for name, own in methods.items():
+            dashes = "--" if name.startswith(("none", "random", "leaky-relu", "fresh")) else "-"
             line = [100 * value for value in own.curve]
-            place.plot(range(1, len(line) + 1), line, dashes, color=f"C{number}", label=name)
+            place.plot(range(1, len(line) + 1), line, dashes, color=colours[name], label=name)
         place.set(title=problem, xlabel="task", ylabel="online accuracy, %")
         place.grid(alpha=0.3)
-    axes[-1].legend(fontsize="small", ncols=2)
+    lines = {line.get_label(): line for place in axes for line in place.lines}
+    figure.legend(
+        lines.values(), lines.keys(), loc="outside lower center", ncols=7, fontsize="small"
+    )
     figure.savefig(FIGURE, metadata={"Date": None})
 
 
@@ -168,7 +193,7 @@ def main() -> None:
     if options.check:
         sys.exit("README.md is not up to date: run report.py" if new != text else 0)
     README.write_text(new)
-    draw(found)
+    draw(config, found)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fastplastic.reinit import fire_, shrink_perturb_
-from fastplastic.training import METHODS, L2Init, Recycler
+import fastplastic
+from fastplastic.planning import Request, control, plan_of_units
+from fastplastic.reinit import fire_, reinit_, shrink_perturb_
+from fastplastic.training import METHODS, L2Init, Method, Recycler, Reset
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -39,7 +41,8 @@ class Run:
         method: Name in study.toml.
         options: Its setting.
         seed: Of weights, labels, orders and batches.
-        online: Of each task, the share of the images that were right when they were trained on.
+        online: Of each task, the share of the images that were right when they were trained on; or
+            of those that are held out, behind the task.
         resets: Units, or weights, that were re-initialised in each task.
         seconds: Of the whole run.
     """
@@ -74,17 +77,48 @@ def network(hidden: list[int], *, leaky: bool) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(hidden[-1], 10))
 
 
-def tasks_of(problem: str, entry: dict[str, Any], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the images and labels of each task."""
+@dataclass(frozen=True)
+class Task:
+    """What a network is trained on.
+
+    Attributes:
+        images: float32 [images, 784].
+        labels: int64 [images].
+        held_out: Images and labels that it is judged by; None for those of the training.
+    """
+
+    images: Tensor
+    labels: Tensor
+    held_out: tuple[Tensor, Tensor] | None = None
+
+
+def tasks_of(problem: str, entry: dict[str, Any], seed: int) -> Iterator[Task]:
+    """Yield the tasks of a problem."""
     images, labels = digits()
     draws = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(images), generator=draws)[: entry["images"]]
+    order = torch.randperm(len(images), generator=draws)
+    chosen, others = order.split([entry["images"], len(images) - entry["images"]])
+    if problem.startswith("warm-start"):
+        yield from _warm_start(entry, images[chosen], labels[chosen], draws, others)
+        return
     images, labels = images[chosen], labels[chosen]
     for _ in range(entry["tasks"]):
         if problem == "random-labels":
-            yield images, torch.randint(10, (len(images),), generator=draws)
+            yield Task(images, torch.randint(10, (len(images),), generator=draws))
         else:
-            yield images[:, torch.randperm(784, generator=draws)], labels
+            yield Task(images[:, torch.randperm(784, generator=draws)], labels)
+
+
+def _warm_start(
+    entry: dict[str, Any], images: Tensor, labels: Tensor, draws: torch.Generator, others: Tensor
+) -> Iterator[Task]:
+    """Yield half of the images, some of whose labels are drawn, and all of them as they are."""
+    held_out = tuple(values[others] for values in digits())
+    half = len(images) // 2
+    drawn = torch.rand(half, generator=draws) < entry["noise"]
+    first = torch.where(drawn, torch.randint(10, (half,), generator=draws), labels[:half])
+    yield Task(images[:half], first, held_out)
+    yield Task(images, labels, held_out)
 
 
 class Keeper:
@@ -96,29 +130,81 @@ class Keeper:
         model: The network.
         optimizer: Its optimizer.
         seed: Of what is drawn.
+        dose: What another method re-initialised in which step: as much is, of units at random.
     """
 
     def __init__(
         self, method: str, options: dict[str, Any], model: nn.Sequential,
-        optimizer: torch.optim.Optimizer, seed: int,
+        optimizer: torch.optim.Optimizer, seed: int, dose: list[Reset],
     ) -> None:  # fmt: skip
         self._method, self._options, self._seed = method, options, seed
         self._model, self._optimizer = model, optimizer
-        self.recycler: Recycler | None = None
-        if method == "l2-init":
+        self.log: list[Reset] = []
+        self._recycler: Recycler | None = None
+        if dose:
+            AtRandom(model, optimizer, options["as"], dose, seed)
+            self.log = dose
+        elif method == "l2-init":
             L2Init(model, optimizer, **options)
-        elif method in METHODS:
-            self.recycler = Recycler(
-                model, torch.zeros(2, 784), optimizer, method, seed=seed, **options
-            ).install()
+        elif method.removesuffix("-weights") in METHODS:
+            self._recycler = Recycler(
+                model, torch.zeros(2, 784), optimizer, method.removesuffix("-weights"), seed=seed,
+                **options,
+            ).install()  # fmt: skip
+            self.log = self._recycler.log
 
     def between_tasks(self, task: int) -> None:
         """Do what is done once for each new task."""
-        if self._method == "shrink-perturb":
+        if self._method == "fresh":
+            torch.manual_seed(1000 * self._seed + task)
+            for layer in self._model:
+                if isinstance(layer, nn.Linear):
+                    layer.reset_parameters()
+            self._optimizer.state.clear()
+        elif self._method == "shrink-perturb":
             shrink_perturb_(self._model, seed=1000 * self._seed + task, **self._options)
         elif self._method == "fire":
             head = str(len(self._model) - 1)
             fire_(self._model, exclude=[head], optimizer=self._optimizer, **self._options)
+
+
+class AtRandom:
+    """Re-initialises as many units of each layer as a method did, in the same steps, at random.
+
+    Args:
+        model: The network.
+        optimizer: Its optimizer.
+        method: Name of the method in METHODS.
+        dose: What that one did to another network.
+        seed: Of what is drawn.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, method: str, dose: list[Reset],
+        seed: int,
+    ) -> None:  # fmt: skip
+        self._model, self._optimizer, self._seed = model, optimizer, seed
+        self._method: Method = METHODS[method]
+        self._dose = {reset.step: reset for reset in dose}
+        self._profile = fastplastic.profile(
+            model, [(torch.zeros(2, 784), torch.zeros(2).long())], backward=False
+        )
+        self._step = 0
+        optimizer.register_step_post_hook(self._stepped)
+
+    def _stepped(self, *_: object) -> None:
+        self._step += 1
+        reset = self._dose.get(self._step)
+        if reset is None:
+            return
+        seed = 10**6 * self._seed + self._step
+        request = Request("random", 1.0, None, "unit", "global", 1.0, seed)
+        theirs = plan_of_units(self._profile, request, reset.units, reset.scores)
+        ours = control(theirs, self._profile, seed=seed)
+        reinit_(
+            self._model, ours, init=self._method.init, outgoing=self._method.outgoing,
+            optimizer=self._optimizer, reset_steps=self._method.reset_steps, seed=seed,
+        )  # fmt: skip
 
 
 def run(
@@ -126,26 +212,41 @@ def run(
 ) -> Run:
     """Train one network on all tasks of a problem."""
     begun = time.perf_counter()
+    dose: list[Reset] = []
+    if "as" in options:
+        own = {key: value for key, value in options.items() if key != "as"}
+        _, _, dose = _sequence(problem, entry, options["as"], own, seed, [])
+    online, resets, _ = _sequence(problem, entry, method, options, seed, dose)
+    return Run(method, options, seed, online, resets, round(time.perf_counter() - begun, 1))
+
+
+def _sequence(
+    problem: str, entry: dict[str, Any], method: str, options: dict[str, Any], seed: int,
+    dose: list[Reset],
+) -> tuple[list[float], list[int], list[Reset]]:  # fmt: skip
+    """Return accuracy and number of resets of each task, and the resets."""
     torch.manual_seed(seed)
     model = network(entry["hidden"], leaky=method == "leaky-relu")
     optimizer = torch.optim.Adam(model.parameters(), lr=entry["lr"])
-    keeper = Keeper(method, options, model, optimizer, seed)
+    keeper = Keeper(method, options, model, optimizer, seed, dose)
     order = torch.Generator().manual_seed(seed)
-    online, resets = [], []
-    for task, (images, labels) in enumerate(tasks_of(problem, entry, seed)):
-        if task:
-            keeper.between_tasks(task)
-        before = _count(keeper.recycler)
-        online.append(_train(model, optimizer, images, labels, entry, order))
-        resets.append(_count(keeper.recycler) - before)
-    if keeper.recycler is not None:
-        keeper.recycler.detach()
-    seconds = time.perf_counter() - begun
-    return Run(method, options, seed, online, resets, round(seconds, 1))
+    online, ends = [], [0]
+    for number, task in enumerate(tasks_of(problem, entry, seed)):
+        if number:
+            keeper.between_tasks(number)
+        right = _train(model, optimizer, task.images, task.labels, entry, order)
+        online.append(right if task.held_out is None else _accuracy(model, *task.held_out))
+        ends.append(ends[-1] + -(-len(task.images) // entry["batch"]) * entry["epochs"])
+    resets = [
+        sum(reset.count for reset in keeper.log if before < reset.step <= end)
+        for before, end in pairwise(ends)
+    ]
+    return online, resets, keeper.log
 
 
-def _count(recycler: Recycler | None) -> int:
-    return 0 if recycler is None else sum(reset.count for reset in recycler.log)
+def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    with torch.no_grad():
+        return float((model(images).argmax(1) == labels).double().mean())
 
 
 def _train(
@@ -194,7 +295,10 @@ def best_options(
     Raises:
         LookupError: It has not been tuned.
     """
-    tried = config["methods"][method]["tried"]
+    entry = config["methods"][method]
+    if "as" in entry:
+        return {"as": entry["as"], **best_options(config, problem, entry["as"], results)}
+    tried = entry["tried"]
     if len(tried) == 1:
         return dict(tried[0])
     runs = read(results / "tune" / f"{problem}.{method}.jsonl")
@@ -211,8 +315,8 @@ def wanted(
     config: dict[str, Any], stage: str, problem: str, method: str, results: Path
 ) -> Iterator[tuple[dict[str, Any], int]]:
     """Yield the settings and seeds of a stage."""
-    tried = config["methods"][method]["tried"]
     if stage == "tune":
+        tried = config["methods"][method].get("tried", [{}])
         if len(tried) > 1:
             yield from ((dict(o), seed) for o in tried for seed in config["tune"]["seeds"])
         return
