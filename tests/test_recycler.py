@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
+from helpers.recycling import batch, network, train
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fastplastic import Recycler
-from fastplastic.errors import InputError
 from fastplastic.graph import build_graph
 
 METHODS = {
@@ -25,37 +25,9 @@ METHODS = {
 }
 
 
-def network(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3)
-    )
-
-
 def recycler_of(model: nn.Module, optimizer: torch.optim.Optimizer, name: str, **more) -> Recycler:
     method = name.partition(" ")[0]
     return Recycler(model, torch.randn(2, 8), optimizer, method, **METHODS[name], **more)
-
-
-def batch(step: int) -> tuple[Tensor, Tensor]:
-    draws = torch.Generator().manual_seed(step)
-    images = torch.randn(16, 8, generator=draws)
-    return images, (images[:, 0] > 0).long() + (images[:, 1] > 0).long()
-
-
-def train(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    recycler: Recycler | None,
-    steps: range,
-) -> None:
-    for step in steps:
-        images, labels = batch(step)
-        optimizer.zero_grad()
-        cross_entropy(model(images), labels).backward()
-        optimizer.step()
-        if recycler is not None and not recycler._installed:
-            recycler.step()
 
 
 def values(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -289,108 +261,6 @@ def test_resets_that_take_the_same_again_are_told_of() -> None:
     with pytest.warns(UserWarning, match="3 times in a row more than 90% of what is re-init"):
         train(model, optimizer, recycler, range(20))
     assert recycler.log[-1].overlap == 1.0
-
-
-def test_two_on_one_model() -> None:
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    first = Recycler(model, torch.randn(2, 8), optimizer, "redo")
-    with pytest.raises(InputError, match=r"a Recycler .redo. acts on this model already: detach"):
-        Recycler(model, torch.randn(2, 8), optimizer, "cbp")
-    first.detach()
-    with Recycler(model, torch.randn(2, 8), optimizer, "cbp"), pytest.raises(InputError):
-        first.attach()
-    first.attach()
-
-
-def test_an_optimizer_of_another_model() -> None:
-    optimizer = torch.optim.SGD(network().parameters(), 0.1)
-    with pytest.raises(InputError, match="trains none of the parameters of the model"):
-        Recycler(network(), torch.randn(2, 8), optimizer)
-
-
-def test_a_model_that_has_changed_since() -> None:
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    recycler = Recycler(model, torch.randn(2, 8), optimizer, "random", ratio=0.2, every=5)
-    train(model, optimizer, recycler, range(3))
-    model.add_module("5", nn.Linear(3, 3))
-    optimizer.add_param_group({"params": model[5].parameters()})
-    with pytest.raises(InputError, match="other parameters than when the Recycler began"):
-        train(model, optimizer, recycler, range(3, 5))
-
-
-def test_gradients_that_are_gone() -> None:
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    recycler = Recycler(model, torch.randn(2, 8), optimizer, "grama", every=1)
-    images, labels = batch(0)
-    cross_entropy(model(images), labels).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    with pytest.raises(InputError, match=r"call step.. right behind optimizer.step.., before zero"):
-        recycler.step()
-
-
-def test_layers_that_do_not_learn_are_left_alone() -> None:
-    model = network()
-    model[0].requires_grad_(False)
-    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), 1e-2)
-    recycler = Recycler(model, torch.randn(2, 8), optimizer, "grama", every=5, threshold=0.9)
-    train(model, optimizer, recycler, range(20))
-    assert recycler.log and all(set(reset.units) == {"2"} for reset in recycler.log)
-
-
-def test_a_model_without_such_units() -> None:
-    model = nn.Sequential(nn.Linear(8, 3))
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with pytest.raises(InputError, match="no unit that can be re-initialised"):
-        Recycler(model, torch.randn(2, 8), optimizer)
-
-
-@pytest.mark.parametrize(
-    ("method", "options", "text"),
-    [
-        ("redoo", {}, "method 'redoo' is unknown, expected one of redo, .*: did you mean 'redo'"),
-        ("redo", {"evry": 3}, "option 'evry' is unknown, .*: did you mean 'every'"),
-        ("redo", {"every": 0}, "every is 0, expected an integer of at least 1"),
-        ("redo", {"every": 1.5}, "every is 1.5, expected an integer"),
-        ("redo", {"criterion": "dorment"}, "criterion 'dorment' is unknown for granularity 'unit'"),
-        ("redo", {"granularity": "filter"}, "granularity 'filter' is unknown"),
-        ("redo", {"ratio": 0.1, "threshold": 0.1}, "threshold and ratio given of threshold, ratio"),
-        ("custom", {}, "nothing given of threshold, ratio and rate, expected exactly one"),
-        ("redo", {"compensate": True}, "compensate needs the moving average of the activations"),
-        ("cbp", {"rate": 1e-3, "window": 5}, "window 5 is more than every 1"),
-        ("cbp", {"rate": 0.0}, "rate is 0.0, expected more than 0 and at most 1"),
-        ("cbp", {"decay": 1.0}, "decay is 1.0, expected at least 0 and less than 1"),
-        ("cbp", {"batches": lambda: []}, "batches with a rate"),
-        ("swr", {"rate": 0.1}, "rate and compensate are for units, found granularity 'weight'"),
-        ("redo", {"outgoing": "gone"}, "outgoing 'gone' is unknown, expected one of zero"),
-        ("redo", {"init": "he"}, "init 'he' is unknown"),
-        ("redo", {"include": ["layer9"]}, "include pattern 'layer9' matches none"),
-        ("custom", {"ratio": 2.0}, "ratio 2.0 is out of range"),
-    ],
-)
-def test_what_cannot_be_done(method: str, options: dict, text: str) -> None:
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with pytest.raises(InputError, match=text):
-        Recycler(model, torch.randn(2, 8), optimizer, method, **options)
-
-
-def test_a_state_of_another_recycler() -> None:
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    recycler = Recycler(model, torch.randn(2, 8), optimizer, "redo", every=5)
-    state = recycler.state_dict()
-    with pytest.raises(InputError, match="the state has version None, expected 1"):
-        recycler.load_state_dict({})
-    with pytest.raises(InputError, match="saved with method every 7, this one has 5"):
-        recycler.load_state_dict(state | {"method": state["method"] | {"every": 7}})
-    with pytest.raises(InputError, match="saved with sizes 0 99, this one has 16"):
-        recycler.load_state_dict(state | {"sizes": {"0": 99, "2": 12}})
-    with pytest.raises(InputError, match="saved with seed 5, this one has 0"):
-        recycler.load_state_dict(state | {"seed": 5})
 
 
 def test_two_that_measure_at_overlapping_times_leave_compiled_code_compiled() -> None:

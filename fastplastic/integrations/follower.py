@@ -4,11 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fastplastic.criteria import CRITERIA
 from fastplastic.errors import InputError
 from fastplastic.graph import build_graph
 from fastplastic.integrations.loggers import metrics, reset_metrics
@@ -107,7 +105,6 @@ class Follower:
         *,
         logs: bool = True,
     ) -> None:
-        _check_processes(settings.method)
         model = getattr(model, "_orig_mod", model)
         graph = build_graph(model, example_inputs)
         self.steps = 0
@@ -211,18 +208,3 @@ def example_of(batch: Any, model: nn.Module) -> Any:
         raise InputError(
             f"{error}; or give example_inputs, what the model is called with"
         ) from None
-
-
-def _check_processes(method: Method | None) -> None:
-    """Refuse what each process would choose by its own share of the data."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    size = torch.distributed.get_world_size() if distributed else 1
-    if method is None or size == 1 or method.granularity == "weight":
-        return
-    local = CRITERIA[method.criterion].needs == "activations"
-    if local or method.criterion == "activation_gradient" or method.compensate:
-        raise InputError(
-            f"{size} processes and criterion {method.criterion!r} of activations, which differ "
-            "between them, so that each would re-initialise other units: expected one process, or "
-            "a criterion of the gradients that they share (method='grama' or 'swr')"
-        )

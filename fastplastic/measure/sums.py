@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -134,10 +135,12 @@ def _fold(table: Tensor, names: tuple[str, ...], slots: SlotMap, sums: Tensor) -
     """Add the rows of `sums` to the rows of the table with these names; compare min and max."""
     chosen, columns = slots.pairs()
     first = STATISTICS.index(names[0])
-    for row, values in enumerate(sums.cpu()[:, chosen], start=first):
-        if row == MIN_ROW:
-            table[row].scatter_reduce_(0, columns, values, "amin")
-        elif row == MAX_ROW:
-            table[row].scatter_reduce_(0, columns, values, "amax")
-        else:
-            table[row].index_add_(0, columns, values)
+    values = sums.cpu()[:, chosen]
+    compared = [row for row in (MIN_ROW, MAX_ROW) if first <= row < first + len(names)]
+    for row in compared:
+        how = "amin" if row == MIN_ROW else "amax"
+        table[row].scatter_reduce_(0, columns, values[row - first], how)
+    bounds = [first - 1, *compared, first + len(names)]
+    for before, end in pairwise(bounds):
+        added = slice(before + 1, end)
+        table[added].index_add_(1, columns, values[added.start - first : added.stop - first])

@@ -21,6 +21,7 @@ from fastplastic.planning import Plan, Request, matching, plan, plan_of_units, s
 from fastplastic.randomness import stream
 from fastplastic.reinit import OptimizerState, optimizers_of, reinit_
 from fastplastic.training.methods import Method, method_of
+from fastplastic.training.processes import check_processes
 from fastplastic.training.replacement import Replacement
 from fastplastic.training.resets import Reset, chosen_of, overlap
 from fastplastic.training.schedule import Schedule
@@ -77,7 +78,8 @@ class Recycler:
 
     Raises:
         InputError: A name or option is unknown or unusable, the optimizer is not that of the model,
-            another Recycler acts on the model, or it has no unit to choose from.
+            another Recycler acts on the model, it has no unit to choose from, or several processes
+            would choose different units.
     """
 
     def __init__(
@@ -98,13 +100,9 @@ class Recycler:
         self.steps = 0
         self.skipped: dict[str, int] = {}
         model = getattr(model, "_orig_mod", model)
-        check_built(model)
-        OptimizerState(optimizer, model)
-        make_initializer(self.method.init, model)
+        _check(model, optimizer, self.method, batches)
         self._model, self._optimizer, self._sync = model, optimizer, tuple(sync)
         self._batches, self._loss_fn, self._seed = batches, loss_fn, int(seed)
-        if batches is not None and self.method.rate is not None:
-            raise InputError("batches with a rate: its averages are made of the running batches")
         self._fingerprint = fingerprint(model)
         graph = _graph_of(model, example_inputs, self.method)
         self._sizes = {layer.name: layer.n_units for layer in graph.layers if layer.hidden.any()}
@@ -240,9 +238,10 @@ class Recycler:
         """Return the plan of a method with a rate; None between two choices."""
         assert self._replacement is not None
         method, seen = self.method, self._watch.take_layers()
+        seed = self._seed_now() if method.criterion == "random" else self._seed
         request = Request(
             method.criterion, method.rate, None, "unit", method.scope, method.max_layer_fraction,
-            self._seed_now(), method.include, method.exclude,
+            seed, method.include, method.exclude,
         )  # fmt: skip
         scored = scored_units(seen, request)
         unknown = {name: _nothing(size) for name, size in self._sizes.items()}
@@ -342,6 +341,17 @@ class Recycler:
         self._pending = 0
         if self._handle is not None:
             self._look_ahead()
+
+
+def _check(model: nn.Module, optimizer: Optimizer, method: Method, batches: object) -> None:
+    """Refuse what cannot be done, before anything is measured."""
+    check_built(model)
+    OptimizerState(optimizer, model)
+    make_initializer(method.init, model)
+    if batches is None:
+        check_processes(method)
+    elif method.rate is not None:
+        raise InputError("batches with a rate: its averages are made of the running batches")
 
 
 def _graph_of(model: nn.Module, example_inputs: Any, method: Method) -> UnitGraph:
