@@ -3,14 +3,16 @@
 import re
 from pathlib import Path
 
+import torch
+
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-def run(document: str) -> dict[str, object]:
-    """Run the one example of a document; return its names."""
-    (example,) = re.findall(r"```python\n(.*?)```", (DOCS / document).read_text(), re.DOTALL)
+def run(document: str, number: int = 0) -> dict[str, object]:
+    """Run an example of a document; return its names."""
+    examples = re.findall(r"```python\n(.*?)```", (DOCS / document).read_text(), re.DOTALL)
     names: dict[str, object] = {}
-    exec(example, names)
+    exec(examples[number], names)
     return names
 
 
@@ -28,3 +30,22 @@ def test_a_recycler_is_used_as_shown(capsys):
     recycler = run("training.md")["recycler"]
     assert recycler.steps == 300 and not recycler.skipped
     assert capsys.readouterr().out.startswith("[")
+
+
+def test_a_recycler_in_a_loop_of_timm(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names = run("training.md", 1)
+    recycler, ema = names["recycler"], names["ema"]
+    # Four batches an epoch, and the schedule's epochs of cooling down.
+    assert recycler.steps == 4 * names["epochs"] and not recycler.skipped
+    assert capsys.readouterr().out.startswith("[Reset(step 4: ")
+    saved = torch.load("last.pt", weights_only=True)
+    assert saved["recycler"]["steps"] == recycler.steps
+    last = recycler.log[-1]
+    assert last.step == recycler.steps
+    for name, units in last.units.items():
+        fresh = names["model"].get_parameter(f"{name}.weight")[units]
+        moved = ema.module.get_parameter(f"{name}.weight")[units]
+        # The average was moved on before the reset of the last step, which it shares.
+        assert torch.equal(moved, fresh)
