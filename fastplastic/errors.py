@@ -1,7 +1,12 @@
 """The errors that fastplastic raises on purpose, all under one base class."""
 
+import sys
+import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+# Whose code calls the library on behalf of somebody.
+_BETWEEN = {"fastplastic", "torch", "contextlib", "transformers", "lightning", "accelerate"}
 
 
 class FastPlasticError(Exception):
@@ -31,3 +36,15 @@ def no_such(what: str, name: str, known: Iterable[str]) -> str:
     if near:
         return f"no {what} {name!r} among {len(names)}: did you mean {', '.join(near)}?"
     return f"no {what} {name!r} among {len(names)}, expected one such as {', '.join(names[:3])}"
+
+
+def warn(text: str) -> None:
+    """Warn at the line of the caller's own code, not inside of the library or of torch."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _package(frame.f_globals) in _BETWEEN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)
+
+
+def _package(names: dict[str, object]) -> str:
+    return str(names.get("__name__", "")).partition(".")[0]

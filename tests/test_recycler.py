@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -258,8 +259,12 @@ def test_resets_that_take_the_same_again_are_told_of() -> None:
     recycler = Recycler(
         model, torch.randn(2, 8), optimizer, "custom", criterion="contribution", ratio=0.2, every=2
     )
-    with pytest.warns(UserWarning, match="3 times in a row more than 90% of what is re-init"):
+    with pytest.warns(
+        UserWarning, match="3 times in a row more than 90% of what is re-init"
+    ) as seen:
         train(model, optimizer, recycler, range(20))
+    # The line of the loop, and not one inside.
+    assert [Path(warning.filename).name for warning in seen] == ["recycling.py"]
     assert recycler.log[-1].overlap == 1.0
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fastplastic.errors import FileError, InputError
+from fastplastic.errors import FileError, InputError, warn
 from fastplastic.files import atomic_write
 from fastplastic.integrations.follower import Follower, FollowSettings, example_of
 from fastplastic.measure import Profile
@@ -160,11 +159,10 @@ class PlasticityCallback(TrainerCallback):
             self._follower.restore(found["state"])
             return
         self._follower.start_at(state.global_step)
-        warnings.warn(
+        warn(
             f"the checkpoint of step {state.global_step} has no {_FILE} in {args.output_dir}, so "
             "the plasticity callback begins anew with this step: where it lies in another folder, "
-            "call load(folder) before trainer.train()",
-            stacklevel=2,
+            "call load(folder) before trainer.train()"
         )
 
 

@@ -1,6 +1,5 @@
 """Re-initialise units or weights on a schedule while a model is trained."""
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from types import TracebackType
@@ -13,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from fastplastic.errors import InputError, NothingToChooseError
+from fastplastic.errors import InputError, NothingToChooseError, warn
 from fastplastic.graph import build_graph
 from fastplastic.initial import make_initializer
 from fastplastic.model import check_built, fingerprint
@@ -23,16 +22,19 @@ from fastplastic.reinit import OptimizerState, optimizers_of, reinit_
 from fastplastic.training.methods import Method, method_of
 from fastplastic.training.processes import check_processes
 from fastplastic.training.replacement import Replacement
-from fastplastic.training.resets import Reset, chosen_of, overlap
+from fastplastic.training.resets import (
+    IN_A_ROW,
+    SAME_AGAIN,
+    Reset,
+    chosen_of,
+    overlap,
+    takes_the_same,
+)
 from fastplastic.training.schedule import Schedule
 from fastplastic.training.watch import StepWatch, gradients_are_finite
 from fastplastic.wiring import UnitGraph
 
 _VERSION = 1
-# Resets that take more than this share of the same again did nothing in Hernandez-Garcia, 2026.
-_SAME_AGAIN = 0.9
-# One unit may be dead for good: only where it happens so many times on end is anything said.
-_IN_A_ROW = 3
 # The Recycler that acts on a model.
 _ACTING: "WeakKeyDictionary[nn.Module, ref[Recycler]]" = WeakKeyDictionary()
 
@@ -288,16 +290,13 @@ class Recycler:
         return reset
 
     def _warn_of_the_same(self) -> None:
-        last = self.log[-_IN_A_ROW:]
-        same = [reset.overlap is not None and reset.overlap > _SAME_AGAIN for reset in last]
-        if self._warned or len(same) < _IN_A_ROW or not all(same):
+        if self._warned or not takes_the_same(self.log):
             return
         self._warned = True
-        warnings.warn(
-            f"step {self.steps}: {_IN_A_ROW} times in a row more than {_SAME_AGAIN:.0%} of what is "
+        warn(
+            f"step {self.steps}: {IN_A_ROW} times in a row more than {SAME_AGAIN:.0%} of what is "
             "re-initialised is the same as the time before, so resets do nothing: what is drawn "
-            "does not learn in between (a longer `every`, outgoing='small', another criterion)",
-            stacklevel=2,
+            "does not learn in between (a longer `every`, outgoing='small', another criterion)"
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What was re-initialised in which step of a training."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +8,12 @@ import torch
 from torch import Tensor
 
 from fastplastic.planning import Plan
+
+# Settings whose resets take more than this share of the same again all failed in the thesis of
+# Hernandez-Garcia (2026).
+SAME_AGAIN = 0.9
+# One unit may be dead for good: only where it happens so many times on end is anything said.
+IN_A_ROW = 3
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -65,11 +71,7 @@ def chosen_of(plan: Plan) -> dict[str, Tensor]:
 
 
 def overlap(before: Mapping[str, Tensor] | None, now: Mapping[str, Tensor]) -> float | None:
-    """Return the share of what `chosen_of` gave now that it had given before; None for nothing.
-
-    Settings whose resets take more than 90 % of the same again all failed in the thesis of
-    Hernandez-Garcia (2026).
-    """
+    """Return the share of what `chosen_of` gave now that it had given before; None for nothing."""
     again = total = 0
     for name, chosen in now.items():
         same = None if before is None else before.get(name)
@@ -80,3 +82,10 @@ def overlap(before: Mapping[str, Tensor] | None, now: Mapping[str, Tensor]) -> f
             total += len(chosen)
             again += 0 if same is None else int(torch.isin(chosen, same).sum())
     return again / total if before is not None and total else None
+
+
+def takes_the_same(log: Sequence[Reset]) -> bool:
+    """Tell whether the last resets took nearly the same, each as the one before it."""
+    last = log[-IN_A_ROW:]
+    same = [reset.overlap is not None and reset.overlap > SAME_AGAIN for reset in last]
+    return len(same) == IN_A_ROW and all(same)
