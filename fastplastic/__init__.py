@@ -25,6 +25,8 @@ _NAMES = {
     "training": ("Recycler",),
     "trials": ("FineTuning", "TrainSettings", "Trial", "finetune", "trial"),
 }
+# Modules that are reached as fastplastic.NAME, loaded on first use too.
+_MODULES = ("criteria", "diagnostics", "integrations", "kernels", "reinit", "training")
 _HOME = {name: package for package, names in _NAMES.items() for name in names}
 __all__ = ["FastPlasticError", "FineTuning", "LayerProfile", "Monitor", "Plan", "Profile"]
 __all__ += [
@@ -41,10 +43,12 @@ __all__ += ["reinit_", "trial"]
 
 
 def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})

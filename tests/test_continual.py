@@ -41,7 +41,8 @@ def test_a_run_is_settled_by_its_seed(study, problem: str) -> None:
 def test_every_method_runs(study) -> None:
     config = tomllib.loads((FOLDER / "study.toml").read_text())
     for method, own in config["methods"].items():
-        for options in own.get("tried", [{"as": own.get("as"), "every": 5, "threshold": 0.5}]):
+        variant = {"as": own["as"], "every": 5} if "as" in own else own.get("with", {})
+        for options in own.get("tried", [variant]):
             done = study.run("random-labels", ENTRY, method, options, 0)
             assert len(done.online) == 3 and all(0 <= value <= 1 for value in done.online)
 
@@ -84,6 +85,36 @@ def test_a_warm_start_is_judged_by_what_is_held_out(study, noise: float) -> None
     assert len(held_out) == 50 and not any(tuple(row) in known for row in held_out.tolist())
     found = [labels[(pixels == image).all(1)].item() for image in held_out]
     assert torch.equal(answers, torch.tensor(found))
+
+
+def test_counters_alone_begin_anew(study) -> None:
+    torch.manual_seed(0)
+    model = study.network([16], leaky=False)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    study.CountersAnew(model, optimizer, every=3)
+    seen = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.randn(8, 784)).sum().backward()
+        before = model[0].weight.detach().clone()
+        optimizer.step()
+        assert not torch.equal(model[0].weight, before)
+        seen.append(int(optimizer.state[model[0].weight]["step"]))
+    assert seen == [1, 2, 0, 1]
+
+
+def test_variants_take_the_setting_of_their_preset(study, tmp_path: Path) -> None:
+    config = tomllib.loads((FOLDER / "study.toml").read_text())
+    best = config["methods"]["redo"]["tried"][1]
+    file = tmp_path / "tune" / "random-labels.redo.jsonl"
+    for options in config["methods"]["redo"]["tried"]:
+        for seed in config["tune"]["seeds"]:
+            study.append(file, study.Run("redo", options, seed, [0.4 + 0.2 * (options == best)]))
+    found = [
+        study.best_options(config, "random-labels", name, tmp_path)
+        for name in ("random-as-redo", "redo-keeping-counters")
+    ]
+    assert found == [{"as": "redo", **best}, {**best, "reset_steps": False}]
 
 
 def test_a_fresh_network_knows_nothing_of_the_task_before(study) -> None:

@@ -81,3 +81,17 @@ def test_shrink_and_perturb():
 def test_numbers_that_do_not_shrink(shrink, noise):
     with pytest.raises(InputError, match=f"shrink {shrink}, noise {noise}: expected a factor"):
         shrink_perturb_(nn.Linear(2, 2), shrink=shrink, noise=noise)
+
+
+def test_shrink_and_perturb_leaves_out_patterns_and_lets_the_optimizer_forget():
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(4, 6)).sum().backward()
+    optimizer.step()
+    head = model[2].weight.detach().clone()
+    shrink_perturb_(model, exclude=["[12]"], optimizer=optimizer)
+    assert torch.equal(model[2].weight, head)
+    first, last = (optimizer.state[model[number].weight] for number in (0, 2))
+    assert first["step"] == 0 and not first["exp_avg"].any() and last["step"] == 1
+    with pytest.raises(InputError, match="exclude: no module 'hed' among 3"):
+        shrink_perturb_(model, exclude=["hed"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastplastic.errors import InputError
-from fastplastic.reinit import fire, fire_
+from fastplastic.reinit import fire_, forget
 
 
 def polar(matrix: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def test_everything_is_as_before_when_the_optimizer_fails(monkeypatch) -> None:
     def fail(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(fire, "step_of", fail)
+    monkeypatch.setattr(forget, "step_of", fail)
     with pytest.raises(MemoryError):
         fire_(model, optimizer=optimizer)
     assert all(map(torch.equal, weights.values(), model.state_dict().values()))

@@ -249,3 +249,22 @@ def test_laws_are_those_of_torch(name, layer, kind):
     assert same_moments(drawn_from(law, *layer.weight.shape), expected.detach())
     assert initializer(target(model, "0.bias", kind=kind, bias=True)) == constant(0.0)
     assert initializer.notes() == ()
+
+
+def test_the_second_matrix_of_lora_begins_at_zero() -> None:
+    class Pair(nn.Module):
+        """As PEFT names them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.lora_A = nn.ModuleDict({"default": nn.Linear(4, 2, bias=False)})
+            self.lora_B = nn.ModuleDict({"default": nn.Linear(2, 4, bias=False)})
+
+    model = Pair()
+    default = make_initializer("default", model)
+    laws = [
+        default(Target(name, weight, None, mask=torch.ones_like(weight, dtype=torch.bool)))
+        for name, weight in model.named_parameters()
+        if "lora_B" in name
+    ]
+    assert laws == [constant(0.0)]

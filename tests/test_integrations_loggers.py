@@ -132,3 +132,8 @@ def test_no_framework_is_loaded_for_the_figures() -> None:
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert "fastplastic" in loaded
     assert not loaded & {"transformers", "lightning", "accelerate", "tensorboard", "timm"}
+
+
+def test_what_is_no_profile() -> None:
+    with pytest.raises(InputError, match=r"a NoneType was given, expected a profile: of a monitor"):
+        write_metrics(object(), None, 1)

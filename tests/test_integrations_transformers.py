@@ -289,3 +289,8 @@ def test_a_model_in_several_copies(tmp_path: Path) -> None:
     arguments._n_gpu = 2
     with pytest.raises(InputError, match=r"FSDP, DeepSpeed or DataParallel.*expected one whole mo"):
         callback.on_train_begin(arguments, trainer.state, trainer.control, model=trainer.model)
+
+
+def test_a_callback_without_the_trainer() -> None:
+    with pytest.raises(InputError, match="the first argument is 'redo', expected the Trainer"):
+        PlasticityCallback("redo")

@@ -61,3 +61,13 @@ def test_a_strength_that_means_nothing(strength: float) -> None:
     model = network()
     with pytest.raises(InputError, match=r"strength is .*, expected more than 0"):
         L2Init(model, torch.optim.SGD(model.parameters(), 0.1), strength=strength)
+
+
+def test_two_on_one_model() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    first = L2Init(model, optimizer)
+    with pytest.raises(InputError, match="an L2Init pulls this model already"):
+        L2Init(model, optimizer)
+    first.remove()
+    L2Init(model, optimizer)

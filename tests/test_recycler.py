@@ -290,7 +290,7 @@ def test_two_that_measure_at_overlapping_times_leave_compiled_code_compiled() ->
 def test_a_wiring_that_is_known_is_not_traced_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
     graph = build_graph(model, torch.randn(2, 8))
-    monkeypatch.delattr("fastplastic.training.recycler.build_graph")
+    monkeypatch.delattr("fastplastic.training.checks.build_graph")
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with Recycler(model, graph, optimizer, "random", ratio=0.2, every=5) as recycler:
         train(model, optimizer, recycler, range(5))

@@ -1,5 +1,7 @@
 """What a Recycler refuses, and what it says then."""
 
+import copy
+
 import pytest
 import torch
 from helpers.recycling import batch, network, train
@@ -61,6 +63,95 @@ def test_layers_that_do_not_learn_are_left_alone() -> None:
     assert recycler.log and all(set(reset.units) == {"2"} for reset in recycler.log)
 
 
+def test_weights_of_another_optimizer_are_left_alone() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model[2:].parameters(), 0.1)
+    recycler = Recycler(model, torch.randn(2, 8), optimizer, "random", ratio=0.5, every=2)
+    before = copy.deepcopy(model[0].state_dict())
+    train(model, optimizer, recycler, range(10))
+    assert recycler.log and all(set(reset.units) == {"2"} for reset in recycler.log)
+    assert all(torch.equal(before[name], value) for name, value in model[0].state_dict().items())
+
+
+@pytest.mark.parametrize("trained", [4, 0])
+def test_no_unit_is_made_and_read_by_what_the_optimizer_trains(trained: int) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model[trained].parameters(), 0.1)
+    with pytest.raises(InputError, match=r"no unit is made and read by weights that learn .requir"):
+        Recycler(model, torch.randn(2, 8), optimizer, "redo")
+
+
+def test_an_example_of_another_form_is_told_of() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for method in ("redo", "swr"):
+        with pytest.raises(InputError, match=r"does not run on example_inputs: .*2x9 and 8x16"):
+            Recycler(model, torch.randn(2, 9), optimizer, method)
+
+
+def test_why_a_model_cannot_be_traced_is_told() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = network()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers(x if x.sum() > 0 else -x)
+
+    model = Branching()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(InputError, match=r"re-initialised: the model could not be traced .*data-d"):
+        Recycler(model, torch.randn(2, 8), optimizer)
+    # Single weights need no wiring.
+    Recycler(model, torch.randn(2, 8), optimizer, "swr").detach()
+
+
+def test_choices_that_come_to_nothing_are_told_of_once() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    recycler = Recycler(model, torch.randn(2, 8), optimizer, "redo", criterion="phi", every=2)
+    with pytest.warns(UserWarning, match="nothing was re-initialised 3 times in a row: ") as seen:
+        train(model, optimizer, recycler, range(20))
+    assert len(seen) == 1 and list(recycler.skipped.values()) == [10]
+
+
+def test_an_optimizer_that_is_no_longer_used_is_told_of() -> None:
+    model = network()
+    old = torch.optim.SGD(model.parameters(), 0.1)
+    recycler = Recycler(model, torch.randn(2, 8), old, "random", every=5)
+    new = torch.optim.SGD(model.parameters(), 0.1)
+    train(model, new, recycler, range(99))
+    with pytest.warns(UserWarning, match="100 times in a row: .* without a step of the optimizer"):
+        train(model, new, recycler, range(1))
+
+
+def test_step_before_that_of_the_optimizer_is_told_of() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    recycler = Recycler(model, torch.randn(2, 8), optimizer, "random", every=2, ratio=0.2)
+    with pytest.warns(UserWarning, match=r"called between optimizer.step.. and recycler.step.."):
+        for step in range(4):
+            images, labels = batch(step)
+            optimizer.zero_grad()
+            cross_entropy(model(images), labels).backward()
+            recycler.step()
+            optimizer.step()
+
+
+def test_gradients_that_were_set_to_zero() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    recycler = Recycler(model, torch.randn(2, 8), optimizer, "grama", every=1)
+    for step in range(2):
+        images, labels = batch(step)
+        cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        recycler.step()
+    (why,) = recycler.skipped
+    assert "all are 0: call step() right behind optimizer.step(), before zero_grad()" in why
+
+
 def test_a_model_without_such_units() -> None:
     model = nn.Sequential(nn.Linear(8, 3))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -89,6 +180,12 @@ def test_a_model_without_such_units() -> None:
         ("redo", {"init": "he"}, "init 'he' is unknown"),
         ("redo", {"include": ["layer9"]}, "include pattern 'layer9' matches none"),
         ("custom", {"ratio": 2.0}, "ratio 2.0 is out of range"),
+        ("custom", {"ratio": 0.1, "criterion": "swr"}, "or give granularity='weight'"),
+        ("redo", {"window": 5}, "window 5 without a rate"),
+        ("redo", {"start_step": 10, "end_step": 5}, "end_step 5 is not behind start_step 10"),
+        ("random", {"ratio": 0.5, "max_layer_fraction": 0.01}, "leaves 0 units, ratio 0.5 of 28"),
+        ("redo", {"batches": [1]}, "batches is a list, expected a function"),
+        ("redo", {"sync": [None]}, "sync: copy 0 is a NoneType, expected a copy of the model"),
     ],
 )
 def test_what_cannot_be_done(method: str, options: dict, text: str) -> None:

@@ -146,11 +146,12 @@ class Keeper:
             self.log = dose
         elif method == "l2-init":
             L2Init(model, optimizer, **options)
-        elif method.removesuffix("-weights") in METHODS:
+        elif method == "counters-alone":
+            CountersAnew(model, optimizer, **options)
+        elif (name := preset_of(method)) in METHODS:
             self._recycler = Recycler(
-                model, torch.zeros(2, 784), optimizer, method.removesuffix("-weights"), seed=seed,
-                **options,
-            ).install()  # fmt: skip
+                model, torch.zeros(2, 784), optimizer, name, seed=seed, **options
+            ).install()
             self.log = self._recycler.log
 
     def between_tasks(self, task: int) -> None:
@@ -166,6 +167,31 @@ class Keeper:
         elif self._method == "fire":
             head = str(len(self._model) - 1)
             fire_(self._model, exclude=[head], optimizer=self._optimizer, **self._options)
+
+
+class CountersAnew:
+    """Lets Adam's counters of steps begin anew now and then, and nothing else.
+
+    Args:
+        model: The network.
+        optimizer: Its optimizer.
+        every: Steps from one time to the next.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, every: int) -> None:
+        self._model, self._optimizer, self._every, self._step = model, optimizer, every, 0
+        optimizer.register_step_post_hook(self._stepped)
+
+    def _stepped(self, *_: object) -> None:
+        self._step += 1
+        if self._step % self._every == 0:
+            for parameter in self._model.parameters():
+                self._optimizer.state[parameter]["step"].fill_(0)
+
+
+def preset_of(method: str) -> str:
+    """Return the name of the preset of which a method is a variant."""
+    return method.removesuffix("-weights").removesuffix("-keeping-counters")
 
 
 class AtRandom:
@@ -298,6 +324,8 @@ def best_options(
     entry = config["methods"][method]
     if "as" in entry:
         return {"as": entry["as"], **best_options(config, problem, entry["as"], results)}
+    if "with" in entry:
+        return best_options(config, problem, preset_of(method), results) | entry["with"]
     tried = entry["tried"]
     if len(tried) == 1:
         return dict(tried[0])

@@ -25,6 +25,8 @@ _ZERO = constant(0.0)
 # Hugging Face's Conv1D initialises itself with this (after GPT-2).
 _CONV1D_STD = 0.02
 _TRUNC_STD = 0.02
+# The second matrix of each pair of PEFT's LoRA begins at 0, so that the pair does nothing.
+_SECOND_OF_LORA = {"lora_B", "lora_embedding_B"}
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -175,7 +177,7 @@ class Default:
     otherwise, or where the fresh one differs in shape or has no law per element, it is the law of
     PyTorch's `reset_parameters`: U(-b, b) with b = 1 / sqrt(fan_in) for weights and biases of
     linear layers and convolutions, `MultiheadAttention` and Hugging Face's Conv1D as they do, 1 and
-    0 for norms.
+    0 for norms, and 0 for the second matrices of PEFT's LoRA.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -186,6 +188,8 @@ class Default:
 
     def __call__(self, target: Target) -> Law:
         """Return the law from which the rows of the target are drawn."""
+        if not _SECOND_OF_LORA.isdisjoint(target.name.split(".")):
+            return _ZERO
         if self._fresh is None:
             self._fresh = self._record()
         if not self._fresh:

@@ -51,7 +51,15 @@ def metrics(
         layers: Also give the share of each layer.
         resets: What was re-initialised since this was last logged (the end of `Recycler.log`);
             None where nothing is.
+
+    Raises:
+        InputError: It is no profile.
     """
+    if not isinstance(profile, Profile):
+        raise InputError(
+            f"a {type(profile).__name__} was given, expected a profile: of a monitor, "
+            "monitor.compute(); of a callback, callback.profile"
+        )
     values: dict[str, float] = {}
     for share, criterion in _SHARES.items():
         threshold, total, known = CRITERIA[criterion], 0, 0

@@ -65,6 +65,11 @@ class PlasticityCallback(TrainerCallback):
         seed: int = 0,
         **options: Any,
     ) -> None:
+        if not isinstance(trainer, Trainer):
+            raise InputError(
+                f"the first argument is {trainer!r}, expected the Trainer: "
+                "trainer.add_callback(PlasticityCallback(trainer, 'redo'))"
+            )
         own = {"layers": layers, "sync": sync, "seed": seed}
         self._settings = FollowSettings.of(method, freq, options | own)
         self._trainer, self._example = trainer, example_inputs

@@ -113,7 +113,7 @@ class Observer:
                 sums.clear()
             self._factor = 1.0
             self._pace.restart()
-            self._calls, self._dropped = CallCount(), 0
+            self.calls, self._dropped = CallCount(), 0
             self._problems: dict[str, str] = {}
             self._unforeseen: set[str] = set()
 
@@ -169,8 +169,8 @@ class Observer:
             left = {n: parameters[n] for n in self._weights.names if n not in self._weights_seen}
             add_weights(table, self._weights, left, gradients)
             return Observation(
-                UnitStats(table, self._columns), frozenset(self._calls.modes), self._calls.samples,
-                self._calls.steps, self._dropped, self._calls.masked, dict(self._problems),
+                UnitStats(table, self._columns), frozenset(self.calls.modes), self.calls.samples,
+                self.calls.steps, self._dropped, self.calls.masked, dict(self._problems),
                 frozenset(self._unforeseen), self._pace.unseen, self._pace.stale,
             )  # fmt: skip
 
@@ -222,7 +222,7 @@ class Observer:
             self._mask = padding_mask(self.model, kwargs)
             self._tokens = None if self._mask is None else tokens_of(self._mask)
             samples = samples_of([*args, *kwargs.values()])
-            self._calls.add(samples, mode_of(self.model), self._tokens is not None)
+            self.calls.add(samples, mode_of(self.model), self._tokens is not None)
             self._factor = 1.0 if self._scale is None else self._scale()
             if self._parameters:
                 self._hook_parameters()
@@ -374,7 +374,7 @@ class Observer:
             for sums in self._sums.values():
                 table = empty_table(self._units)
                 sums.fold_into(table, self._reads)
-                self._calls.add_counted(sums.calls)
+                self.calls.add_counted(sums.calls)
                 sums.clear()
                 tables.append(table)
             bad = sum(nonfinite_gradients(table) for table in tables)

@@ -198,7 +198,7 @@ def _without_unforeseen(graph: UnitGraph, observation: Observation) -> UnitGraph
 
 
 def _with_learning(graph: UnitGraph, model: nn.Module) -> UnitGraph:
-    """Say which weights do not learn."""
+    """Say which weights do not learn, beside those of which it is said already."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     still = {name for name, parameter in parameters.items() if not parameter.requires_grad}
     # A model that is frozen as a whole is not being trained: what will learn is not known.
@@ -207,7 +207,8 @@ def _with_learning(graph: UnitGraph, model: nn.Module) -> UnitGraph:
     layers = []
     for layer in graph.layers:
         weights = (layer.weight, *(consumer.weight for consumer in layer.consumers))
-        own = tuple(name for name in dict.fromkeys(weights) if name in still)
+        known = still.union(layer.without_grad)
+        own = tuple(name for name in dict.fromkeys(weights) if name in known)
         layers.append(replace(layer, without_grad=own))
     return replace(graph, layers=tuple(layers))
 

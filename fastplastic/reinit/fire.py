@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from fastplastic.errors import InputError, no_such
 from fastplastic.model import check_built
 from fastplastic.reinit.averages import refuse_average
-from fastplastic.reinit.optimizer_state import OptimizerState, set_step, step_of
+from fastplastic.reinit.forget import forget
+from fastplastic.reinit.optimizer_state import OptimizerState
 from fastplastic.reinit.regions import Tensors
 from fastplastic.reinit.report import Written
 from fastplastic.reinit.transaction import Undo
@@ -80,7 +81,7 @@ def fire_(
                 undo.keep(partial(weight.copy_, weight.clone()))
                 weight.copy_(moved[name])
             if state is not None:
-                _forget(state, weights, undo)
+                forget(state, weights, undo)
     except BaseException:  # also KeyboardInterrupt and MemoryError
         undo()
         raise
@@ -147,17 +148,3 @@ def _polar(matrices: Tensor, iterations: int) -> Tensor:
         x = 1.5 * x - 0.5 * x @ (x.mT @ x)
     scale = math.sqrt(matrices.shape[1] / matrices.shape[2])
     return torch.mul(x.mT if wide else x, scale)
-
-
-def _forget(state: OptimizerState, weights: dict[str, Tensor], undo: Undo) -> None:
-    """Let what an optimizer remembers of weights begin anew."""
-    for own in state.tensors(weights):
-        tensor = own.tensor.detach()
-        undo.keep(partial(tensor.copy_, tensor.clone()))
-        if own.start is None:
-            tensor.copy_(weights[own.name])
-        else:
-            tensor.fill_(own.start)
-    for step in state.steps(weights):
-        undo.keep(partial(set_step, *step, step_of(*step)))
-        set_step(*step, 0)

@@ -69,6 +69,11 @@ class OptimizerState:
                 "was built from model.parameters()"
             )
 
+    @property
+    def trained(self) -> frozenset[str]:
+        """Names of the parameters that it trains, all names of those that are shared."""
+        return frozenset(self._parameters)
+
     def tensors(self, names: Iterable[str]) -> Iterator[StateTensor]:
         """Yield the state of some parameters that has an element for each weight."""
         for name in names:

@@ -1,6 +1,7 @@
 """L2-init: pull the weights to where they began."""
 
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,9 @@ from torch.utils.hooks import RemovableHandle
 from fastplastic.errors import InputError
 from fastplastic.model import check_built
 from fastplastic.reinit import OptimizerState, optimizers_of
+
+# What pulls the weights of a model.
+_PULLING: "WeakKeyDictionary[nn.Module, ref[L2Init]]" = WeakKeyDictionary()
 
 
 class L2Init:
@@ -30,7 +34,8 @@ class L2Init:
         strength: More than 0.
 
     Raises:
-        InputError: `strength` is not more than 0, or the optimizer is not that of the model.
+        InputError: `strength` is not more than 0, the optimizer is not that of the model, or
+            another L2Init pulls it.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, *, strength: float = 1e-2) -> None:
@@ -38,17 +43,22 @@ class L2Init:
             raise InputError(f"strength is {strength!r}, expected more than 0, such as 1e-2")
         check_built(model)
         OptimizerState(optimizer, model)
+        pulling = _PULLING.get(model)
+        if pulling is not None and pulling() is not None:
+            raise InputError("an L2Init pulls this model already: remove() it first")
         self._strength = float(strength)
         self._model = model
         self._begun = {name: p.detach().clone() for name, p in model.named_parameters()}
         innermost = list(optimizers_of(optimizer))[-1]
         self._handle: RemovableHandle | None = innermost.register_step_pre_hook(self._pull)
+        _PULLING[model] = ref(self)
 
     def remove(self) -> None:
         """Pull no more."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+            _PULLING.pop(self._model, None)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the weights that are pulled to."""

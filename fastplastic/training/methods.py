@@ -85,9 +85,13 @@ class Method:
             )
         rules: Mapping[str, object] = CRITERIA if self.granularity == "unit" else WEIGHT_CRITERIA
         if self.criterion not in rules:
+            other = WEIGHT_CRITERIA if self.granularity == "unit" else CRITERIA
+            hint = "weight" if self.granularity == "unit" else "unit"
             raise InputError(
                 f"criterion {self.criterion!r} is unknown for granularity {self.granularity!r}, "
                 f"expected one of {', '.join(rules)}"
+                + f"; or give granularity={hint!r}"
+                * (self.criterion in other)
             )
         given = [name for name in _AMOUNTS if getattr(self, name) is not None]
         if len(given) != 1:
@@ -121,6 +125,16 @@ class Method:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"{name} is {value!r}, expected an integer of at least {least}")
+        if self.window is not None and self.rate is None:
+            raise InputError(
+                f"window {self.window} without a rate: only a method with a rate, such as 'cbp', "
+                "makes a moving average over several steps"
+            )
+        if self.end_step is not None and self.end_step <= self.start_step:
+            raise InputError(
+                f"end_step {self.end_step} is not behind start_step {self.start_step}, so nothing "
+                "would ever be done"
+            )
         if self.measured > self.every:
             raise InputError(
                 f"window {self.window} is more than every {self.every}: expected at most as many"

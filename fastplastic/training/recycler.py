@@ -6,21 +6,24 @@ from types import TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from fastplastic.errors import InputError, NothingToChooseError, warn
-from fastplastic.graph import build_graph
-from fastplastic.initial import make_initializer
-from fastplastic.model import check_built, fingerprint
-from fastplastic.planning import Plan, Request, matching, plan, plan_of_units, scored_units
+from fastplastic.model import fingerprint
+from fastplastic.planning import Plan, Request, plan, plan_of_units, scored_units
 from fastplastic.randomness import stream
-from fastplastic.reinit import OptimizerState, optimizers_of, reinit_
+from fastplastic.reinit import optimizers_of, reinit_
+from fastplastic.training.checks import (
+    check_arguments,
+    copies_of,
+    difference,
+    graph_of,
+    nothing_known,
+)
 from fastplastic.training.methods import Method, method_of
-from fastplastic.training.processes import check_processes
 from fastplastic.training.replacement import Replacement
 from fastplastic.training.resets import (
     IN_A_ROW,
@@ -31,8 +34,8 @@ from fastplastic.training.resets import (
     takes_the_same,
 )
 from fastplastic.training.schedule import Schedule
-from fastplastic.training.watch import StepWatch, gradients_are_finite
-from fastplastic.wiring import UnitGraph
+from fastplastic.training.skips import MANY_CALLS, WAITED, Skips
+from fastplastic.training.watch import StepWatch, check_gradients
 
 _VERSION = 1
 # The Recycler that acts on a model.
@@ -100,13 +103,13 @@ class Recycler:
         self.method = method_of(method, options)
         self.log: list[Reset] = []
         self.steps = 0
-        self.skipped: dict[str, int] = {}
+        self.skipped = Skips()
         model = getattr(model, "_orig_mod", model)
-        _check(model, optimizer, self.method, batches)
-        self._model, self._optimizer, self._sync = model, optimizer, tuple(sync)
+        check_arguments(model, optimizer, self.method, batches)
+        self._model, self._optimizer, self._sync = model, optimizer, copies_of(sync)
         self._batches, self._loss_fn, self._seed = batches, loss_fn, int(seed)
         self._fingerprint = fingerprint(model)
-        graph = _graph_of(model, example_inputs, self.method)
+        graph = graph_of(model, example_inputs, optimizer, self.method)
         self._sizes = {layer.name: layer.n_units for layer in graph.layers if layer.hidden.any()}
         self._replacement = (
             None if self.method.rate is None
@@ -120,6 +123,8 @@ class Recycler:
         self._grown = 0
         # Steps that the optimizer has made and `step` was not called for.
         self._pending = 0
+        # Calls of the model that were measured when it did.
+        self._calls = 0
         # The first step behind which there is anything to do.
         self._next: float = 0
         self._installed = False
@@ -136,6 +141,13 @@ class Recycler:
         trace: TracebackType | None,
     ) -> None:
         self.detach()
+
+    def __repr__(self) -> str:
+        written = sum(reset.count for reset in self.log)
+        return (
+            f"Recycler({self.method.name}: {self.steps} steps, {len(self.log)} resets of {written} "
+            f"{self.method.granularity}s in all, {sum(self.skipped.values())} skipped)"
+        )
 
     def attach(self) -> None:
         """Act again after `detach`."""
@@ -170,9 +182,16 @@ class Recycler:
         Where the optimizer has made none (gradients are being accumulated), nothing is done.
         """
         if self._installed:
-            raise InputError("the Recycler is installed and follows the optimizer by itself")
+            raise InputError(
+                "the Recycler is installed and follows the optimizer by itself: do not call step()"
+            )
         if not self._pending:
-            self._skip("step() without a step of the optimizer: waited for it")
+            self.skipped.add(WAITED, but_after=MANY_CALLS)
+        elif self._watch.calls > self._calls:
+            self.skipped.warn(
+                "the model was called between optimizer.step() and recycler.step(), and that call "
+                "is measured: call recycler.step() right behind optimizer.step()"
+            )
         reset = None
         for _ in range(self._pending):
             reset = self._count_step() or reset
@@ -184,6 +203,7 @@ class Recycler:
             self._count_step()
         else:
             self._pending += 1
+            self._calls = self._watch.calls
 
     def _count_step(self) -> Reset | None:
         self.steps += 1
@@ -208,19 +228,20 @@ class Recycler:
 
     def _act(self) -> Reset | None:
         """Measure the step that was just made, and choose if it is time."""
-        if not gradients_are_finite(self._model):
-            self._skip("gradients are NaN or infinite")
-            return None
+        if fingerprint(self._model) != self._fingerprint:
+            raise InputError(
+                "the model has other parameters than when the Recycler began: make a new one when "
+                "the model has changed"
+            )
         due = self._schedule.is_due(self.steps)
         try:
+            check_gradients(self._model, self.method)
             chosen = self._replaced(due) if self._replacement else self._planned()
         except NothingToChooseError as error:
-            self._skip(str(error))
+            self.skipped.add(str(error))
             return None
+        self.skipped.end_row()
         return self._apply(chosen) if chosen is not None and chosen.count else None
-
-    def _skip(self, why: str) -> None:
-        self.skipped[why] = self.skipped.get(why, 0) + 1
 
     def _planned(self) -> Plan:
         """Return the plan of a method with a threshold or a ratio."""
@@ -246,7 +267,7 @@ class Recycler:
             seed, method.include, method.exclude,
         )  # fmt: skip
         scored = scored_units(seen, request)
-        unknown = {name: _nothing(size) for name, size in self._sizes.items()}
+        unknown = {name: nothing_known(size) for name, size in self._sizes.items()}
         scored = {name: scored.get(name, unknown[name]) for name in self._sizes}
         self._replacement.grow(self.steps - self._grown)
         self._grown = self.steps
@@ -266,11 +287,6 @@ class Recycler:
 
     def _apply(self, chosen: Plan) -> Reset:
         method = self.method
-        if fingerprint(self._model) != self._fingerprint:
-            raise InputError(
-                "the model has other parameters than when the Recycler began: make a new one when "
-                "the model has changed"
-            )
         means = self._replacement.means() if self._replacement and method.compensate else False
         reinit_(
             self._model, chosen, init=method.init,
@@ -329,65 +345,14 @@ class Recycler:
         for key, value in own.items():
             if state[key] != value:
                 raise InputError(
-                    f"the state was saved with {key} {_difference(state[key], value)}: make the "
+                    f"the state was saved with {key} {difference(state[key], value)}: make the "
                     "Recycler as it was"
                 )
         if self._replacement is not None:
             self._replacement.load_state_dict(state["averages"])
         self.steps, self._grown = state["steps"], state["grown"]
-        self.skipped, self._last = dict(state["skipped"]), state["last"]
+        self.skipped, self._last = Skips(state["skipped"]), state["last"]
         self.log = [Reset.from_dict(values) for values in state["log"]]
         self._pending = 0
         if self._handle is not None:
             self._look_ahead()
-
-
-def _check(model: nn.Module, optimizer: Optimizer, method: Method, batches: object) -> None:
-    """Refuse what cannot be done, before anything is measured."""
-    check_built(model)
-    OptimizerState(optimizer, model)
-    make_initializer(method.init, model)
-    if batches is None:
-        check_processes(method)
-    elif method.rate is not None:
-        raise InputError("batches with a rate: its averages are made of the running batches")
-
-
-def _graph_of(model: nn.Module, example_inputs: Any, method: Method) -> UnitGraph:
-    """Return the wiring of a model, in which there is something to choose from."""
-    known = isinstance(example_inputs, UnitGraph)
-    graph: UnitGraph = example_inputs if known else build_graph(model, example_inputs)
-    _check_patterns(graph, method, model)
-    if method.granularity == "unit" and not any(layer.hidden.any() for layer in graph.layers):
-        raise InputError(
-            "the model has no unit that can be re-initialised: `fastplastic profile` shows why, "
-            "layer by layer; or choose single weights (granularity='weight')"
-        )
-    return graph
-
-
-def _check_patterns(graph: UnitGraph, method: Method, model: nn.Module) -> None:
-    """Refuse patterns that match no layer now, not in the step in which they are used."""
-    names = [layer.name for layer in graph.layers]
-    others = [name for layer in graph.layers for name in layer.tied]
-    if method.granularity == "weight":
-        others += [name for name, _ in model.named_parameters()]
-    matching(names, method.include, "include", others)
-    matching(names, method.exclude, "exclude", others)
-
-
-def _nothing(n_units: int) -> tuple[Tensor, Tensor]:
-    """Return scores that are unknown, of units that may not be chosen."""
-    return (
-        torch.full((n_units,), torch.nan, dtype=torch.float64),
-        torch.zeros(n_units, dtype=torch.bool),
-    )
-
-
-def _difference(found: Any, expected: Any) -> str:
-    if not isinstance(found, Mapping) or not isinstance(expected, Mapping):
-        return f"{found!r}, this one has {expected!r}"
-    for name in {*found, *expected}:
-        if found.get(name) != expected.get(name):
-            return f"{name} {found.get(name)!r}, this one has {expected.get(name)!r}"
-    return "equal"

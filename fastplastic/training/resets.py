@@ -14,6 +14,7 @@ from fastplastic.planning import Plan
 SAME_AGAIN = 0.9
 # One unit may be dead for good: only where it happens so many times on end is anything said.
 IN_A_ROW = 3
+_ENOUGH = 10
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -36,7 +37,9 @@ class Reset:
 
     def __repr__(self) -> str:
         again = "" if self.overlap is None else f", {self.overlap:.0%} of them again"
-        return f"Reset(step {self.step}: {self.count} in {len(self.counts)} layers{again})"
+        what = "units" if self.units else "weights"
+        layers = f"{len(self.counts)} layer{'s' * (len(self.counts) != 1)}"
+        return f"Reset(step {self.step}: {self.count} {what} in {layers}{again})"
 
     @property
     def count(self) -> int:
@@ -88,4 +91,5 @@ def takes_the_same(log: Sequence[Reset]) -> bool:
     """Tell whether the last resets took nearly the same, each as the one before it."""
     last = log[-IN_A_ROW:]
     same = [reset.overlap is not None and reset.overlap > SAME_AGAIN for reset in last]
-    return len(same) == IN_A_ROW and all(same)
+    # Of a few units, those that are there to choose from may be the same by chance.
+    return len(same) == IN_A_ROW and all(same) and sum(r.count for r in last) >= _ENOUGH

@@ -1,5 +1,6 @@
 """What a Recycler sees of a model: activations of the steps that count, weights and gradients."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastplastic.errors import InputError
+from fastplastic.errors import InputError, NothingToChooseError
 from fastplastic.measure import EagerStance, LayerProfile, Observer, Profile, assemble, profile
 from fastplastic.training.methods import Method
 from fastplastic.wiring import UnitGraph
@@ -54,6 +55,11 @@ class StepWatch:
     def on(self) -> bool:
         """Whether it is measuring."""
         return self._on
+
+    @property
+    def calls(self) -> int:
+        """How many calls of the model were seen in this step; 0 where it is not measured."""
+        return self._observer.calls.steps if self._on else 0
 
     def take(self) -> Profile:
         """Return the profile of what was seen, with weights and gradients as they are now.
@@ -108,7 +114,14 @@ class StepWatch:
         return found
 
 
-def gradients_are_finite(model: nn.Module) -> bool:
-    """Tell whether no gradient of a model holds NaN or infinity."""
+def check_gradients(model: nn.Module, method: Method) -> None:
+    """Raise NothingToChooseError where gradients are not finite, or all 0 for what reads them."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return not gradients or bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+    norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 1.0
+    if not math.isfinite(norm):
+        raise NothingToChooseError("gradients are NaN or infinite")
+    if norm == 0 and method.needs_gradients:
+        raise NothingToChooseError(
+            f"criterion {method.criterion!r} reads gradients, and all are 0: call step() right "
+            "behind optimizer.step(), before zero_grad(), or use install()"
+        )
