@@ -1,13 +1,13 @@
 """How models that torch.compile has compiled are measured.
 
 Compiled code does not look at a model again: hooks that come later are not called, and nothing says
-so. Either hooks are traced into the graph, where the statistics are operators (`operators.py`), or
-the step that is measured runs eagerly. What ran without its hooks is counted, and is an error.
+so. Either hooks are traced into the graph (`traced.py`), where the statistics are operators
+(`operators.py`), or the step that is measured runs eagerly. What ran without its hooks is counted,
+and is an error.
 """
 
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from threading import Lock
 from typing import Any
 from weakref import WeakSet
@@ -15,9 +15,6 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from fastplastic.measure.hooks import hook_gradient
-from fastplastic.measure.operators import add_activations, add_gradients
-from fastplastic.measure.slots import TensorRead
 from fastplastic.measure.sums import DeviceSums
 
 # Why a graph cannot hold what is measured.
@@ -25,6 +22,7 @@ CALLS = (
     "each call of the model is told to grad_scale, or the model is on several devices: compile the "
     "model itself (torch.compile(model), model.compile()), not a function around it"
 )
+DEVICES = "the parameters are on several devices, and compiled code adds to one table"
 ATTENTION = (
     "gradients in nn.MultiheadAttention are read off the autograd graph, which compiled code keeps "
     "to itself: measure with every=2 or more"
@@ -144,52 +142,3 @@ def keep_address(sums: DeviceSums) -> None:
         for table in (sums.activations, sums.gradients, sums.calls):
             mark: Callable[[Tensor], None] = torch._dynamo.mark_static_address
             mark(table)
-
-
-def trace_reads(
-    reads: Sequence[TensorRead],
-    tensor: Tensor | None,
-    sums: DeviceSums | None,
-    mask: Tensor | None,
-    gradients: bool,
-) -> bool:
-    """Put what is read of a tensor into the graph that is being compiled, or end the graph.
-
-    Args:
-        reads: What is read.
-        tensor: What the module is given or returns.
-        sums: The tables, where all is on one device.
-        mask: [batch, tokens], 0 where a token is padding; None for no padding.
-        gradients: Whether to read its gradient too.
-
-    Returns:
-        Whether it could be.
-    """
-    if sums is None:
-        break_graph("the parameters are on several devices, and compiled code adds to one table")
-        return False
-    for read in reads:
-        if tensor is None or not read.fits(tensor):
-            break_graph(f"{read.layers}: {read.misfit(tensor)}")
-            return False
-    assert tensor is not None
-    hooked = gradients and tensor.requires_grad and any(r.gradients is not None for r in reads)
-    if hooked and not TRACES_GRADIENTS:
-        break_graph(GRADIENTS)
-        return False
-    x = tensor.detach()
-    for read in reads:
-        for run in read.activations:
-            add_activations(
-                x, read.axis, run.start, run.stop, run.activation, sums.activations, run.slot, mask
-            )
-        if gradients and read.gradients is not None and tensor.requires_grad:
-            see = partial(_trace_gradient, read.axis, sums.gradients, read.gradients, mask)
-            hook_gradient(tensor, see)
-    return True
-
-
-def _trace_gradient(
-    axis: int, table: Tensor, slot: int, mask: Tensor | None, gradient: Tensor
-) -> None:
-    add_gradients(gradient, axis, table, slot, mask)

@@ -25,7 +25,6 @@ from fastplastic.measure.compiled import (
     break_graph,
     keep_address,
     run_as_is,
-    trace_reads,
     traces_operator,
 )
 from fastplastic.measure.hooks import SiteCalls, SiteHooks, hook_gradient, in_backward
@@ -43,6 +42,7 @@ from fastplastic.measure.parameters import WeightReader
 from fastplastic.measure.scale import nonfinite_gradients, unscaled
 from fastplastic.measure.slots import TensorRead, TensorReads
 from fastplastic.measure.sums import DeviceSums, add_weights, reading
+from fastplastic.measure.traced import TracedReads
 from fastplastic.model import mode_of
 from fastplastic.stats import UnitStats, columns_of, empty_table, merge_into
 from fastplastic.wiring import Argument, UnitGraph, UnitLayer
@@ -94,8 +94,7 @@ class Observer:
         self._measuring = self._running = False
         self._tokens: Tokens | None = None
         self._mask: Tensor | None = None
-        # What compiled code adds to; None where it cannot.
-        self._traced: DeviceSums | None = None
+        self._traced = TracedReads(gradients)
         self._sums: dict[torch.device, DeviceSums] = {}
         self.reset()
 
@@ -136,8 +135,8 @@ class Observer:
         """Make the tables that compiled code adds to: one set, on the device of the model."""
         devices = {parameter.device for parameter in self.model.parameters()}
         if len(devices) == 1 and self._sample is None:
-            self._traced = self._sums_on(devices.pop())
-            keep_address(self._traced)
+            self._traced.sums = self._sums_on(devices.pop())
+            keep_address(self._traced.sums)
 
     def pause(self, paused: bool) -> None:
         """Measure nothing, or go on."""
@@ -178,8 +177,8 @@ class Observer:
         if torch.compiler.is_dynamo_compiling():
             if self.paused or self._every > 1:
                 return
-            if self._traced is not None and self._scale is None:
-                return self._trace_begin(self._traced, args, kwargs)
+            if self._traced.sums is not None and self._scale is None:
+                return self._trace_begin(self._traced.sums, args, kwargs)
             break_graph(CALLS)
         self._begin(args, kwargs)
 
@@ -192,6 +191,7 @@ class Observer:
 
     def _on_end(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.compiler.is_dynamo_compiling():
+            self._traced.finish()
             self._running, self._mask = False, None
         else:
             self._end(output)
@@ -229,6 +229,8 @@ class Observer:
 
     @untraced
     def _end(self, output: Any) -> None:
+        # Of a graph that ended within the model.
+        self._traced.finish()
         if not in_backward():
             if self._running:
                 self._pace.end(whole=output is not None and bool(self._reads.sites))
@@ -265,10 +267,10 @@ class Observer:
         """Put what is read into the graph that is being compiled; tell whether it could be."""
         if self.paused or self._every > 1 or not self._running:
             return True
-        tensor = first_tensor(values)
-        if not trace_reads(reads, tensor, self._traced, self._mask, self._gradients):
+        inside = traces_operator()
+        if not self._traced.add(reads, first_tensor(values), self._mask, inside):
             return False
-        if not traces_operator():
+        if not inside:
             self._pace.passed = True
         return True
 
@@ -386,7 +388,7 @@ class Observer:
 
 def _idle_observer() -> Observer:
     observer = Observer.__new__(Observer)
-    observer._pace = Pace(1)
+    observer._pace, observer._traced = Pace(1), TracedReads(False)
     observer.paused, observer._running = True, False
     return observer
 
