@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastplastic.measure.operators import MODES
@@ -77,13 +76,3 @@ def samples_of(values: Sequence[Any]) -> int:
     """Return the first dimension of the first tensor, 0 without one."""
     first = first_tensor(values)
     return first.shape[0] if first is not None and first.ndim else 0
-
-
-def laid_out(gradient: Tensor, weight: Tensor) -> Tensor:
-    """Return a gradient with all its elements, laid out as its weight, to be read along with it."""
-    own = gradient.detach()
-    if gradient.is_sparse:
-        return own.to_dense()
-    formats = [torch.contiguous_format, *[torch.channels_last] * (weight.ndim == 4)]
-    alike = next((form for form in formats if weight.is_contiguous(memory_format=form)), None)
-    return own if alike is None else own.contiguous(memory_format=alike)

@@ -32,7 +32,6 @@ from fastplastic.measure.observation import (
     CallCount,
     Observation,
     first_tensor,
-    laid_out,
     samples_of,
 )
 from fastplastic.measure.operators import MODES, add_call
@@ -358,8 +357,8 @@ class Observer:
             if not self._measuring:
                 return
             # Not from `.grad` when the backward pass is over: others may have added to it by then.
-            own = laid_out(gradient, weight)
-            self._sums_on(weight.device).add_weight(name, weight.detach(), own)
+            own = gradient.to_dense() if gradient.is_sparse else gradient
+            self._sums_on(weight.device).add_weight(name, weight.detach(), own.detach())
             self._weights_seen.add(name)
 
     def _sums_on(self, device: torch.device) -> DeviceSums:

@@ -26,6 +26,8 @@ class LineMatrix(NamedTuple):
             direction.
         groups: Ranges of lines with other units each.
         by_columns: Whether the lines are columns of the weight.
+        apart: 0 where the gradient lies as the weight does; else `repeat`, and the elements of a
+            unit lie `period` apart in a line of the gradient (channels last).
     """
 
     lines: int
@@ -35,6 +37,7 @@ class LineMatrix(NamedTuple):
     period: int
     groups: int
     by_columns: bool
+    apart: int = 0
 
 
 @lru_cache(maxsize=4096)
@@ -72,7 +75,7 @@ def _cycle(shape: tuple[int, ...], dims: Sequence[int], dim: int) -> tuple[int, 
 
 
 # Columns of a plan, the first four for addresses and places.
-FIELDS = 13
+FIELDS = 14
 
 
 def tasks_of(matrices: tuple[LineMatrix, ...]) -> tuple[Any, Any, int]:
@@ -92,7 +95,7 @@ def tasks_of(matrices: tuple[LineMatrix, ...]) -> tuple[Any, Any, int]:
         segments = matrix.groups * cuts
         plan.append([
             0, 0, 0, 0, matrix.length, matrix.stride, matrix.repeat, matrix.period, per_group,
-            cuts, lines, slots, matrix.groups,
+            cuts, lines, slots, matrix.groups, matrix.apart,
         ])  # fmt: skip
         at_a_time = max(1, _TASK // max(1, lines * matrix.length))
         for first in range(0, segments, at_a_time):

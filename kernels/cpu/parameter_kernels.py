@@ -13,7 +13,16 @@ import numpy as np
 
 from fastplastic.kernels.cpu.compiling import c_function, deferred, inline, inline_sums
 from fastplastic.kernels.cpu.lines import FIELDS
-from fastplastic.kernels.cpu.memory import LANES, LOADERS, double_at, float_lanes, int_at, total_of
+from fastplastic.kernels.cpu.memory import (
+    LANES,
+    LOADERS,
+    double_at,
+    float_at,
+    float_lanes,
+    int_at,
+    short_at,
+    total_of,
+)
 
 F = np.float32
 # Of plain integers, what takes them is compiled for each value.
@@ -136,6 +145,8 @@ def read_kernel(spec: str) -> Any:
         across, across_stride: the other table, not touched here.
         plan: address of int64 [weights, FIELDS], contiguous, as in `lines.tasks_of`: addresses of
             the weight and its gradient, both [lines, length] with strides (stride, 1) in elements.
+            Where elements lie apart, a line of the gradient is [apart, length / apart], that of the
+            weight [length / apart, apart].
         tasks: address of int64 [tasks, 3], contiguous: weight, first segment, end.
     """
     weight_name, gradient_name, direction = spec.split(":")
@@ -148,8 +159,8 @@ def read_kernel(spec: str) -> Any:
         given = int_at(arguments)
         chosen = int_at(given[_OF_TASKS] + task * 24)
         plan = int_at(given[_PLAN] + chosen[0] * (FIELDS * 8))
-        stride, length = plan[5], plan[4]
-        sums = np.empty(SUMS)
+        stride, length, apart = plan[5], plan[4], plan[13]
+        sums, laid = np.empty(SUMS), np.empty(LANES, np.float32)
         lanes = (float_lanes(), float_lanes(), float_lanes(), float_lanes(), float_lanes())
         for segment in range(chosen[1], chosen[2]):
             first, lines = _lines_of(segment, plan[8], plan[9], plan[10])
@@ -163,17 +174,42 @@ def read_kernel(spec: str) -> Any:
                         lane[j] = F(0)
                 for line in range(lines):
                     w_line, d_line = w + line * stride * size, d + line * stride * step_size
+                    if apart > 0:
+                        begin, d_line = d_line - left * step_size, laid.ctypes.data
+                        _lay_out(begin, left, width, apart, length // apart, step_size, d_line)
                     _sum_line(spec, lanes, w_line, d_line, width, sums)
                     target = double_at(given[_ALONG] + (plan[2] + first + line) * 8)
                     _store(target, given[_ALONG_STRIDE], sums, width, step_size > 0, not by_columns)
                 if not _keep_lanes(lanes, width, parts + left * 8, length, by_columns):
                     for j in range(width):
                         target = double_at(parts + (left + j) * 8)
-                        _sum_lane(spec, lanes, j, w, d, stride, lines, sums)
+                        place, at = left + j, d
+                        if apart > 0:
+                            place = place % apart * (length // apart) + place // apart
+                            at = d + (place - left - j) * step_size
+                        _sum_lane(spec, lanes, j, w, at, stride, lines, sums)
                         for which in range(SUMS):
                             target[which * length] = sums[which]
 
     return kernel
+
+
+@inline
+def _lay_out(
+    line: Any, left: Any, width: Any, apart: Any, units: Any, size: Any, target: Any
+) -> None:
+    """Copy `width` elements of a line [apart, units], from `left` on in the order [units, apart].
+
+    Line and target are addresses, `size` the bytes of an element: 2 or 4.
+    """
+    for part in range(apart):
+        first, end = (left - part + apart - 1) // apart, (left + width - part + apart - 1) // apart
+        for unit in range(first, end):
+            at, source = unit * apart + part - left, part * units + unit
+            if size == 4:
+                float_at(target)[at] = float_at(line)[source]
+            else:
+                short_at(target)[at] = short_at(line)[source]
 
 
 @inline

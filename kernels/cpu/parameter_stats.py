@@ -70,7 +70,12 @@ def _entry(
         assert matrix is not None
     if gradient is not None:
         gradient = gradient.detach()
-        if matrix_of(tuple(gradient.shape), gradient.stride(), groups) != matrix:
+        if matrix_of(tuple(gradient.shape), gradient.stride(), groups) == matrix:
+            pass
+        elif weight.is_contiguous() and gradient.movedim(1, -1).is_contiguous():
+            # As compiled convolutions give it: torch needs longer to copy it than this to read it.
+            matrix = matrix._replace(apart=matrix.repeat)
+        else:
             gradient = torch.empty_like(weight, dtype=gradient.dtype).copy_(gradient)
     kind = "none" if gradient is None else NAMES[gradient.dtype]
     direction = "columns" if matrix.by_columns else "rows"
