@@ -8,10 +8,12 @@ import torch
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-def run(document: str, number: int = 0) -> dict[str, object]:
-    """Run an example of a document; return its names."""
+def run(
+    document: str, number: int = 0, known: dict[str, object] | None = None
+) -> dict[str, object]:
+    """Run an example of a document, behind others whose names are known; return its names."""
     examples = re.findall(r"```python\n(.*?)```", (DOCS / document).read_text(), re.DOTALL)
-    names: dict[str, object] = {}
+    names: dict[str, object] = dict(known or {})
     exec(examples[number], names)
     return names
 
@@ -27,9 +29,14 @@ def test_the_kernels_are_used_as_shown():
 
 
 def test_a_recycler_is_used_as_shown(capsys):
-    recycler = run("training.md")["recycler"]
+    names = run("training.md")
+    recycler = names["recycler"]
     assert recycler.steps == 300 and not recycler.skipped
     assert capsys.readouterr().out.startswith("[")
+    before = [p.detach().clone() for p in names["model"].parameters()]
+    names |= run("training.md", 2, names)
+    head = names["model"][4].weight
+    assert not torch.equal(names["model"][0].weight, before[0]) and torch.equal(head, before[4])
 
 
 def test_a_recycler_in_a_loop_of_timm(capsys, tmp_path, monkeypatch):

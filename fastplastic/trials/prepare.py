@@ -187,8 +187,10 @@ class Start:
         batch = next(read_batches(self._profiled(), device_of(model)))
         heads = [id(head) for head in output_layers(model, batch)]
         names = [name for name, module in model.named_modules() if id(module) in heads]
-        given = {} if factor is None else {"shrink": factor}
-        shrink_perturb_(model, exclude=names, seed=self.seed, **given)
+        if factor is None:
+            shrink_perturb_(model, exclude=names, seed=self.seed)
+        else:
+            shrink_perturb_(model, exclude=names, seed=self.seed, shrink=factor)
         with self._precision():
             self._measure_norms(model)
 
