@@ -24,7 +24,7 @@ from fastplastic import Recycler
 from fastplastic.trials.statistics import compare, estimate
 
 FILE = RESULTS / "cartpole.jsonl"
-_STEPS, _WARM_UP, _UPDATES, _BATCH = 20_000, 500, 4, 32
+_STEPS, _WARM_UP, _UPDATES, _BATCH = 12_000, 500, 4, 32
 _DISCOUNT, _COPY_EVERY = 0.99, 1000
 _METHODS = {
     "none": None,
