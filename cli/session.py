@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fastplastic.cli.options import DataOptions, ModelOptions, ReinitOptions, SelectOptions
-from fastplastic.cli.terminal import progress, warn
+from fastplastic.cli.terminal import progress, say, warn
 from fastplastic.errors import FileError, InputError
 
 if TYPE_CHECKING:
@@ -123,8 +123,11 @@ def measure(
     import torch
 
     import fastplastic
+    from fastplastic.kernels import tell_of_compiling
     from fastplastic.model import loss_head
 
+    if not options.quiet and device_of(options.device).type == "cpu":
+        tell_of_compiling(_say_compiling)
     loaded = load(options, pretrained=pretrained)
     if options.checkpoint and options.data == "sample":
         warn(
@@ -143,6 +146,10 @@ def measure(
             model, source, gradients=gradients, ranks=ranks, progress=done, lent_head=lent
         )
     return Measured(loaded, profile, source, _facts(options, loaded, source, profile))
+
+
+def _say_compiling() -> None:
+    say("compiling kernels, once on this machine: this run takes some seconds longer")
 
 
 def _facts(

@@ -39,6 +39,11 @@ def warn(message: str) -> None:
     console(sys.stderr).print(text, soft_wrap=True)
 
 
+def say(message: str) -> None:
+    """Print one line on stderr."""
+    print(f"fastplastic: {message}", file=sys.stderr, flush=True)
+
+
 def follow(out: "Console", command: str) -> None:
     """Print the command to type next, unbroken so that it can be copied; nothing for ""."""
     from rich.text import Text

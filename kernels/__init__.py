@@ -23,6 +23,7 @@ from fastplastic.kernels.dispatch import (
     resample_,
     select,
     selection_masks,
+    tell_of_compiling,
     untraced,
 )
 from fastplastic.kernels.law import Law
@@ -53,5 +54,6 @@ __all__ = [
     "resample_",
     "select",
     "selection_masks",
+    "tell_of_compiling",
     "untraced",
 ]

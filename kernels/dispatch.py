@@ -55,6 +55,16 @@ def kernel_of(backend: str, name: str) -> Any:
     return getattr(import_module(module), name)
 
 
+def tell_of_compiling(tell: Callable[[], None]) -> None:
+    """Have a function called, once, when kernels for the CPU are not on disk and are compiled.
+
+    This takes seconds, once on a machine.
+    """
+    from fastplastic.kernels.cpu import compiling
+
+    compiling.tell_of_compiling(tell)
+
+
 def _twin(tensors: Tensor | Sequence[Tensor], name: str) -> Any:
     """Return the function of this name for the device of the tensors."""
     if isinstance(tensors, Tensor):

@@ -1,12 +1,16 @@
 """Compiled code of the Numba kernels on disk."""
 
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from numba import njit
 from numba.core.caching import _CacheLocator
 
+from fastplastic.kernels.cpu import compiling
 from fastplastic.kernels.cpu.compiling import c_function, cached
 from fastplastic.kernels.cpu.memory import int_at
 
@@ -25,7 +29,7 @@ def test_no_folder_for_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(_CacheLocator, "ensure_cache_path", fail)
     assert cached(njit, twice)(4) == 8
-    assert c_function(kernel).address > 0
+    assert c_function("test")(kernel).address > 0
 
 
 def test_compiled_code_is_found_again() -> None:
@@ -51,3 +55,29 @@ def test_compiled_code_is_found_again() -> None:
         )
     # Reading activations and gradients and their merge; reading weights and their fold.
     assert result.stdout.split() == ["found"] * 6
+
+
+def test_that_kernels_are_being_compiled_is_told_once(tmp_path: Path) -> None:
+    code = (
+        "import torch\n"
+        "from fastplastic.kernels import gradient_stats\n"
+        "from fastplastic.kernels.cpu.compiling import tell_of_compiling\n"
+        "tell_of_compiling(lambda: print('compiling'))\n"
+        "gradient_stats(torch.ones(4, 3))\n"
+    )
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+            env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)},
+        ).stdout
+        for _ in range(2)
+    ]  # fmt: skip
+    assert told == ["compiling\n", ""]
+
+
+def test_kernels_are_kept_by_the_files_whose_numbers_go_into_them() -> None:
+    folder = Path(compiling.__file__).parent
+    for file in folder.glob("*.py"):
+        names = re.findall(r"^from fastplastic.kernels.(\w+) import", file.read_text(), re.M)
+        # What checks arguments gives no numbers.
+        assert not set(names) & {"dispatch"}, file

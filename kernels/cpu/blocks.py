@@ -187,7 +187,7 @@ def by_lanes(spec: str) -> Any:
     size, unroll, start = sums_of(spec).itemsize, sums_of(spec).unroll, sums_of(spec).start
     statistics = len(start)
 
-    @c_function
+    @c_function(f"lanes:{spec}")
     def kernel(arguments: Any, task: Any) -> Any:
         given = int_at(arguments)
         address, parts = given[_TENSOR] + given[_OFFSET], given[_PARTS] + given[_PARTS_OFFSET]
@@ -256,7 +256,7 @@ def by_runs(spec: str) -> Any:
     size, start = sums_of(spec).itemsize, sums_of(spec).start
     statistics = len(start)
 
-    @c_function
+    @c_function(f"runs:{spec}")
     def kernel(arguments: Any, task: Any) -> Any:
         given = int_at(arguments)
         address, parts, chunks = given[_TENSOR], given[_PARTS], given[_CHUNKS]
@@ -363,7 +363,7 @@ def _merge_kernel() -> Any:
         whether statistics 3 and 4 are a minimum and a maximum.
     """
 
-    @c_function
+    @c_function("merge")
     def kernel(arguments: Any, task: Any) -> Any:
         given = int_at(arguments)
         chunks, statistics, units = given[_MERGE], given[_MERGE + 1], given[_MERGE + 2]

@@ -154,7 +154,7 @@ def read_kernel(spec: str) -> Any:
     step_size = LOADERS[gradient_name][1] if gradient_name != "none" else 0
     by_columns = direction == "columns"
 
-    @c_function
+    @c_function(f"read:{spec}")
     def kernel(arguments: Any, task: Any) -> Any:
         given = int_at(arguments)
         chosen = int_at(given[_OF_TASKS] + task * 24)
@@ -300,12 +300,13 @@ def fold_kernel(spec: str) -> Any:
     A task owns one weight: it folds the [7, length] of its segments into those of the first one,
     group by group, and adds them to the table across the lines. Arguments as of `read_kernel`.
     """
-    has_gradient = spec.split(":")[1] != "none"
-    by_columns = spec.endswith("columns")
+    _, gradient, direction = spec.split(":")
+    has_gradient, by_columns = gradient != "none", direction == "columns"
     # What lanes give; the other slots were not written.
     made = (_W, _W2, _DW, _DW2, _WDW_SIZE, _BAD) if by_columns else (_W, _W2, _WDW, _BAD)
 
-    @c_function
+    # The same for all dtypes.
+    @c_function(f"fold:{'any' if has_gradient else 'none'}:{direction}")
     def kernel(arguments: Any, task: Any) -> Any:
         given = int_at(arguments)
         plan = int_at(given[_PLAN] + task * (FIELDS * 8))
