@@ -6,6 +6,7 @@
     select              the elements with the smallest scores over many weights
     selection_masks     a selection as masks
     resample_           elements of many weights drawn afresh, in place
+    tell_of_compiling   calls back when kernels for the CPU are compiled first
     activate            an activation function by its name
     SCORES              what weights are selected by
 
