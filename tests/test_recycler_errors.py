@@ -1,6 +1,7 @@
 """What a Recycler refuses, and what it says then."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -123,6 +124,33 @@ def test_an_optimizer_that_is_no_longer_used_is_told_of() -> None:
     train(model, new, recycler, range(99))
     with pytest.warns(UserWarning, match="100 times in a row: .* without a step of the optimizer"):
         train(model, new, recycler, range(1))
+
+
+def test_gradients_that_are_accumulated_are_no_reason_to_warn() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    recycler = Recycler(model, torch.randn(2, 8), optimizer, "random", ratio=0.2, every=1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for call in range(260):
+            images, labels = batch(call)
+            cross_entropy(model(images), labels).backward()
+            if call % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+            recycler.step()
+    assert list(recycler.skipped.values()) == [130]
+
+
+def test_layers_that_begin_to_learn_later_are_reset_then() -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    recycler = Recycler(model, torch.randn(2, 8), optimizer, "random", ratio=0.5, every=5)
+    train(model, optimizer, recycler, range(5))
+    model[0].requires_grad_(True)
+    train(model, optimizer, recycler, range(5, 10))
+    assert [set(reset.units) for reset in recycler.log] == [{"2"}, {"0", "2"}]
 
 
 def test_step_before_that_of_the_optimizer_is_told_of() -> None:

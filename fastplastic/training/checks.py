@@ -66,28 +66,28 @@ def graph_of(
     graph = _with_trained(graph, model, OptimizerState(optimizer, model).trained)
     _check_patterns(graph, method, model)
     if method.granularity == "unit":
-        _check_units(graph, method)
+        _check_units(graph, model, method)
     return graph
 
 
 def _with_trained(graph: UnitGraph, model: nn.Module, trained: frozenset[str]) -> UnitGraph:
-    """Say which weights do not learn: without requires_grad, or not with this optimizer."""
-    learning = {
-        name for name, weight in model.named_parameters(remove_duplicate=False)
-        if weight.requires_grad and name in trained
-    }  # fmt: skip
+    """Say which weights do not learn with this optimizer; whether others do may change."""
     # Weights that are computed from others are no parameters.
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     layers = []
     for layer in graph.layers:
         weights = dict.fromkeys((layer.weight, *(consumer.weight for consumer in layer.consumers)))
-        still = tuple(name for name in weights if name in known and name not in learning)
+        still = tuple(name for name in weights if name in known and name not in trained)
         layers.append(replace(layer, without_grad=still))
     return replace(graph, layers=tuple(layers))
 
 
-def _check_units(graph: UnitGraph, method: Method) -> None:
-    """Refuse a model, or a method, by which no unit can ever be chosen."""
+def _check_units(graph: UnitGraph, model: nn.Module, method: Method) -> None:
+    """Refuse a model, or a method, by which no unit can be chosen."""
+    frozen = {
+        name for name, weight in model.named_parameters(remove_duplicate=False)
+        if not weight.requires_grad
+    }  # fmt: skip
     hidden = [layer for layer in graph.layers if layer.hidden.any()]
     if not hidden:
         why = f": {graph.note}" if graph.note else ""
@@ -95,11 +95,11 @@ def _check_units(graph: UnitGraph, method: Method) -> None:
             f"the model has no unit that can be re-initialised{why}: fastplastic.profile(model, "
             "batches) shows why, layer by layer; or choose single weights (granularity='weight')"
         )
-    sizes = [
-        int((layer.hidden & _learning(layer)).sum()) if layer.names.isdisjoint(method.include)
-        else int(layer.hidden.sum())
-        for layer in hidden
-    ]  # fmt: skip
+    sizes = []
+    for layer in hidden:
+        named = not layer.names.isdisjoint(method.include)
+        units = layer.hidden if named else layer.hidden & _learning(layer, frozen)
+        sizes.append(int(units.sum()))
     if not any(sizes):
         raise InputError(
             "no unit is made and read by weights that learn (requires_grad, and among those of the "
@@ -115,11 +115,12 @@ def _check_units(graph: UnitGraph, method: Method) -> None:
         )
 
 
-def _learning(layer: UnitLayer) -> Tensor:
+def _learning(layer: UnitLayer, frozen: set[str]) -> Tensor:
     """Return which units are made by weights that learn, and read by such alone."""
-    learning = torch.full((layer.n_units,), layer.weight not in layer.without_grad)
+    still = frozen.union(layer.without_grad)
+    learning = torch.full((layer.n_units,), layer.weight not in still)
     for consumer in layer.consumers:
-        if consumer.weight in layer.without_grad:
+        if consumer.weight in still:
             read = consumer.unit_of_column
             learning[read[read >= 0]] = False
     return learning

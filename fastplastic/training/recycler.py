@@ -34,7 +34,7 @@ from fastplastic.training.resets import (
     takes_the_same,
 )
 from fastplastic.training.schedule import Schedule
-from fastplastic.training.skips import MANY_CALLS, WAITED, Skips
+from fastplastic.training.skips import Skips
 from fastplastic.training.watch import StepWatch, check_gradients
 
 _VERSION = 1
@@ -186,8 +186,10 @@ class Recycler:
                 "the Recycler is installed and follows the optimizer by itself: do not call step()"
             )
         if not self._pending:
-            self.skipped.add(WAITED, but_after=MANY_CALLS)
-        elif self._watch.calls > self._calls:
+            self.skipped.wait()
+            return None
+        self.skipped.end_wait()
+        if self._watch.calls > self._calls:
             self.skipped.warn(
                 "the model was called between optimizer.step() and recycler.step(), and that call "
                 "is measured: call recycler.step() right behind optimizer.step()"

@@ -79,7 +79,7 @@ def c_function(name: str) -> Callable[[Any], Any]:
 
 def tell_of_compiling(tell: Callable[[], None]) -> None:
     """Have a function called, once, when a kernel was not on disk: more are likely to follow."""
-    _told.append(tell)
+    _told[:] = [tell]
 
 
 def cached(decorator: Any, function: Any, **options: Any) -> Any:
