@@ -357,6 +357,22 @@ def test_nonfinite_weight_gradients_and_weights():
     assert rows[3:].isfinite().all()
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_nonfinite_values_in_rows_that_are_read_wide(transposed):
+    """All sums of a task are made again where its first ones are spoilt."""
+    w, dw = noise(133, 256), noise(133, 256, scale=0.1)
+    dw[0, 0], dw[0, 1], dw[2, 1], dw[132, 130] = math.nan, math.inf, -math.inf, math.inf
+    w[0, 0], w[1, 5], w[132, 130] = math.inf, math.inf, 0
+    # Nothing is spoilt here.
+    assert check_parameters([w[:128, 128:]], [dw[:128, 128:]])[0].isfinite().all()
+    if transposed:
+        w, dw = w.t(), dw.t()
+    rows, columns = check_parameters([w], [dw])
+    assert rows[7].sum() == columns[5].sum() == 4
+    assert rows[4:].isfinite().sum() == rows[4:].numel() - 1
+    check_parameters([w], [None])
+
+
 def test_tables_are_added_to():
     w, dw = noise(5, 7), noise(5, 7, scale=0.1)
     once = parameter.parameter_stats([w], [dw])

@@ -27,10 +27,13 @@ _PROGRAMS = 1024
 _LEAST_TILES, _DEPTH = 4, 512
 # The folds read float64 tiles of units times partial sums; twice as many would spill.
 FOLD_UNITS, _FOLD_PARTS, PARAMETER_PARTS = 32, 64, 16
-# parameter_stats: a program reads so many rows of so many elements. A row of 128 is one warp's, so
-# that sums along it need no shared memory; a task writes partial sums of 2 to 5 % of what it reads.
-# Rows that cannot be read wide take an address per element in registers: fewer at once.
-PARAMETER_ROWS, PARAMETER_FAST, PARAMETER_NARROW = 128, 128, 4
+# parameter_stats: a program reads so many rows of so many elements; it writes partial sums of 2 to
+# 5 % of what it reads. So many lanes share a row: 8 read a cache line of it, and three shuffles sum
+# it up, without shared memory, but the more a thread holds of a row (here 16 elements), the more
+# sums of columns it holds, too. With 8 elements of a row there were twice the shuffles, with 32
+# columns' sums would spill. Rows that cannot be read wide are a warp's: 4 elements of each.
+PARAMETER_ROWS, PARAMETER_FAST = 128, 128
+PARAMETER_LANES, PARAMETER_NARROW = 8, 32
 # select and resample_: elements that a program reads at once. Each block pays for emptying and
 # reading 2048 bins in shared memory, so that of the histogram is larger; with 4 warps its tie words
 # would not fit in registers. Each task writes 8 KiB of counts, little beside 2**16 elements.
@@ -91,11 +94,6 @@ def stats_split(tile: Tile, units: int, inner: int, outer: int) -> Split:
     inner_splits = cdiv(blocks, each_blocks)
     splits = inner_splits * cdiv(outer, each_outer)
     return Split(unit_blocks, each_outer, each_blocks, inner_splits, splits)
-
-
-def parameter_slow(vector: int) -> int:
-    """Return how many rows parameter_stats reads at once: one vector for each thread."""
-    return _THREADS * vector // PARAMETER_FAST
 
 
 def element_task(total: int) -> int:

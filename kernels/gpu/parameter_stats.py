@@ -8,6 +8,7 @@
 One launch reads every w and dw once, from a table of addresses, and writes float32 partial sums of
 both directions; a second one folds them in float64 into the tables. Weights of several dtypes, or
 transposed ones among others, take one launch for each kind. A square above 3e38 counts as infinite.
+A tile is taken to be finite at first; where a sum of w dw is not, it is read again, with care.
 """
 
 from collections.abc import Sequence
@@ -43,6 +44,7 @@ _N_MATRIX = tl.constexpr(MATRIX_COLUMNS)
 _N_TASK = tl.constexpr(TASK_COLUMNS)
 _N_FOLD = tl.constexpr(FOLD_COLUMNS)
 _N_POINTERS = tl.constexpr(POINTER_COLUMNS)
+_THREADS = tl.constexpr(32 * launch.WARPS)
 _NARROW = tl.constexpr(launch.PARAMETER_NARROW)
 
 
@@ -54,11 +56,21 @@ def _read(
     dw_ptr,
     parts_ptr,
     TRANSPOSED: tl.constexpr,
+    CAREFUL: tl.constexpr,
     VECTOR: tl.constexpr,
-    BLOCK_SLOW: tl.constexpr,
+    LANES: tl.constexpr,
     BLOCK_FAST: tl.constexpr,
 ):
-    """Write the partial sums of a task: along rows of the matrix at once, along columns at last."""
+    """Write the partial sums of a task: along rows of the matrix at once, along columns at last.
+
+    Return whether something is not finite: unless CAREFUL, the sums of the task are wrong then.
+    """
+    WIDTH: tl.constexpr = LANES * VECTOR
+    CHUNKS: tl.constexpr = BLOCK_FAST // WIDTH
+    SLOW: tl.constexpr = _THREADS // LANES
+    # A tile is [CHUNKS * SLOW, WIDTH], all rows of the first chunk of columns first: the threads
+    # cover one chunk, LANES of them a row, and each holds the same place of all chunks.
+    TILE: tl.constexpr = (CHUNKS, SLOW, LANES, VECTOR)
     # VECTOR divides these: told so, the compiler reads that many elements at once.
     fast_size = tl.load(matrix_ptr + 1) // VECTOR * VECTOR
     w_stride = tl.load(matrix_ptr + 2) // VECTOR * VECTOR
@@ -69,45 +81,47 @@ def _read(
     tile, chunk = tl.load(task_ptr + 3), tl.load(task_ptr + 4)
     # Where there is no gradient, none of it is read.
     dw_end = tl.where(dw_ptr.to(tl.int64) != 0, end, begin)
-    fast = tile * BLOCK_FAST + tl.arange(0, BLOCK_FAST)
-    slow_ptr = parts_ptr + tl.load(matrix_ptr + 4) + tile * slow_size
-    fast_ptr = parts_ptr + tl.load(matrix_ptr + 5) + chunk * fast_size + fast
-    slow_plane, fast_plane = tiles * slow_size, chunks * fast_size
+    line = tl.arange(0, CHUNKS * SLOW)[:, None]
+    fast = tile * BLOCK_FAST + line // SLOW * WIDTH + tl.arange(0, WIDTH)[None, :]
+    width = tl.minimum(fast_size - tile * BLOCK_FAST, BLOCK_FAST)
+    # Sum s of a row is written by lane s of those that read the row: the loop needs no barrier.
+    thread = tl.arange(0, _THREADS)
+    row, which = thread // LANES, thread % LANES
+    written = (which < 3) | (which == 6) if TRANSPOSED else which < 7
+    slow_plane = tiles * slow_size
+    sums_ptr = parts_ptr + tl.load(matrix_ptr + 4) + tile * slow_size + which * slow_plane
 
-    SHAPE: tl.constexpr = (BLOCK_SLOW, BLOCK_FAST)
-    sum_w, sum_sq_w = tl.zeros(SHAPE, tl.float32), tl.zeros(SHAPE, tl.float32)
-    count, sum_w_dw = tl.zeros(SHAPE, tl.int32), tl.zeros(SHAPE, tl.float32)
-    sum_dw, sum_sq_dw = tl.zeros(SHAPE, tl.float32), tl.zeros(SHAPE, tl.float32)
-    for first in range(begin, end, BLOCK_SLOW):
-        slow = first + tl.arange(0, BLOCK_SLOW)
-        inside = (slow < end)[:, None] & (fast < fast_size)[None, :]
-        dw_inside = (slow < dw_end)[:, None] & (fast < fast_size)[None, :]
-        w_offset = slow[:, None] * w_stride + fast[None, :]
-        dw_offset = slow[:, None] * dw_stride + fast[None, :]
-        w = tl.load(w_ptr + w_offset, mask=inside, other=0.0).to(tl.float32)
-        # What is not there is NaN, which counts nowhere.
-        dw = tl.load(dw_ptr + dw_offset, mask=dw_inside, other=float("nan")).to(tl.float32)
-        finite = tl.abs(dw) < float("inf")
-        dw = tl.where(finite, dw, 0.0)
-        w_dw = tl.where(finite, w * dw, 0.0)
-        there = finite.to(tl.int32)
+    zeros = tl.zeros((CHUNKS * SLOW, WIDTH), tl.float32)
+    sum_w, sum_sq_w, sum_dw, sum_sq_dw, sum_w_dw = zeros, zeros, zeros, zeros, zeros
+    count = zeros.to(tl.int32)
+    for first in range(begin, end, SLOW):
+        slow = first + line % SLOW
+        inside = (slow < end) & (fast < fast_size)
+        dw_inside = (slow < dw_end) & (fast < fast_size)
+        w = tl.load(w_ptr + (slow * w_stride + fast), mask=inside, other=0.0).to(tl.float32)
+        dw = tl.load(dw_ptr + (slow * dw_stride + fast), mask=dw_inside, other=0.0).to(tl.float32)
+        w_dw = w * dw
+        n_row = tl.where(first + row < dw_end, width, 0).to(tl.float32)
+        if CAREFUL:
+            finite = dw_inside & (tl.abs(dw) < float("inf"))
+            dw = tl.where(finite, dw, 0.0)
+            w_dw = tl.where(finite, w_dw, 0.0)
+            there = finite.to(tl.int32)
+            n_row = _along(there, TILE).to(tl.float32)
+            count += there
 
-        row_ptr, mask = slow_ptr + slow, slow < end
-        tl.store(row_ptr, tl.sum(tl.abs(w), 1), mask=mask)
-        tl.store(row_ptr + slow_plane, tl.sum(w * w, 1), mask=mask)
-        tl.store(row_ptr + 2 * slow_plane, tl.sum(there, 1).to(tl.float32), mask=mask)
-        if TRANSPOSED:
-            tl.store(row_ptr + 6 * slow_plane, tl.sum(w_dw, 1), mask=mask)
-        else:
-            tl.store(row_ptr + 3 * slow_plane, tl.sum(tl.abs(dw), 1), mask=mask)
-            tl.store(row_ptr + 4 * slow_plane, tl.sum(dw * dw, 1), mask=mask)
-            tl.store(row_ptr + 5 * slow_plane, tl.sum(tl.abs(w_dw), 1), mask=mask)
-            # A depthwise filter is a column too.
-            tl.store(row_ptr + 6 * slow_plane, tl.sum(w_dw, 1), mask=mask)
+        sums = tl.where(which == 0, _along(tl.abs(w), TILE), n_row)
+        sums = tl.where(which == 1, _along(w * w, TILE), sums)
+        if not TRANSPOSED:
+            sums = tl.where(which == 3, _along(tl.abs(dw), TILE), sums)
+            sums = tl.where(which == 4, _along(dw * dw, TILE), sums)
+            sums = tl.where(which == 5, _along(tl.abs(w_dw), TILE), sums)
+        # A depthwise filter is a column too.
+        sums = tl.where(which == 6, _along(w_dw, TILE), sums)
+        tl.store(sums_ptr + first + row, sums, mask=written & (first + row < end))
 
         sum_w += tl.abs(w)
         sum_sq_w += w * w
-        count += there
         if TRANSPOSED:
             sum_dw += tl.abs(dw)
             sum_sq_dw += dw * dw
@@ -115,16 +129,41 @@ def _read(
         else:
             sum_w_dw += w_dw
 
+    fast = tile * BLOCK_FAST + tl.arange(0, BLOCK_FAST)
     mask = fast < fast_size
-    tl.store(fast_ptr, tl.sum(sum_w, 0), mask=mask)
-    tl.store(fast_ptr + fast_plane, tl.sum(sum_sq_w, 0), mask=mask)
-    tl.store(fast_ptr + 2 * fast_plane, tl.sum(count, 0).to(tl.float32), mask=mask)
+    fast_ptr = parts_ptr + tl.load(matrix_ptr + 5) + chunk * fast_size + fast
+    fast_plane = chunks * fast_size
+    n_column = tl.where(mask, dw_end - begin, 0).to(tl.int32)
+    if CAREFUL:
+        n_column = _down(count, CHUNKS)
+    product = _down(sum_w_dw, CHUNKS)
+    tl.store(fast_ptr, _down(sum_w, CHUNKS), mask=mask)
+    tl.store(fast_ptr + fast_plane, _down(sum_sq_w, CHUNKS), mask=mask)
+    tl.store(fast_ptr + 2 * fast_plane, n_column.to(tl.float32), mask=mask)
     if TRANSPOSED:
-        tl.store(fast_ptr + 3 * fast_plane, tl.sum(sum_dw, 0), mask=mask)
-        tl.store(fast_ptr + 4 * fast_plane, tl.sum(sum_sq_dw, 0), mask=mask)
-        tl.store(fast_ptr + 5 * fast_plane, tl.sum(sum_w_dw, 0), mask=mask)
+        tl.store(fast_ptr + 3 * fast_plane, _down(sum_dw, CHUNKS), mask=mask)
+        tl.store(fast_ptr + 4 * fast_plane, _down(sum_sq_dw, CHUNKS), mask=mask)
+        tl.store(fast_ptr + 5 * fast_plane, product, mask=mask)
     else:
-        tl.store(fast_ptr + 6 * fast_plane, tl.sum(sum_w_dw, 0), mask=mask)
+        tl.store(fast_ptr + 6 * fast_plane, product, mask=mask)
+    # Whatever is not finite, in w or dw, spoils the sum of w dw of its column.
+    return tl.sum(tl.where(tl.abs(product) < float("inf"), 0, 1)) > 0
+
+
+@device_function
+def _along(values, TILE: tl.constexpr):
+    """Sum up the rows of a tile, first what a thread holds; each lane of a row has the sum."""
+    lanes = tl.sum(tl.sum(tl.reshape(values, TILE), 0), 2)
+    sums = tl.broadcast_to(tl.sum(lanes, 1, keep_dims=True), lanes.shape)
+    return tl.reshape(sums, (_THREADS,))
+
+
+@device_function
+def _down(values, CHUNKS: tl.constexpr):
+    """Sum up the columns of a tile."""
+    SLOW: tl.constexpr = values.shape[0] // CHUNKS
+    sums = tl.sum(tl.reshape(values, (CHUNKS, SLOW, values.shape[1])), 1)
+    return tl.reshape(sums, (CHUNKS * values.shape[1],))
 
 
 @kernel
@@ -138,7 +177,7 @@ def _parameter_kernel(
     DW_TYPE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     VECTOR: tl.constexpr,
-    BLOCK_SLOW: tl.constexpr,
+    LANES: tl.constexpr,
     BLOCK_FAST: tl.constexpr,
 ):
     """Write the partial sums of weights and gradients along rows and columns.
@@ -158,7 +197,7 @@ def _parameter_kernel(
         DW_TYPE: Dtype of their gradients.
         TRANSPOSED: Whether the slow index is that of columns.
         VECTOR: Elements that are read at once where the addresses allow it.
-        BLOCK_SLOW: Slow indices of a tile.
+        LANES: Threads that share a slow index where rows are read wide.
         BLOCK_FAST: Elements of the stretch of a tile.
     """
     task_ptr = tasks_ptr + (first_task + tl.program_id(0)) * _N_TASK
@@ -167,14 +206,17 @@ def _parameter_kernel(
     pointer_ptr = pointers_ptr + weight * _N_POINTERS
     w_ptr = tl.load(pointer_ptr).to(tl.pointer_type(W_TYPE))
     dw_ptr = tl.load(pointer_ptr + 1).to(tl.pointer_type(DW_TYPE))
+    again = True
     if tl.load(pointer_ptr + 2) != 0:
-        w_ptr, dw_ptr = tl.multiple_of(w_ptr, 16), tl.multiple_of(dw_ptr, 16)
+        again = _read(
+            matrix_ptr, task_ptr, tl.multiple_of(w_ptr, 16), tl.multiple_of(dw_ptr, 16), parts_ptr,
+            TRANSPOSED, False, VECTOR, LANES, BLOCK_FAST,
+        )  # fmt: skip
+    if again:
         _read(
-            matrix_ptr, task_ptr, w_ptr, dw_ptr, parts_ptr, TRANSPOSED, VECTOR, BLOCK_SLOW,
+            matrix_ptr, task_ptr, w_ptr, dw_ptr, parts_ptr, TRANSPOSED, True, 1, _NARROW,
             BLOCK_FAST,
         )  # fmt: skip
-    else:
-        _read(matrix_ptr, task_ptr, w_ptr, dw_ptr, parts_ptr, TRANSPOSED, 1, _NARROW, BLOCK_FAST)
 
 
 @kernel
@@ -302,7 +344,7 @@ def _launch(
             DW_TYPE=TYPES[kind.dw_dtype],
             TRANSPOSED=kind.transposed,
             VECTOR=kind.vector,
-            BLOCK_SLOW=launch.parameter_slow(kind.vector),
+            LANES=launch.PARAMETER_LANES,
             BLOCK_FAST=launch.PARAMETER_FAST,
             **launch.OPTIONS,
         )
