@@ -138,7 +138,7 @@ def _select_cases(dtype: str, quick: bool) -> Iterator[tuple[str, Callable[[], o
         # One query of each kind; the search itself would need the counts.
         histogram = module._Histogram(criterion, operands_of(criterion, [w], [w]), [0])
         for number in numbers[criterion]:
-            query = Query(number, 21, 11, table, table, table)
+            query = Query(number, 24, 8, table, table, table)
             yield f"{dtype} {criterion} {number}", lambda h=histogram, q=query: h(q)
         chosen = Selection(criterion, 0, ("w",), (0,), (0,), (0,), (0,), 0)
         yield f"{dtype} {criterion}", lambda c=chosen: module.selection_masks(c, [w], [w])

@@ -1,7 +1,7 @@
 """The part of `select` that is the same on every device: which histograms, and what they mean.
 
 Elements are ordered by (key, word, weight number, element). The search goes digit by digit, from
-the highest: 11 + 11 + 10 bits of the keys, the same of the tie words among elements whose key is
+the highest (see `Digits`): those of the keys, those of the tie words among elements whose key is
 the threshold, and, only where equal words are cut in two, digits of the element among those. Every
 weight has its own prefix: one that meets its cap is searched by itself from then on. A weight is
 left out of further passes as soon as everything or nothing of its bin is taken.
@@ -9,7 +9,7 @@ left out of further passes as soon as everything or nothing of its bin is taken.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +18,25 @@ DIGITS = 2048
 Number = Literal["key", "word", "element"]
 Table = NDArray[np.int64]
 
-_NUMBERS: tuple[Number, ...] = ("key", "word")
-# (shift, bits) of each digit of a 32-bit number.
-_DIGITS = ((21, 11), (10, 11), (0, 10))
+_NUMBERS: tuple[Literal["key", "word"], ...] = ("key", "word")
+
+
+class Digits(NamedTuple):
+    """How numbers are cut into digits, from the highest: (shift, bits) of each.
+
+    Attributes:
+        key: Digits of a key. Its highest bit is 0.
+        word: Digits of a word.
+        element: Bits of every digit of an element.
+    """
+
+    key: tuple[tuple[int, int], ...]
+    word: tuple[tuple[int, int], ...]
+    element: int
+
+
+ELEVEN_BITS = Digits(((21, 11), (10, 11), (0, 10)), ((21, 11), (10, 11), (0, 10)), 11)
+EIGHT_BITS = Digits(((23, 8), (15, 8), (7, 8), (0, 7)), ((24, 8), (16, 8), (8, 8), (0, 8)), 8)
 
 
 @dataclass(frozen=True)
@@ -69,7 +85,7 @@ class Query:
     Attributes:
         number: "key", "word" or "element".
         shift: Bits to the right of the digit.
-        bits: Bits of the digit, at most 11.
+        bits: Bits of the digit.
         prefixes: int64 per weight; -1 leaves it out.
         keys: int64 per weight.
         words: int64 per weight.
@@ -83,7 +99,7 @@ class Query:
     words: Table
 
 
-# Returns int64 [n_weights, 2048]; rows of weights that are left out are not read.
+# Returns int64 [n_weights, 2^bits or more]; rows of weights that are left out are not read.
 Histogram = Callable[[Query], Table]
 
 _FREE, _OWN, _DONE = 0, 1, 2
@@ -98,6 +114,7 @@ def select_with(
     criterion: str,
     caps: Sequence[int] | None,
     seed: int,
+    digits: Digits = ELEVEN_BITS,
 ) -> Selection:
     """Find the thresholds of the `count` smallest scores with the histograms of a backend.
 
@@ -109,6 +126,7 @@ def select_with(
         criterion: See there.
         caps: See there.
         seed: See there.
+        digits: What the histograms count; the same elements are selected with any.
 
     Raises:
         ValueError: `count` is more than the caps and the eligible elements allow.
@@ -117,11 +135,11 @@ def select_with(
         raise too_many(count, 0, 0)
     search = _Search(sizes, count, caps)
     for number in _NUMBERS:
-        for shift, bits in _DIGITS:
+        for shift, bits in digits.key if number == "key" else digits.word:
             search.descend(histogram, number, shift, bits)
     search.share_equal_words()
-    for shift in reversed(range(0, max(sizes, default=0).bit_length(), 11)):
-        search.descend(histogram, "element", shift, 11)
+    for shift in reversed(range(0, max(sizes, default=0).bit_length(), digits.element)):
+        search.descend(histogram, "element", shift, digits.element)
     return Selection(
         criterion,
         int(seed),

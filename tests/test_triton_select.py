@@ -24,7 +24,7 @@ from fastplastic.kernels.philox import (
 from fastplastic.kernels.reference import resample as _reference_resample
 from fastplastic.kernels.reference import select as _reference_select
 from fastplastic.kernels.scores import SCORES
-from fastplastic.kernels.selection import DIGITS, Query, Selection
+from fastplastic.kernels.selection import Query, Selection
 
 # NumPy says so of the interpreter of Triton 3.6.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
@@ -148,13 +148,13 @@ def test_histogram_counts_what_the_query_says(number):
     ties = triton_select.signed(philox_key(0, TIES, "w"))
     histogram = triton_select._Histogram("magnitude", operands, [ties])
     for shift, bits, prefix in (
-        (21, 11, 0),
-        (10, 11, values[one] >> 21),
-        (0, 10, values[one] >> 10),
+        (24, 8, 0),
+        (15, 8, values[one] >> 23),
+        (0, 7, values[one] >> 7),
     ):
         query = Query(number, shift, bits, np.array([prefix]), keys, words)
         own = values[counted & (values >> (shift + bits) == prefix)]
-        expected = np.bincount((own >> shift) & ((1 << bits) - 1), minlength=DIGITS)
+        expected = np.bincount((own >> shift) & ((1 << bits) - 1), minlength=triton_select.BINS)
         assert np.array_equal(histogram(query)[0], expected)
 
 

@@ -217,6 +217,15 @@ def words_of(key, element):
 
 
 @device_function
+def digit_of(number, shift, bits, prefix):
+    """Return a digit of numbers, int32, and which of them have the prefix before it."""
+    # Both shifts together may be by all bits of the type, which one shift must not be.
+    rest = number >> shift.to(number.dtype)
+    shares = (rest >> bits.to(number.dtype)) == prefix.to(number.dtype)
+    return (rest & ((1 << bits) - 1).to(number.dtype)).to(tl.int32), shares
+
+
+@device_function
 def chosen_of(choice_ptr, key, element):
     """Return which eligible elements are selected."""
     last_key, last_word = tl.load(choice_ptr), tl.load(choice_ptr + 1)

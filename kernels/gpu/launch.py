@@ -34,11 +34,13 @@ FOLD_UNITS, _FOLD_PARTS, PARAMETER_PARTS = 32, 64, 16
 # columns' sums would spill. Rows that cannot be read wide are a warp's: 4 elements of each.
 PARAMETER_ROWS, PARAMETER_FAST = 128, 128
 PARAMETER_LANES, PARAMETER_NARROW = 8, 32
-# select and resample_: elements that a program reads at once. Each block pays for emptying and
-# reading 2048 bins in shared memory, so that of the histogram is larger; with 4 warps its tie words
-# would not fit in registers. Each task writes 8 KiB of counts, little beside 2**16 elements.
+# select and resample_: elements that a program reads at once. The histogram asks of each block
+# whether there is something to count: 16 elements of a thread share the barriers of that, and with
+# 8 warps twice as many would be counted for one that is asked for. Triton 3.6 counts every bin by
+# itself: for 8 elements of a thread, 530 instructions with 256 bins (131 where a block has nothing
+# to count) and 2099 with 2048, for four passes instead of three. Triton 3.8 adds in shared memory.
 ELEMENT_BLOCK = 1024
-HISTOGRAM_BLOCK, HISTOGRAM_WARPS = 2048, 8
+HISTOGRAM_BLOCK = 2048
 ADD_BLOCK = 256
 _ELEMENT_TASK, _ELEMENT_TASKS = 1 << 16, 2048
 
@@ -100,12 +102,6 @@ def element_task(total: int) -> int:
     """Return how many elements a program of select or resample_ owns."""
     size: int = next_power_of_2(cdiv(total, _ELEMENT_TASKS))
     return max(_ELEMENT_TASK, size)
-
-
-def histogram_block(w_power: int, dw_power: int) -> int:
-    """Return how many elements the histogram reads at once."""
-    # Without a score all are ties, and AMD's compiler interleaves too many of them.
-    return HISTOGRAM_BLOCK if w_power or dw_power else HISTOGRAM_BLOCK // 2
 
 
 @lru_cache(maxsize=4096)

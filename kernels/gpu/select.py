@@ -5,8 +5,8 @@
     selection_masks  which elements those are, bool in the shape of each weight
 
 What to count and what it means is in `selection.py`. Stage one makes the scores in registers and
-writes the histogram of each task, int32 [n_tasks, 2048]; stage two adds them up for each weight,
-int64 [n_weights, 2048], which goes to the host: every pass waits for the GPU once.
+writes the histogram of each task, int32 [n_tasks, 256]; stage two adds them up for each weight,
+int64 [n_weights, 256], which goes to the host: every pass waits for the GPU once.
 """
 
 from collections.abc import Sequence
@@ -26,6 +26,7 @@ from fastplastic.kernels.gpu.elements import (
     ElementTables,
     choice_table,
     chosen_of,
+    digit_of,
     elements,
     keys_of,
     offset_of,
@@ -45,10 +46,11 @@ from fastplastic.kernels.gpu.runtime import (
 )
 from fastplastic.kernels.philox import TIES, philox_key
 from fastplastic.kernels.scores import SCORES
-from fastplastic.kernels.selection import DIGITS, Query, Selection, Table, select_with
+from fastplastic.kernels.selection import EIGHT_BITS, Query, Selection, Table, select_with
 
 # Columns of the table of a query: prefix, key, word, Philox key.
 _N_QUERY = tl.constexpr(4)
+BINS = 1 << EIGHT_BITS.element
 
 
 @device_function
@@ -76,21 +78,34 @@ def _count(
     philox = tl.load(query_ptr + 3)
     counts = tl.zeros((BINS,), tl.int32)
     for first in range(begin, end, BLOCK):
-        position = first + tl.arange(0, BLOCK).to(tl.int64)
+        lane = tl.arange(0, BLOCK)
+        position, inside = first + lane.to(tl.int64), lane < (end - first).to(tl.int32)
         key, counted = keys_of(
-            weight_ptr, position, position < end, W_POWER, DW_POWER, W_TYPE, DW_TYPE, DEPTH, DENSE
+            weight_ptr, position, inside, W_POWER, DW_POWER, W_TYPE, DW_TYPE, DEPTH, DENSE
         )
-        number = key.to(tl.int64)
-        if NUMBER != "key":
-            counted &= key == last_key
-            element = offset_of(weight_ptr, position, ELEMENT, DEPTH, DENSE)
-            word = words_of(philox, element).to(tl.int64)
-            number = word
-            if NUMBER == "element":
-                counted &= word == last_word
-                number = element
-        counted &= (number >> (shift + bits)) == prefix
-        digit = ((number >> shift) & ((1 << bits) - 1)).to(tl.int32)
+        if NUMBER == "key":
+            digit, shares = digit_of(key, shift, bits, prefix)
+            counts = _added(counts, digit, counted & shares, BINS)
+        else:
+            if W_POWER + DW_POWER > 0:
+                counted &= key == last_key.to(tl.int32)
+            # Few keys are equal: words take longer than all else.
+            if tl.max(counted.to(tl.int32)) > 0:
+                element = offset_of(weight_ptr, position, ELEMENT, DEPTH, DENSE)
+                word = words_of(philox, element)
+                if NUMBER == "word":
+                    digit, shares = digit_of(word, shift, bits, prefix)
+                else:
+                    counted &= word == last_word.to(tl.uint32)
+                    digit, shares = digit_of(element, shift, bits, prefix)
+                counts = _added(counts, digit, counted & shares, BINS)
+    return counts
+
+
+@device_function
+def _added(counts, digit, counted, BINS: tl.constexpr):
+    """Return the counts with those of a block: of none, mostly, from the third digit on."""
+    if tl.max(counted.to(tl.int32)) > 0:
         counts += tl.histogram(digit, BINS, mask=counted)
     return counts
 
@@ -138,7 +153,7 @@ def _histogram_kernel(
         DW_TYPE: Dtype of their gradients.
         DEPTH: Number of dimensions of a walk.
         VECTOR: Elements that are read at once where all is dense.
-        BINS: 2048.
+        BINS: 256.
         BLOCK: Elements that are counted at once.
     """
     task = first_task + tl.program_id(0)
@@ -179,7 +194,7 @@ def _add_kernel(
         ranges_ptr: int64 [n_weights, 2], contiguous: first task of a weight and the end of them.
         counts_ptr: int32 [n_tasks, BINS], contiguous.
         total_ptr: int64 [n_weights, BINS], contiguous; every element is written.
-        BINS: 2048.
+        BINS: 256.
         BLOCK: Bins of a program.
     """
     weight = tl.program_id(0).to(tl.int64)
@@ -266,18 +281,9 @@ def _mask_kernel(
         )  # fmt: skip
     else:
         _mark(
-            weight_ptr,
-            task_ptr,
-            choice_ptr,
-            W_POWER,
-            DW_POWER,
-            W_TYPE,
-            DW_TYPE,
-            DEPTH,
-            False,
-            1,
+            weight_ptr, task_ptr, choice_ptr, W_POWER, DW_POWER, W_TYPE, DW_TYPE, DEPTH, False, 1,
             BLOCK,
-        )
+        )  # fmt: skip
 
 
 def select(
@@ -298,7 +304,9 @@ def select(
     sizes = [weight.numel() for weight in weights]
     ties = [signed(philox_key(seed, TIES, name)) for name in names]
     histogram = _Histogram(criterion, operands_of(criterion, weights, gradients), ties)
-    return select_with(histogram, sizes, names, count, criterion=criterion, caps=caps, seed=seed)
+    return select_with(
+        histogram, sizes, names, count, criterion=criterion, caps=caps, seed=seed, digits=EIGHT_BITS
+    )
 
 
 def selection_masks(
@@ -353,16 +361,14 @@ class _Histogram:
             if self._elements is None:
                 self._elements = elements(self._operands)
             found = self._elements
-            counts = scratch(device, (found.tasks.shape[0], DIGITS), torch.int32)
+            counts = scratch(device, (found.tasks.shape[0], BINS), torch.int32)
             self._launch(found, query, counts)
-            shape = (len(self._operands), DIGITS)
-            total = torch.empty(shape, dtype=torch.int64, device=device)
-            grid = (len(self._operands), DIGITS // launch.ADD_BLOCK)
-            _add_kernel[grid](
+            total = torch.empty(len(self._operands), BINS, dtype=torch.int64, device=device)
+            _add_kernel[len(self._operands), BINS // launch.ADD_BLOCK](
                 found.ranges,
                 counts,
                 total,
-                BINS=DIGITS,
+                BINS=BINS,
                 BLOCK=launch.ADD_BLOCK,
                 **launch.OPTIONS,
             )
@@ -388,7 +394,7 @@ class _Histogram:
                 DW_TYPE=TYPES[kind.dw_dtype],
                 DEPTH=found.depth,
                 VECTOR=kind.vector,
-                BINS=DIGITS,
-                BLOCK=launch.histogram_block(*self._score),
-                **(launch.OPTIONS | {"num_warps": launch.HISTOGRAM_WARPS}),
+                BINS=BINS,
+                BLOCK=launch.HISTOGRAM_BLOCK,
+                **launch.OPTIONS,
             )
