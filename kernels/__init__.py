@@ -2,6 +2,7 @@
 
     activation_stats    sums over the activations of each unit
     gradient_stats      sums over the gradients to the activations of each unit
+    foreach_*           the same over many tensors, into one table
     parameter_stats     sums over the rows and columns of many weights and their gradients
     select              the elements with the smallest scores over many weights
     selection_masks     a selection as masks
@@ -19,6 +20,8 @@ from fastplastic.kernels.checks import DTYPES
 from fastplastic.kernels.dispatch import (
     activation_stats,
     backend,
+    foreach_activation_stats,
+    foreach_gradient_stats,
     gradient_stats,
     parameter_stats,
     resample_,
@@ -50,6 +53,8 @@ __all__ = [
     "activate",
     "activation_stats",
     "backend",
+    "foreach_activation_stats",
+    "foreach_gradient_stats",
     "gradient_stats",
     "parameter_stats",
     "resample_",

@@ -15,10 +15,14 @@ from torch import Tensor
 
 from fastplastic.kernels.law import Law
 from fastplastic.kernels.selection import Selection
+from fastplastic.kernels.tables import ACTIVATION_ROWS, GRADIENT_ROWS, check_columns
 
 _FOLDERS = {"triton": "gpu", "numba": "cpu", "pytorch": "reference"}
 # The file of a function, where it has another name.
-_STEMS = {"selection_masks": "select", "resample_": "resample"}
+_STEMS = {
+    "selection_masks": "select", "resample_": "resample",
+    "foreach_activation_stats": "activation_stats", "foreach_gradient_stats": "gradient_stats",
+}  # fmt: skip
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -118,6 +122,64 @@ def gradient_stats(g: Tensor, unit_axis: int = 1, *, out: Tensor | None = None) 
     """
     table: Tensor = _twin(g, "gradient_stats")(g, unit_axis, out=out)
     return table
+
+
+@untraced
+def foreach_activation_stats(
+    xs: Sequence[Tensor],
+    unit_axes: Sequence[int],
+    activations: Sequence[str],
+    columns: Sequence[int],
+    *,
+    out: Tensor,
+) -> None:
+    """Add the sums over the activations of many tensors to one table, on a GPU by few launches.
+
+    Args:
+        xs: Pre-activations z of each, as in `activation_stats`, on the device of `out`.
+        unit_axes: Dimension of the units of each.
+        activations: Name of f for each.
+        columns: First column of `out` that the units of each are added to.
+        out: float64 [9, columns], rows as in `ACTIVATION_ROWS`, added to in place; its columns are
+            adjacent.
+
+    Raises:
+        ValueError: As `activation_stats`, or the numbers of arguments differ, or units are not
+            within the columns of `out`.
+    """
+    if _backend(out.device.type) == "triton":
+        kernel_of("triton", "foreach_activation_stats")(
+            xs, unit_axes, activations, columns, out=out
+        )
+        return
+    axes = check_columns(xs, unit_axes, columns, len(ACTIVATION_ROWS), out)
+    for x, axis, activation, column in zip(xs, axes, activations, columns, strict=True):
+        activation_stats(x, axis, activation, out=out[:, column : column + x.shape[axis]])
+
+
+@untraced
+def foreach_gradient_stats(
+    gs: Sequence[Tensor], unit_axes: Sequence[int], columns: Sequence[int], *, out: Tensor
+) -> None:
+    """Add the sums over the gradients of many tensors to one table, on a GPU by few launches.
+
+    Args:
+        gs: dL/dh of each, as in `gradient_stats`, on the device of `out`.
+        unit_axes: Dimension of the units of each.
+        columns: First column of `out` that the units of each are added to.
+        out: float64 [4, columns], rows as in `GRADIENT_ROWS`, added to in place; its columns are
+            adjacent.
+
+    Raises:
+        ValueError: As `gradient_stats`, or the numbers of arguments differ, or units are not within
+            the columns of `out`.
+    """
+    if _backend(out.device.type) == "triton":
+        kernel_of("triton", "foreach_gradient_stats")(gs, unit_axes, columns, out=out)
+        return
+    axes = check_columns(gs, unit_axes, columns, len(GRADIENT_ROWS), out)
+    for g, axis, column in zip(gs, axes, columns, strict=True):
+        gradient_stats(g, axis, out=out[:, column : column + g.shape[axis]])
 
 
 @untraced

@@ -42,6 +42,31 @@ def check_axis(x: Tensor, axis: int) -> int:
     return axis % x.ndim
 
 
+def check_columns(
+    xs: Sequence[Tensor], unit_axes: Sequence[int], columns: Sequence[int], rows: int, out: Tensor
+) -> list[int]:
+    """Return the axis of each tensor as a dimension from 0 on.
+
+    Raises:
+        ValueError: There are more of one than of another, a tensor has no such axis or is not
+            floating point, `out` is no table of so many rows, or units are not within its columns.
+    """
+    if not len(xs) == len(unit_axes) == len(columns):
+        raise ValueError(
+            f"there are {len(xs)} tensors, {len(unit_axes)} axes and {len(columns)} columns, "
+            "expected as many of each"
+        )
+    _checked(out, rows, out.shape[-1], out.device)
+    axes = [check_axis(x, axis) for x, axis in zip(xs, unit_axes, strict=True)]
+    for x, axis, column in zip(xs, axes, columns, strict=True):
+        if not 0 <= column <= out.shape[1] - x.shape[axis]:
+            raise ValueError(
+                f"{x.shape[axis]} units go to column {column} of {out.shape[1]}, expected columns "
+                "that there are"
+            )
+    return axes
+
+
 def activation_table(x: Tensor, axis: int, out: Tensor | None) -> Tensor:
     """Return `out`, checked, or a fresh table for the activations x; ValueError if unfit."""
     if out is not None:

@@ -2,30 +2,66 @@
 
 import pytest
 import torch
-import triton
 
-from fastplastic.kernels.gpu import launch
 from fastplastic.kernels.gpu import layout as _triton_layout
 from fastplastic.kernels.gpu import runtime as _triton_runtime
+from fastplastic.kernels.gpu import unit_tables
 from fastplastic.kernels.gpu.functions import flat_ends
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("units", [1, 3, 37, 64, 100, 768, 5000])
-@pytest.mark.parametrize("positions", [1, 49, 196, 3136, 100_000])
+def form(x, axis=1, activation="relu"):
+    return unit_tables.Form(tuple(x.shape), x.stride(), axis, x.dtype, True, activation)
+
+
+def items_of(x, axis):
+    """The table of the tensor and those of its items and folds, in CPU memory."""
+    tables = unit_tables.tables_for((form(x, axis),), (0,), 9, torch.device(DEVICE), 0)
+    row = unit_tables.Row(*tables.tensors[0].tolist())
+    return row, tables.items.tolist(), tables
+
+
+SHAPES = [(1, 1, 1), (37, 3, 100_000), (5, 64, 49), (7, 37, 196), (1000, 100, 1), (3, 768, 3136)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("units_adjacent", [True, False])
-def test_every_position_is_read_by_one_program(units, positions, units_adjacent):
-    tile = launch.stats_tile(units, positions, 4, units_adjacent)
-    assert tile.units * tile.positions <= 512
-    for outer in (1, 7, 1000):
-        split = launch.stats_split(tile, units, positions, outer)
-        blocks = triton.cdiv(positions, tile.positions)
-        assert split.unit_blocks == triton.cdiv(units, tile.units)
-        assert split.inner_splits == triton.cdiv(blocks, split.blocks)
-        assert split.splits == split.inner_splits * triton.cdiv(outer, split.outer)
-        # Counts are exact in float32, and sums are not deep.
-        assert split.outer * split.blocks <= 512
+def test_every_position_is_read_by_one_program(shape, dtype, units_adjacent):
+    a, units, b = shape
+    strides = (units * b, 1, units) if units_adjacent else (units * b, b, 1)
+    x = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    row, items, _ = items_of(x, 1)
+    seen = {}
+    for tensor, unit, start, turn, outers, begin, end, split in items:
+        assert tensor == 0 and 0 <= split < row.splits
+        assert turn == 1 and start % max(row.outer_stride, 1) == 0
+        tiles = outers * -(-(end - begin) // 16)
+        # Counts are exact in 10 bits, and sums are not deep.
+        assert 0 < tiles < 1024
+        seen.setdefault(unit, []).append((start, begin, outers * (end - begin)))
+    assert len(seen) == len(range(0, units, min(seen.keys() - {0}, default=units)))
+    for parts in seen.values():
+        assert len({part[:2] for part in parts}) == len(parts) == row.splits
+        assert sum(count for _, _, count in parts) == a * b
+
+
+@pytest.mark.parametrize("batch", [8, 32, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_partial_sums_are_little_beside_what_is_read(batch, dtype):
+    """The layers of ResNet-50 at 224 pixels, channels_last."""
+    shapes = {
+        (64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28), (256, 28), (256, 14),
+        (1024, 14), (512, 14), (512, 7), (2048, 7),
+    }  # fmt: skip
+    for channels, size in shapes:
+        shape = (batch, channels, size, size)
+        x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
+        row, _, tables = items_of(x, 1)
+        read, written = x.numel() * x.itemsize, tables.parts * 9 * 4
+        # Of 8 images of 7 x 7 there is one split.
+        assert row.splits == 1 or written <= 0.05 * read, (shape, row.splits, written / read)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +78,7 @@ def test_every_position_is_read_by_one_program(units, positions, units_adjacent)
     ],
 )
 def test_vector_width(x, axis, width):
-    assert _triton_layout.layout(x, axis).vector == width
+    assert _triton_layout.layout(x.shape, x.stride(), axis).vector(x.itemsize) == width
 
 
 def test_devices_are_compared():
@@ -61,7 +97,7 @@ def test_scratch_memory_stays_where_it_is():
     assert _triton_runtime.scratch(device, (2, 3)).data_ptr() == large.data_ptr()
 
 
-def test_flat_ends_are_float32_inside_the_intervals():
+def test_flat_ends_are_numbers_inside_the_intervals():
     assert flat_ends("hardswish") == {
         "FLAT_BELOW": -3.0, "FLAT_FROM": pytest.approx(-1.53), "FLAT_TO": pytest.approx(-1.47),
         "FLAT_ABOVE": None,
@@ -69,3 +105,11 @@ def test_flat_ends_are_float32_inside_the_intervals():
     assert flat_ends("hardswish")["FLAT_FROM"] >= -1.53
     assert flat_ends("hardswish")["FLAT_TO"] <= -1.47
     assert set(flat_ends("identity").values()) == {None}
+    for dtype in (torch.bfloat16, torch.float16):
+        for name, end in flat_ends("hardswish", dtype).items():
+            if end is None or end == -3:
+                continue
+            near = torch.tensor(end, dtype=dtype)
+            assert near.item() == end and -1.53 <= end <= -1.47, (name, end)
+            outside = near.view(torch.int16) + (1 if name == "FLAT_FROM" else -1)
+            assert not -1.53 <= outside.view(dtype).item() <= -1.47

@@ -11,6 +11,7 @@ from helpers import REFERENCE as reference
 from fastplastic.kernels import ACTIVATIONS, activate
 from fastplastic.kernels.gpu import launch
 from fastplastic.kernels.gpu import runtime as _triton_runtime
+from fastplastic.kernels.gpu import unit_tables
 
 # NumPy says so of the interpreter of Triton 3.6.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
@@ -27,6 +28,7 @@ COUNTS = [0, 6, 7, 8]
 activation = importlib.import_module("fastplastic.kernels.gpu.activation_stats")
 gradient = importlib.import_module("fastplastic.kernels.gpu.gradient_stats")
 parameter = importlib.import_module("fastplastic.kernels.gpu.parameter_stats")
+unit_launch = importlib.import_module("fastplastic.kernels.gpu.unit_launch")
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +45,7 @@ def poisoned(monkeypatch):
     def scratch(*arguments):
         return _triton_runtime.scratch(*arguments).fill_(math.nan)
 
-    for module in (activation, gradient, parameter):
+    for module in (unit_launch, parameter):
         monkeypatch.setattr(module, "scratch", scratch)
 
 
@@ -137,6 +139,80 @@ def test_activations(name, dtype):
     check_activation(z, 1, name)
 
 
+# Each way to read wide rows, with a tile that is not full: tokens, planes, planes read by halves.
+WIDE = {
+    "tokens": ((19, 24), torch.float32),
+    "planes": ((2, 5, 40), torch.float32),
+    "half planes": ((2, 5, 84), torch.bfloat16),
+}
+
+
+WAYS = [("tokens", name) for name in ACTIVATIONS]
+WAYS += [(way, name) for way in ("planes", "half planes") for name in ("relu", "gelu", "silu")]
+
+
+@pytest.mark.parametrize(("way", "name"), WAYS)
+def test_what_is_beside_a_tensor_does_not_count(way, name):
+    """Far from 0, where a 0 or a NaN would be the smallest or largest number."""
+    paths = (unit_tables.ADJACENT, unit_tables.PLANES, unit_tables.HALF_PLANES)
+    shape, dtype = WIDE[way]
+    z = noise(*shape, dtype=dtype).abs().clamp(max=4) + 0.5
+    form = unit_tables.Form(tuple(z.shape), z.stride(), 1, dtype, True, name)
+    assert unit_tables._share(form).path in paths
+    check_activation(z, 1, name)
+    check_activation(-z, 1, name)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("way", "name"), WAYS)
+def test_wide_rows_are_read_again_where_one_is_not_finite(way, name, value):
+    shape, dtype = WIDE[way]
+    z = noise(*shape, dtype=dtype)
+    z[1, 3] = value
+    assert activation.activation_stats(z, 1, name)[8, 3] == z[1, 3].numel()
+
+
+def test_many_tensors_at_once():
+    """Those of one call, of several dtypes and functions, some twice and some with nothing."""
+    given = [
+        (noise(3, 11, 5, 7), 1, "relu"), (noise(2, 17, 32), -1, "gelu"), (noise(0, 4), 1, "relu"),
+        (noise(19, 24, dtype=torch.bfloat16), 1, "relu"), (noise(6, 5).double(), 1, "tanh"),
+        (noise(2, 2, 3, 4, 4, 6)[:, :, :, 1:, 1:, ::2], 2, "relu"), (noise(8, 3), 0, "identity"),
+    ]  # fmt: skip
+    given.append(given[0])
+    xs, axes, names = zip(*given, strict=True)
+    sizes = [x.shape[axis] for x, axis in zip(xs, axes, strict=True)]
+    columns = [2 + sum(sizes[:i]) for i in range(len(sizes))]
+    out = torch.zeros(9, 3 + sum(sizes), dtype=torch.float64, device=DEVICE)
+    out[4], out[5] = math.inf, -math.inf
+    sums = torch.zeros(4, 3 + sum(sizes), dtype=torch.float64, device=DEVICE)
+    for _ in range(2):
+        activation.foreach_activation_stats(xs, axes, names, columns, out=out)
+        gradient.foreach_gradient_stats(xs, axes, columns, out=sums)
+    assert not sums[:, :2].any() and not sums[:, -1:].any() and not out[0, -1:].any()
+    added = [0, 1, 2, 3, 6, 7, 8]
+    for (x, axis, name), column, size in zip(given, columns, sizes, strict=True):
+        part, once = out[:, column : column + size], activation.activation_stats(x, axis, name)
+        torch.testing.assert_close(part[added], 2 * once[added], rtol=1e-6, atol=1e-6)
+        assert torch.equal(part[4:6], once[4:6])
+        once = gradient.gradient_stats(x, axis)
+        torch.testing.assert_close(sums[:, column : column + size], 2 * once, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("axes", "columns", "text"),
+    [
+        ([1], [0, 2], "there are 2 tensors, 1 axes and 2 columns, expected as many"),
+        ([1, 1], [0, 3], "2 units go to column 3 of 4, expected columns that there are"),
+        ([1, 2], [0, 2], "axis is 2, expected a dimension"),
+    ],
+)
+def test_errors_of_many_tensors(axes, columns, text):
+    xs = [torch.ones(2, 2, device=DEVICE)] * 2
+    with pytest.raises(ValueError, match=text):
+        gradient.foreach_gradient_stats(xs, axes, columns, out=torch.zeros(4, 4).double())
+
+
 @pytest.mark.parametrize("name", [name for name, f in ACTIVATIONS.items() if f.flat])
 def test_flat_is_decided_exactly(name):
     """At the float32 numbers on both sides of every end, where one step changes the answer."""
@@ -209,16 +285,14 @@ def test_gradients(dtype):
 def test_many_splits_are_folded():
     """A column that all programs share, more partial sums than the fold reads at once."""
     x = noise(40_001, 1)
-    assert launch.stats_split(launch.Tile(1, 512), 1, 40_001, 1).splits > 16
+    assert 40_001 // 32 // launch.unit_depth(40_001 // 32) > launch.FOLD_PARTS
     check_gradient(x)
     check_activation(x, 1, "relu")
 
 
 def test_counters_hold_the_longest_program(monkeypatch):
-    monkeypatch.setattr(launch, "_PROGRAMS", 1)
-    x = torch.zeros(512 * 512, 1, device=DEVICE)
-    tile = launch.stats_tile(1, len(x), 4, False)
-    assert launch.stats_split(tile, 1, len(x), 1).blocks == 512
+    monkeypatch.setattr(launch, "_LEAST_DEPTH", 128)
+    x = torch.zeros(255 * 32, 1, device=DEVICE)
     assert activation.activation_stats(x, 1, "relu")[COUNTS, 0].tolist() == [*[len(x)] * 3, 0]
 
 

@@ -12,42 +12,54 @@ Stage one reads z once, in tiles of units times positions, and writes float32 pa
 splits, C]; stage two folds them in float64 into the table. A square above 3e38 counts as infinite.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fastplastic.kernels.activations import parse_activation
-from fastplastic.kernels.gpu.fold import fold
-from fastplastic.kernels.gpu.functions import flat_ends
-from fastplastic.kernels.gpu.runtime import launching, scratch
-from fastplastic.kernels.gpu.tiles import tiles
-from fastplastic.kernels.gpu.unit_sums import unit_kernel
+from fastplastic.kernels.gpu.unit_launch import add_unit_sums
 from fastplastic.kernels.reference import activation_stats as reference
-from fastplastic.kernels.tables import ACTIVATION_ROWS, MIN_ROW, activation_table, check_axis
-
-_LEAKY_SLOPE = 0.01
+from fastplastic.kernels.tables import (
+    ACTIVATION_ROWS,
+    MIN_ROW,
+    activation_table,
+    check_axis,
+    check_columns,
+)
 
 
 def activation_stats(
     x: Tensor, unit_axis: int = 1, activation: str = "identity", *, out: Tensor | None = None
 ) -> Tensor:
     """Sum up the activations of each unit; see `fastplastic.kernels.activation_stats`."""
-    name, slope = parse_activation(activation)
+    parse_activation(activation)
     axis = check_axis(x, unit_axis)
     if x.dtype == torch.float64:
         return reference.activation_stats(x, unit_axis, activation, out=out)
     table = activation_table(x, axis, out)
-    if x.numel() == 0:
-        return table
-    with launching(x.device):
-        plan = tiles(x, axis)
-        parts = scratch(x.device, (len(ACTIVATION_ROWS), plan.grid[1], x.shape[axis]))
-        unit_kernel[plan.grid](
-            parts_ptr=parts,
-            slope=_LEAKY_SLOPE if slope is None else slope,
-            ACTIVATION=name,
-            GRADIENT=False,
-            **flat_ends(name),
-            **plan.arguments,
-        )
-        fold(parts, table, MIN_ROW)
+    if x.numel():
+        add_unit_sums([x], [axis], [activation], [0], table, MIN_ROW)
     return table
+
+
+def foreach_activation_stats(
+    xs: Sequence[Tensor],
+    unit_axes: Sequence[int],
+    activations: Sequence[str],
+    columns: Sequence[int],
+    *,
+    out: Tensor,
+) -> None:
+    """Sum up the activations of many tensors; see `fastplastic.kernels.foreach_activation_stats`."""
+    checked = check_columns(xs, unit_axes, columns, len(ACTIVATION_ROWS), out)
+    read = []
+    for x, axis, activation, column in zip(xs, checked, activations, columns, strict=True):
+        parse_activation(activation)
+        if x.dtype == torch.float64:
+            part = out[:, column : column + x.shape[axis]]
+            reference.activation_stats(x, axis, activation, out=part)
+        elif x.numel():
+            read.append((x, axis, activation, column))
+    if read:
+        add_unit_sums(*zip(*read, strict=True), out, MIN_ROW)

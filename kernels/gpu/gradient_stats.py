@@ -7,16 +7,14 @@ times positions, and writes float32 partial sums [4, splits, C]; stage two folds
 into the table. A square above 3e38 counts as infinite.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from fastplastic.kernels.gpu.fold import fold
-from fastplastic.kernels.gpu.functions import flat_ends
-from fastplastic.kernels.gpu.runtime import launching, scratch
-from fastplastic.kernels.gpu.tiles import tiles
-from fastplastic.kernels.gpu.unit_sums import unit_kernel
+from fastplastic.kernels.gpu.unit_launch import add_unit_sums
 from fastplastic.kernels.reference import gradient_stats as reference
-from fastplastic.kernels.tables import GRADIENT_ROWS, check_axis, gradient_table
+from fastplastic.kernels.tables import GRADIENT_ROWS, check_axis, check_columns, gradient_table
 
 
 def gradient_stats(g: Tensor, unit_axis: int = 1, *, out: Tensor | None = None) -> Tensor:
@@ -28,18 +26,21 @@ def gradient_stats(g: Tensor, unit_axis: int = 1, *, out: Tensor | None = None) 
     if g.dtype == torch.float64:
         return reference.gradient_stats(g, unit_axis, out=out)
     table = gradient_table(g, axis, out)
-    if g.numel() == 0:
-        return table
-    with launching(g.device):
-        plan = tiles(g, axis)
-        parts = scratch(g.device, (len(GRADIENT_ROWS), plan.grid[1], g.shape[axis]))
-        unit_kernel[plan.grid](
-            parts_ptr=parts,
-            slope=0.0,
-            ACTIVATION="identity",
-            GRADIENT=True,
-            **flat_ends("identity"),
-            **plan.arguments,
-        )
-        fold(parts, table)
+    if g.numel():
+        add_unit_sums([g], [axis], [""], [0], table)
     return table
+
+
+def foreach_gradient_stats(
+    gs: Sequence[Tensor], unit_axes: Sequence[int], columns: Sequence[int], *, out: Tensor
+) -> None:
+    """Sum up the gradients of many tensors; see `fastplastic.kernels.foreach_gradient_stats`."""
+    checked = check_columns(gs, unit_axes, columns, len(GRADIENT_ROWS), out)
+    read = []
+    for g, axis, column in zip(gs, checked, columns, strict=True):
+        if g.dtype == torch.float64:
+            reference.gradient_stats(g, axis, out=out[:, column : column + g.shape[axis]])
+        elif g.numel():
+            read.append((g, axis, "", column))
+    if read:
+        add_unit_sums(*zip(*read, strict=True), out)

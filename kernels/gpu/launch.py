@@ -8,8 +8,6 @@ spills and for vector loads; see tests/test_triton_compile.py.
 
 import math
 from collections.abc import Iterable
-from functools import lru_cache
-from typing import NamedTuple
 
 from triton import cdiv, next_power_of_2
 
@@ -17,16 +15,18 @@ WARPS = 4
 # Options of a launch. Newer Tritons want to be told whether products and sums may be fused.
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
 _THREADS = 32 * WARPS
-_VECTOR_BYTES = 16
-# Bytes of a row of a tile: whole cache lines.
-_ROW_BYTES = 128
-# Programs of a large launch: several for each of the 100 to 150 multiprocessors of a big card.
-_PROGRAMS = 1024
-# Tiles of one program: a few at least, since each writes partial sums; values that one accumulator
-# sums up in float32 at most, and less than 1024, where the counters of activation_stats end.
-_LEAST_TILES, _DEPTH = 4, 512
+VECTOR_BYTES = 16
+# activation_stats and gradient_stats: a tile is 16 rows of whole cache lines, one vector for each
+# thread. Four tiles are in flight: with 5 programs on each multiprocessor 40 KB, where the memory
+# of an H100 needs 25.
+UNIT_ROW_BYTES, UNIT_UNROLL = 128, 4
+UNIT_SLOW = _THREADS * VECTOR_BYTES // UNIT_ROW_BYTES
+# Tiles of an item: where a tensor has so many, enough that the partial sums (36 bytes for each unit)
+# are 3.5 % of what is read at most; enough items to fill a card; at most four times as many are 512
+# values that one accumulator sums up in float32, and less than 1024, where counters end.
+_LEAST_DEPTH, _MOST_DEPTH, _ITEMS = 32, 128, 4096
 # The folds read float64 tiles of units times partial sums; twice as many would spill.
-FOLD_UNITS, _FOLD_PARTS, PARAMETER_PARTS = 32, 64, 16
+FOLD_UNITS, FOLD_PARTS, PARAMETER_PARTS = 32, 32, 16
 # parameter_stats: a program reads so many rows of so many elements; it writes partial sums of 2 to
 # 5 % of what it reads. So many lanes share a row: 8 read a cache line of it, and three shuffles sum
 # it up, without shared memory, but the more a thread holds of a row (here 16 elements), the more
@@ -45,76 +45,17 @@ ADD_BLOCK = 256
 _ELEMENT_TASK, _ELEMENT_TASKS = 1 << 16, 2048
 
 
-class Tile(NamedTuple):
-    """What one program reads at once."""
-
-    units: int
-    positions: int
-
-
-class Split(NamedTuple):
-    """How positions are dealt out: each program has `outer` indices of `blocks` tiles.
-
-    `unit_blocks` tiles side by side cover the units.
-    """
-
-    unit_blocks: int
-    outer: int
-    blocks: int
-    inner_splits: int
-    splits: int
-
-
 def vector_width(itemsize: int, numbers: Iterable[int] = ()) -> int:
     """Return the most elements per load, a power of two, that divides all sizes and strides."""
-    return math.gcd(_VECTOR_BYTES // itemsize, *numbers)
+    return math.gcd(VECTOR_BYTES // itemsize, *numbers)
 
 
-# Triton's cdiv takes 3 us, as much as half of all else before a launch, so what is asked for at
-# every tensor is kept by `lru_cache`.
-@lru_cache(maxsize=4096)
-def stats_tile(units: int, positions: int, itemsize: int, units_adjacent: bool) -> Tile:
-    """Return the tile of activation_stats and gradient_stats: one vector for each thread."""
-    elements = _THREADS * _VECTOR_BYTES // itemsize
-    fast, slow = (units, positions) if units_adjacent else (positions, units)
-    slow = min(next_power_of_2(slow), elements)
-    least = max(_ROW_BYTES // itemsize, elements // slow)
-    block = _snug(fast, least, max(least, elements // 4))
-    rest = min(elements // block, slow)
-    return Tile(block, rest) if units_adjacent else Tile(rest, block)
-
-
-@lru_cache(maxsize=4096)
-def stats_split(tile: Tile, units: int, inner: int, outer: int) -> Split:
-    """Deal out positions: enough programs to fill a card, accumulators not deeper than _DEPTH."""
-    blocks = cdiv(inner, tile.positions)
-    unit_blocks = cdiv(units, tile.units)
-    programs = max(1, _PROGRAMS // unit_blocks)
-    share = min(max(outer * blocks // programs, _LEAST_TILES), _DEPTH)
-    each_outer = max(1, min(outer, share // blocks))
-    each_blocks = blocks if each_outer > 1 else min(blocks, share)
-    inner_splits = cdiv(blocks, each_blocks)
-    splits = inner_splits * cdiv(outer, each_outer)
-    return Split(unit_blocks, each_outer, each_blocks, inner_splits, splits)
+def unit_depth(tiles: int) -> int:
+    """Return how many tiles an item has at least, of so many in one launch."""
+    return min(max(tiles // _ITEMS, _LEAST_DEPTH), _MOST_DEPTH)
 
 
 def element_task(total: int) -> int:
     """Return how many elements a program of select or resample_ owns."""
     size: int = next_power_of_2(cdiv(total, _ELEMENT_TASKS))
     return max(_ELEMENT_TASK, size)
-
-
-@lru_cache(maxsize=4096)
-def fold_blocks(parts: int, units: int) -> tuple[int, int]:
-    """Return how many partial sums of a unit the fold reads at once, and how many programs."""
-    return min(next_power_of_2(parts), _FOLD_PARTS), cdiv(units, FOLD_UNITS)
-
-
-def _snug(size: int, least: int, most: int) -> int:
-    """Return the largest block in [least, most] that pads a size by an eighth at most."""
-    if size <= least:
-        rounded: int = next_power_of_2(size)
-        return rounded
-    blocks = [most >> k for k in range((most // least).bit_length())]
-    fitting = (block for block in blocks if 8 * cdiv(size, block) * block <= 9 * size)
-    return next(fitting, least)

@@ -4,12 +4,11 @@ Positions are up to three nested dimensions after merging: NCHW is (N, HW), chan
 (batch, tokens, channels) are one, a crop of NCHW is (N, H, W). Strides of 0 (expanded) are fine.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from fastplastic.kernels.gpu.launch import vector_width
-from fastplastic.kernels.strides import merged, slowest_first
+from fastplastic.kernels.strides import merged
 
 Dimension = tuple[int, int]
 
@@ -19,7 +18,6 @@ class Layout:
     """Sizes and strides in elements.
 
     Attributes:
-        x: The tensor, or a contiguous copy where four or more dimensions of positions remained.
         units: Number and stride of the units.
         inner: Size and stride of the dimension of positions that makes tiles with the units.
         outer: Number of the other positions.
@@ -28,7 +26,6 @@ class Layout:
         units_adjacent: Whether the units are the faster dimension of a tile.
     """
 
-    x: Tensor
     units: Dimension
     inner: Dimension
     outer: int
@@ -37,32 +34,30 @@ class Layout:
     units_adjacent: bool
 
     @property
-    def dense(self) -> bool:
-        """Whether the faster dimension of a tile has stride 1."""
-        return self.fast[1] == 1
-
-    @property
     def fast(self) -> Dimension:
         """Return size and stride of the faster dimension of a tile."""
         return self.units if self.units_adjacent else self.inner
 
-    @property
-    def vector(self) -> int:
-        """Return how many elements may be read at once everywhere."""
-        if not self.dense:
+    def vector(self, itemsize: int) -> int:
+        """Return how many elements of so many bytes may be read at once everywhere."""
+        size, stride = self.fast
+        if stride != 1:
             return 1
         slow = self.inner if self.units_adjacent else self.units
-        strides = (slow[1], self.middle[1], self.outer_stride)
-        return vector_width(self.x.element_size(), (self.fast[0], *strides))
+        return vector_width(itemsize, (size, slow[1], self.middle[1], self.outer_stride))
 
 
-def layout(x: Tensor, axis: int) -> Layout:
-    """Return the layout of a tensor that has elements, with the units along `axis`."""
-    dimensions = [(x.shape[d], x.stride(d)) for d in slowest_first(x) if d != axis]
+def layout(shape: Sequence[int], strides: Sequence[int], axis: int) -> Layout | None:
+    """Return the layout of a tensor that has elements, with the units along `axis`.
+
+    None where four or more dimensions of positions remain: then it must be copied.
+    """
+    slowest_first = sorted(range(len(shape)), key=strides.__getitem__, reverse=True)
+    dimensions = [(shape[d], strides[d]) for d in slowest_first if d != axis]
     positions = [(size, stride) for size, stride in merged(dimensions)]
     if len(positions) > 3:
-        return layout(x.contiguous(), axis)
-    unit = (x.shape[axis], x.stride(axis))
+        return None
+    unit = (shape[axis], strides[axis])
     units_adjacent = unit[0] > 1 and unit[1] == 1
     inner = _inner(positions, units_adjacent)
     others = [dimension for dimension in positions if dimension is not inner]
@@ -71,7 +66,7 @@ def layout(x: Tensor, axis: int) -> Layout:
     if slow == 1:
         # One other dimension is the outer one.
         slow, slow_stride, middle = middle[0], middle[1], (1, 0)
-    return Layout(x, unit, inner, slow * middle[0], middle, slow_stride, units_adjacent)
+    return Layout(unit, inner, slow * middle[0], middle, slow_stride, units_adjacent)
 
 
 def _inner(positions: list[Dimension], units_adjacent: bool) -> Dimension:

@@ -7,6 +7,7 @@ the two launches must not be torn apart by another thread: a launcher holds `lau
 import inspect
 import math
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ TYPES = {
     torch.float64: tl.float64,
 }
 
+_ADDRESS_TABLES = 4
 # Scratch memory starts at this many bytes and at least doubles when it is too small.
 _LEAST = 1 << 20
 _LOCK = threading.RLock()
@@ -105,6 +107,28 @@ def table(rows: Sequence[Sequence[int]], columns: int, device: torch.device) -> 
     result = torch.empty(len(rows), columns, dtype=torch.int64, device=device)
     send([value for row in rows for value in row], result)
     return result
+
+
+class Addresses:
+    """Tables of addresses on a device; the last few are found again, and none is ever changed.
+
+    Tensors that come and go mostly do so at the same few addresses.
+    """
+
+    def __init__(self) -> None:
+        self._tables: OrderedDict[tuple[tuple[int, ...], ...], torch.Tensor] = OrderedDict()
+
+    def of(
+        self, rows: tuple[tuple[int, ...], ...], columns: int, device: torch.device
+    ) -> torch.Tensor:
+        """Return rows as int64 [rows, columns] on the device."""
+        found = self._tables.pop(rows, None)
+        if found is None:
+            found = table(rows, columns, device)
+        self._tables[rows] = found
+        if len(self._tables) > _ADDRESS_TABLES:
+            self._tables.popitem(last=False)
+        return found
 
 
 def send(values: Sequence[float], out: torch.Tensor) -> None:

@@ -1,123 +1,268 @@
 """Stage one of activation_stats and gradient_stats: the kernel that both of them launch.
 
-It reads z or g once, in tiles of units times positions, and writes float32 partial sums; stage two
-(`fold.py`) folds them. The rows are those of `tables.py`. NaN and infinite elements count in the
-last row alone. A square above 3e38 counts as infinite.
+It reads many tensors z or g once, in tiles of units times positions, and writes float32 partial
+sums; stage two (`fold.py`) folds them. The rows are those of `tables.py`. NaN and infinite elements
+count in the last row alone. A square above 3e38 counts as infinite.
+
+A tile is [positions, units] where units lie next to each other in memory and [units, positions]
+elsewhere, so that its last dimension is the fast one. Wide rows are read 16 bytes at once, by a
+loop that takes all elements for finite; where they turn out not to be, and where rows are not wide,
+a careful loop reads.
 """
 
 import triton.language as tl
 
+from fastplastic.kernels.gpu import launch
 from fastplastic.kernels.gpu.functions import activate, rounded
-from fastplastic.kernels.gpu.runtime import kernel
-from fastplastic.kernels.gpu.tiles import (
-    inside_of,
-    multiple,
-    offsets_of,
-    share_of,
-    start_of,
-    told,
+from fastplastic.kernels.gpu.runtime import device_function, kernel
+from fastplastic.kernels.gpu.unit_tables import (
+    ADJACENT,
+    HALF_PLANES,
+    ITEM_COLUMNS,
+    PLANES,
+    TENSOR_COLUMNS,
 )
 
+_N_TENSOR, _N_ITEM = tl.constexpr(TENSOR_COLUMNS), tl.constexpr(ITEM_COLUMNS)
+_ADJACENT, _PLANES = tl.constexpr(ADJACENT), tl.constexpr(PLANES)
+_HALF_PLANES = tl.constexpr(HALF_PLANES)
+_SLOW, _ROW_BYTES = tl.constexpr(launch.UNIT_SLOW), tl.constexpr(launch.UNIT_ROW_BYTES)
+_VECTOR_BYTES, _UNROLL = tl.constexpr(launch.VECTOR_BYTES), tl.constexpr(launch.UNIT_UNROLL)
 
-@kernel
-def unit_kernel(
+
+@device_function
+def _tile(
+    tensor_ptr, item_ptr, UNITS_ADJACENT: tl.constexpr, FAST: tl.constexpr, VECTOR: tl.constexpr
+):
+    """Return the units and lanes of a tile, its offsets, and which units there are.
+
+    FAST is the size of the last dimension; VECTOR divides what it says to the compiler, which then
+    reads so many elements at once; 1 where strides may be anything.
+    """
+    unit_stride, inner_stride = tl.load(tensor_ptr + 2), tl.load(tensor_ptr + 3)
+    units = tl.load(tensor_ptr)
+    begin = tl.load(item_ptr + 1)
+    if UNITS_ADJACENT:
+        unit, lane = begin + tl.arange(0, FAST), tl.arange(0, _SLOW)
+        if VECTOR > 1:
+            unit = begin // VECTOR * VECTOR + tl.arange(0, FAST)
+            units, unit_stride = units // VECTOR * VECTOR, 1
+            inner_stride = inner_stride // VECTOR * VECTOR
+        offsets = lane.to(tl.int64)[:, None] * inner_stride + (unit * unit_stride)[None, :]
+        there = (unit < units)[None, :]
+    else:
+        unit, lane = begin + tl.arange(0, _SLOW), tl.arange(0, FAST)
+        if VECTOR > 1:
+            unit_stride, inner_stride = unit_stride // VECTOR * VECTOR, 1
+        offsets = (unit * unit_stride)[:, None] + lane.to(tl.int64)[None, :] * inner_stride
+        there = (unit < units)[:, None]
+    return unit, lane, offsets, there
+
+
+@device_function
+def _inside(lane, left, there, UNITS_ADJACENT: tl.constexpr):
+    """Return where a tile lies inside its share of the tensor, `left` positions of which follow."""
+    if UNITS_ADJACENT:
+        return (lane < left)[:, None] & there
+    else:
+        return (lane < left)[None, :] & there
+
+
+@device_function
+def _flat(
+    z,
+    FLAT_BELOW: tl.constexpr,
+    FLAT_FROM: tl.constexpr,
+    FLAT_TO: tl.constexpr,
+    FLAT_ABOVE: tl.constexpr,
+):
+    """Return where a function is flat that is flat below an end at least."""
+    flat = z <= FLAT_BELOW
+    if FLAT_FROM is not None:
+        flat |= (z >= FLAT_FROM) & (z <= FLAT_TO)
+    if FLAT_ABOVE is not None:
+        flat |= z >= FLAT_ABOVE
+    return flat
+
+
+@device_function
+def _store(parts_ptr, row, mask, n, seen, sum_h, sum_abs, sum_sq, GRADIENT: tl.constexpr):
+    """Write the partial sums of which there are those of gradients too, but for sum h."""
+    tl.store(parts_ptr, n.to(tl.float32), mask=mask)
+    if GRADIENT:
+        tl.store(parts_ptr + row, sum_abs, mask=mask)
+        tl.store(parts_ptr + 2 * row, sum_sq, mask=mask)
+        tl.store(parts_ptr + 3 * row, (seen - n).to(tl.float32), mask=mask)
+    else:
+        tl.store(parts_ptr + row, sum_h, mask=mask)
+        tl.store(parts_ptr + 2 * row, sum_abs, mask=mask)
+        tl.store(parts_ptr + 3 * row, sum_sq, mask=mask)
+        tl.store(parts_ptr + 8 * row, (seen - n).to(tl.float32), mask=mask)
+
+
+@device_function
+def _store_activations(parts_ptr, row, mask, least, most, zero, flat):
+    """Write the partial results that activations have alone."""
+    tl.store(parts_ptr + 4 * row, least, mask=mask)
+    tl.store(parts_ptr + 5 * row, most, mask=mask)
+    tl.store(parts_ptr + 6 * row, zero.to(tl.float32), mask=mask)
+    tl.store(parts_ptr + 7 * row, flat.to(tl.float32), mask=mask)
+
+
+@device_function
+def _read_wide(
     x_ptr,
+    tensor_ptr,
+    item_ptr,
     parts_ptr,
-    units: tl.int64,
-    inner: tl.int64,
-    outer: tl.int64,
-    middle: tl.int64,
-    unit_stride: tl.int64,
-    inner_stride: tl.int64,
-    middle_stride: tl.int64,
-    outer_stride: tl.int64,
-    outer_share: tl.int64,
-    inner_blocks: tl.int64,
-    inner_splits: tl.int64,
     slope,
     ACTIVATION: tl.constexpr,
+    MONOTONE: tl.constexpr,
+    POSITIVE: tl.constexpr,
     FLAT_BELOW: tl.constexpr,
     FLAT_FROM: tl.constexpr,
     FLAT_TO: tl.constexpr,
     FLAT_ABOVE: tl.constexpr,
     GRADIENT: tl.constexpr,
     UNITS_ADJACENT: tl.constexpr,
-    DENSE: tl.constexpr,
-    NESTED: tl.constexpr,
+    FAST: tl.constexpr,
     VECTOR: tl.constexpr,
-    BLOCK_UNITS: tl.constexpr,
-    BLOCK_POSITIONS: tl.constexpr,
 ):
-    """Write the partial sums of activations or of gradients.
+    """Write the partial sums of an item; return 0, and write none, unless all is finite."""
+    TYPE: tl.constexpr = x_ptr.dtype.element_ty
+    unit, lane, offsets, there = _tile(tensor_ptr, item_ptr, UNITS_ADJACENT, FAST, VECTOR)
+    STEP: tl.constexpr = _SLOW if UNITS_ADJACENT else FAST
+    x_ptr = tl.multiple_of(x_ptr, 16)
+    inner_stride = tl.load(tensor_ptr + 3) // VECTOR * VECTOR if UNITS_ADJACENT else 1
+    outer_stride = tl.load(tensor_ptr + 5) // VECTOR * VECTOR
+    inner_begin = tl.load(item_ptr + 5) // STEP * STEP
+    # An item is at most 512 tiles long.
+    positions = (tl.load(item_ptr + 6) - inner_begin).to(tl.int32)
+    if not UNITS_ADJACENT:
+        positions = positions // VECTOR * VECTOR
+    outers = tl.load(item_ptr + 4).to(tl.int32)
+    blocks = tl.cdiv(positions, STEP)
+    along = STEP * inner_stride
+    back = outer_stride - (blocks - 1) * along
+    start = tl.load(item_ptr + 2) // VECTOR * VECTOR
+    tile_ptr = x_ptr + (start + inner_begin * inner_stride) + offsets
 
-    This program owns BLOCK_UNITS units in one split of the positions: grid (blocks of units,
-    splits).
-
-    A position is one of `inner` fast ones of one of `outer` others; an outer index is two
-    dimensions where NESTED. Strides are in elements, 0 and negative ones too.
-
-    Args:
-        x_ptr: z or g with `units` units, any float dtype but float64.
-        parts_ptr: float32 [9, splits, units], of gradients [4, splits, units], contiguous; every
-            element is written.
-        units: C.
-        inner: Size of the positions that make tiles with the units.
-        outer: Number of the other positions.
-        middle: Size of the faster of the two outer dimensions; read if NESTED.
-        unit_stride: From one unit to the next.
-        inner_stride: From one inner position to the next.
-        middle_stride: Along the faster outer dimension; read if NESTED.
-        outer_stride: Along the slower outer dimension, or the only one.
-        outer_share: Outer indices of a split.
-        inner_blocks: Tiles along inner of a split.
-        inner_splits: Splits along inner; split s is s // inner_splits along outer.
-        slope: Of a leaky ReLU.
-        ACTIVATION: Name of f in h = f(z).
-        FLAT_BELOW: f is flat up to here; None if nowhere.
-        FLAT_FROM: And from here; None if nowhere.
-        FLAT_TO: Up to here.
-        FLAT_ABOVE: And from here on; None if nowhere.
-        GRADIENT: Whether x is g: then h is abs(g), and the rows of h alone are left out.
-        UNITS_ADJACENT: Whether tiles are [positions, units], else [units, positions].
-        DENSE: Whether the stride of the last dimension of a tile is 1.
-        NESTED: Whether an outer index is two dimensions.
-        VECTOR: What divides all sizes and strides but the dense one: so many are read at once.
-        BLOCK_UNITS: Units of a tile.
-        BLOCK_POSITIONS: Inner positions of a tile.
-    """
-    units, inner, unit_stride, inner_stride = told(
-        units, inner, unit_stride, inner_stride, UNITS_ADJACENT, DENSE, VECTOR
-    )
-    middle_stride, outer_stride = multiple(middle_stride, VECTOR), multiple(outer_stride, VECTOR)
-    split = tl.program_id(1)
-    outer_begin, outer_end = share_of(split // inner_splits, outer_share, outer)
-    inner_share = inner_blocks * BLOCK_POSITIONS
-    inner_begin, inner_end = share_of(split % inner_splits, inner_share, inner)
-    unit = tl.program_id(0) * BLOCK_UNITS + tl.arange(0, BLOCK_UNITS)
-    lane = tl.arange(0, BLOCK_POSITIONS)
-    offsets = offsets_of(unit, lane, unit_stride, inner_stride, UNITS_ADJACENT)
-
-    # Three counters of 10 bits: finite, zero, flat. A program has at most 512 tiles.
+    # Two counters of 10 bits: zero (which is flat for a ReLU), flat. An item has at most 512 tiles.
     counts = tl.zeros(offsets.shape, tl.int32)
     sum_h = tl.zeros(offsets.shape, tl.float32)
     sum_abs = tl.zeros(offsets.shape, tl.float32)
     sum_sq = tl.zeros(offsets.shape, tl.float32)
+    # Of z where f never falls, else of h; and then abs(z), because h may hide that z is infinite.
+    least = tl.full(offsets.shape, float("inf"), tl.float32)
+    most = tl.full(offsets.shape, float("-inf"), tl.float32)
+    size = tl.zeros(offsets.shape, tl.float32)
     # The largest |h| that the dtype rounds to 0.
+    ZERO: tl.constexpr = 2.0**-25 if TYPE == tl.float16 else 0.0
+    left = positions
+    for _ in tl.range(0, outers * blocks, loop_unroll_factor=_UNROLL):
+        inside = _inside(lane, left, there, UNITS_ADJACENT)
+        # Outside is NaN, which is in no interval and not the smaller or larger of two numbers.
+        z = tl.load(tile_ptr, mask=inside, other=float("nan")).to(tl.float32)
+        last = left <= STEP
+        tile_ptr += tl.where(last, back, along)
+        left = tl.where(last, positions, left - STEP)
+        if GRADIENT:
+            z = tl.where(inside, z, 0.0)
+            sum_abs += tl.abs(z)
+            sum_sq += z * z
+        else:
+            h = activate(z, slope, ACTIVATION, TYPE)
+            if MONOTONE:
+                least, most = tl.minimum(least, z), tl.maximum(most, z)
+            else:
+                least, most = tl.minimum(least, h), tl.maximum(most, h)
+                size = tl.maximum(size, tl.abs(z))
+            if ACTIVATION == "relu":
+                counts += tl.where(z <= 0.0, 1, 0)
+            else:
+                counts += tl.where(tl.abs(h) <= ZERO, 1, 0)
+                if FLAT_BELOW is not None:
+                    flat = _flat(z, FLAT_BELOW, FLAT_FROM, FLAT_TO, FLAT_ABOVE)
+                    counts += tl.where(flat, 1 << 10, 0)
+            h = tl.where(inside, h, 0.0)
+            sum_h += h
+            sum_sq += h * h
+            if not POSITIVE:
+                sum_abs += tl.abs(h)
+
+    AXIS: tl.constexpr = 0 if UNITS_ADJACENT else 1
+    sum_h, sum_sq = tl.sum(sum_h, AXIS), tl.sum(sum_sq, AXIS)
+    sum_abs = sum_h if POSITIVE else tl.sum(sum_abs, AXIS)
+    low, high = tl.min(least, AXIS), tl.max(most, AXIS)
+    # NaN and infinite h show in the sums.
+    finite = (sum_abs < float("inf")) & (sum_sq < float("inf"))
+    if not GRADIENT:
+        finite &= (low > float("-inf")) & (high < float("inf"))
+        if not MONOTONE:
+            finite &= tl.max(size, AXIS) < float("inf")
+    mask = unit < tl.load(tensor_ptr)
+    done = tl.min(tl.where(finite | (mask == 0), 1, 0), 0)
+    if done != 0:
+        units = tl.load(tensor_ptr)
+        row = tl.load(tensor_ptr + 7) * units
+        part_ptr = parts_ptr + tl.load(item_ptr + 7) * units + unit
+        seen = outers * positions + tl.zeros(unit.shape, tl.int32)
+        _store(part_ptr, row, mask, seen, seen, sum_h, sum_abs, sum_sq, GRADIENT)
+        if not GRADIENT:
+            if MONOTONE:
+                low = activate(low, slope, ACTIVATION, TYPE)
+                high = activate(high, slope, ACTIVATION, TYPE)
+            zero = tl.sum(counts & 1023, AXIS)
+            flat = zero if ACTIVATION == "relu" else tl.sum(counts >> 10, AXIS)
+            low, high = rounded(low, TYPE), rounded(high, TYPE)
+            _store_activations(part_ptr, row, mask, low, high, zero, flat)
+    return done
+
+
+@device_function
+def _read_carefully(
+    x_ptr,
+    tensor_ptr,
+    item_ptr,
+    parts_ptr,
+    slope,
+    ACTIVATION: tl.constexpr,
+    POSITIVE: tl.constexpr,
+    FLAT_BELOW: tl.constexpr,
+    FLAT_FROM: tl.constexpr,
+    FLAT_TO: tl.constexpr,
+    FLAT_ABOVE: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    UNITS_ADJACENT: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Write the partial sums of an item with any strides and any numbers."""
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
+    unit, lane, offsets, there = _tile(tensor_ptr, item_ptr, UNITS_ADJACENT, FAST, 1)
+    STEP: tl.constexpr = _SLOW if UNITS_ADJACENT else FAST
+    inner_stride, middle = tl.load(tensor_ptr + 3), tl.load(tensor_ptr + 1)
+    middle_stride, outer_stride = tl.load(tensor_ptr + 4), tl.load(tensor_ptr + 5)
+    start, turn, outers = tl.load(item_ptr + 2), tl.load(item_ptr + 3), tl.load(item_ptr + 4)
+    inner_begin, inner_end = tl.load(item_ptr + 5), tl.load(item_ptr + 6)
+    back = outer_stride - (middle - 1) * middle_stride
+
+    counts = tl.zeros(offsets.shape, tl.int32)
+    sum_h = tl.zeros(offsets.shape, tl.float32)
+    sum_abs = tl.zeros(offsets.shape, tl.float32)
+    sum_sq = tl.zeros(offsets.shape, tl.float32)
     ZERO: tl.constexpr = 2.0**-25 if TYPE == tl.float16 else 0.0
     least = tl.full(offsets.shape, float("inf"), tl.float32)
     most = tl.full(offsets.shape, float("-inf"), tl.float32)
-    for index in range(outer_begin, outer_end):
-        start = start_of(index, middle, middle_stride, outer_stride, NESTED)
-        for first in range(inner_begin, inner_end, BLOCK_POSITIONS):
-            inside = inside_of(unit, first + lane, units, inner, UNITS_ADJACENT)
-            # Outside is NaN, which counts nowhere.
+    for _ in range(0, outers):
+        for first in range(inner_begin, inner_end, STEP):
+            inside = _inside(lane, inner_end - first, there, UNITS_ADJACENT)
             tile_ptr = x_ptr + (start + first * inner_stride) + offsets
             z = tl.load(tile_ptr, mask=inside, other=float("nan")).to(tl.float32)
             h = tl.abs(z) if GRADIENT else activate(z, slope, ACTIVATION, TYPE)
             finite = (tl.abs(z) < float("inf")) & (tl.abs(h) < float("inf"))
             counted = tl.where(finite, h, 0.0)
-            sum_abs += counted if GRADIENT else tl.abs(counted)
+            if not POSITIVE:
+                sum_abs += tl.abs(counted)
             sum_sq += counted * counted
             count = tl.where(finite, 1, 0)
             if not GRADIENT:
@@ -125,34 +270,114 @@ def unit_kernel(
                 least = tl.minimum(least, tl.where(finite, h, float("inf")))
                 most = tl.maximum(most, tl.where(finite, h, float("-inf")))
                 count = 1 + tl.where(tl.abs(h) <= ZERO, 1 << 10, 0)
-                if FLAT_BELOW is not None:
-                    is_flat = z <= FLAT_BELOW
-                    if FLAT_FROM is not None:
-                        is_flat |= (z >= FLAT_FROM) & (z <= FLAT_TO)
-                    if FLAT_ABOVE is not None:
-                        is_flat |= z >= FLAT_ABOVE
-                    count += tl.where(is_flat, 1 << 20, 0)
+                if FLAT_BELOW is not None and ACTIVATION != "relu":
+                    flat = _flat(z, FLAT_BELOW, FLAT_FROM, FLAT_TO, FLAT_ABOVE)
+                    count += tl.where(flat, 1 << 20, 0)
                 count = tl.where(finite, count, 0)
             counts += count
+        # An outer index is two dimensions.
+        start += tl.where(turn == 1, back, middle_stride)
+        turn = tl.where(turn == 1, middle, turn - 1)
 
     AXIS: tl.constexpr = 0 if UNITS_ADJACENT else 1
-    n = tl.sum(counts if GRADIENT else counts & 1023, AXIS)
-    seen = ((outer_end - outer_begin) * (inner_end - inner_begin)).to(tl.int32)
-    part_ptr = parts_ptr + split.to(tl.int64) * units + unit
-    row = tl.num_programs(1) * units
-    mask = unit < units
-    tl.store(part_ptr, n.to(tl.float32), mask=mask)
+    n = tl.sum(counts & 1023, AXIS)
+    seen = (outers * (inner_end - inner_begin)).to(tl.int32)
+    units = tl.load(tensor_ptr)
+    row, mask = tl.load(tensor_ptr + 7) * units, unit < units
+    part_ptr = parts_ptr + tl.load(item_ptr + 7) * units + unit
+    sum_h, sum_sq = tl.sum(sum_h, AXIS), tl.sum(sum_sq, AXIS)
+    sum_abs = sum_h if POSITIVE else tl.sum(sum_abs, AXIS)
+    _store(part_ptr, row, mask, n, seen, sum_h, sum_abs, sum_sq, GRADIENT)
     if not GRADIENT:
-        part_ptr += row
-        tl.store(part_ptr, tl.sum(sum_h, AXIS), mask=mask)
-    tl.store(part_ptr + row, tl.sum(sum_abs, AXIS), mask=mask)
-    tl.store(part_ptr + 2 * row, tl.sum(sum_sq, AXIS), mask=mask)
-    part_ptr += 3 * row
-    if not GRADIENT:
-        tl.store(part_ptr, rounded(tl.min(least, AXIS), TYPE), mask=mask)
-        tl.store(part_ptr + row, rounded(tl.max(most, AXIS), TYPE), mask=mask)
-        zero, flat = (counts >> 10) & 1023, counts >> 20
-        tl.store(part_ptr + 2 * row, tl.sum(zero, AXIS).to(tl.float32), mask=mask)
-        tl.store(part_ptr + 3 * row, tl.sum(flat, AXIS).to(tl.float32), mask=mask)
-        part_ptr += 4 * row
-    tl.store(part_ptr, (seen - n).to(tl.float32), mask=mask)
+        least, most = rounded(tl.min(least, AXIS), TYPE), rounded(tl.max(most, AXIS), TYPE)
+        zero = tl.sum((counts >> 10) & 1023, AXIS)
+        flat = zero if ACTIVATION == "relu" else tl.sum(counts >> 20, AXIS)
+        _store_activations(part_ptr, row, mask, least, most, zero, flat)
+
+
+@kernel
+def unit_kernel(
+    x_ptr,
+    addresses_ptr,
+    tensors_ptr,
+    items_ptr,
+    parts_ptr,
+    first_item: tl.int64,
+    slope,
+    TYPE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    MONOTONE: tl.constexpr,
+    POSITIVE: tl.constexpr,
+    FLAT_BELOW: tl.constexpr,
+    FLAT_FROM: tl.constexpr,
+    FLAT_TO: tl.constexpr,
+    FLAT_ABOVE: tl.constexpr,
+    GRADIENT: tl.constexpr,
+):
+    """Write the partial sums of activations or of gradients of many tensors.
+
+    This program owns an item, a block of units in one split of the positions of one tensor: grid
+    (items of a launch,).
+
+    A position is one of `inner` fast ones of one of `outer` others; an outer index is two
+    dimensions where `middle` is above 1. Strides are in elements, 0 and negative ones too.
+
+    Args:
+        x_ptr: z or g, if the launch is over one tensor; else None.
+        addresses_ptr: int64 [n_tensors], contiguous: the addresses of all; None if x_ptr is given.
+        tensors_ptr: int64 [n_tensors, 9], contiguous: `Row` of `unit_tables`.
+        items_ptr: int64 [n_items, 8], contiguous: tensor, first unit, where its first outer index
+            begins, how many until the slower one goes on, how many in all, inner begin and end,
+            split.
+        parts_ptr: float32, of each tensor where its row says: [9, splits, units], of gradients [4,
+            splits, units], contiguous; every element is written.
+        first_item: Item of program 0.
+        slope: Of a leaky ReLU.
+        TYPE: Dtype of the tensors of this launch, any float dtype but float64.
+        ACTIVATION: Name of f in h = f(z).
+        MONOTONE: Whether f never falls.
+        POSITIVE: Whether h is never negative.
+        FLAT_BELOW: f is flat up to here; None if nowhere.
+        FLAT_FROM: And from here; None if nowhere.
+        FLAT_TO: Up to here.
+        FLAT_ABOVE: And from here on; None if nowhere.
+        GRADIENT: Whether x is g: then h is abs(g), and the rows of h alone are left out.
+    """
+    item_ptr = items_ptr + (first_item + tl.program_id(0)) * _N_ITEM
+    tensor = tl.load(item_ptr)
+    tensor_ptr = tensors_ptr + tensor * _N_TENSOR
+    if addresses_ptr is None:
+        data_ptr = x_ptr
+    else:
+        data_ptr = tl.load(addresses_ptr + tensor).to(tl.pointer_type(TYPE))
+    parts_ptr += tl.load(tensor_ptr + 6)
+    path = tl.load(tensor_ptr + 8)
+    FAST: tl.constexpr = _ROW_BYTES // (TYPE.primitive_bitwidth // 8)
+    VECTOR: tl.constexpr = _VECTOR_BYTES // (TYPE.primitive_bitwidth // 8)
+    done = 0
+    if path == _ADJACENT:
+        done = _read_wide(
+            data_ptr, tensor_ptr, item_ptr, parts_ptr, slope, ACTIVATION, MONOTONE, POSITIVE,
+            FLAT_BELOW, FLAT_FROM, FLAT_TO, FLAT_ABOVE, GRADIENT, True, FAST, VECTOR,
+        )  # fmt: skip
+    elif path == _PLANES:
+        done = _read_wide(
+            data_ptr, tensor_ptr, item_ptr, parts_ptr, slope, ACTIVATION, MONOTONE, POSITIVE,
+            FLAT_BELOW, FLAT_FROM, FLAT_TO, FLAT_ABOVE, GRADIENT, False, FAST, VECTOR,
+        )  # fmt: skip
+    elif path == _HALF_PLANES:
+        done = _read_wide(
+            data_ptr, tensor_ptr, item_ptr, parts_ptr, slope, ACTIVATION, MONOTONE, POSITIVE,
+            FLAT_BELOW, FLAT_FROM, FLAT_TO, FLAT_ABOVE, GRADIENT, False, FAST // 2, VECTOR // 2,
+        )  # fmt: skip
+    if done == 0:
+        if path <= _ADJACENT:
+            _read_carefully(
+                data_ptr, tensor_ptr, item_ptr, parts_ptr, slope, ACTIVATION, POSITIVE,
+                FLAT_BELOW, FLAT_FROM, FLAT_TO, FLAT_ABOVE, GRADIENT, True, FAST,
+            )  # fmt: skip
+        else:
+            _read_carefully(
+                data_ptr, tensor_ptr, item_ptr, parts_ptr, slope, ACTIVATION, POSITIVE,
+                FLAT_BELOW, FLAT_FROM, FLAT_TO, FLAT_ABOVE, GRADIENT, False, FAST,
+            )  # fmt: skip

@@ -1,0 +1,234 @@
+"""The tables that describe many tensors to the kernel of activation_stats and gradient_stats.
+
+A tensor is units times positions (`layout.py`). An item is what one program reads: a block of units
+and, of the positions, a range of outer indices times a range of inner ones.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from triton import cdiv
+
+from fastplastic.kernels.gpu import launch
+from fastplastic.kernels.gpu.layout import Layout, layout
+from fastplastic.kernels.gpu.runtime import Addresses, send
+
+# How a tensor is read: units next to each other or not, rows that are read wide or not.
+NARROW_ADJACENT, ADJACENT, NARROW_PLANES, PLANES, HALF_PLANES = range(5)
+TENSOR_COLUMNS, ITEM_COLUMNS, FOLD_COLUMNS = 9, 8, 5
+
+
+class Form(NamedTuple):
+    """Everything about a tensor, but its address, that decides how to read it.
+
+    Attributes:
+        shape, strides: Of the tensor.
+        axis: Dimension of the units.
+        dtype: Of the tensor.
+        aligned: Whether its address is a multiple of 16 bytes.
+        activation: Name of f, "" for gradients.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    axis: int
+    dtype: torch.dtype
+    aligned: bool
+    activation: str
+
+
+class Row(NamedTuple):
+    """A tensor in the table of tensors, strides in elements."""
+
+    units: int
+    middle: int
+    unit_stride: int
+    inner_stride: int
+    middle_stride: int
+    outer_stride: int
+    # Where its partial sums begin.
+    parts: int
+    splits: int
+    path: int
+
+
+class Kind(NamedTuple):
+    """What makes another variant of the kernel, and so another launch."""
+
+    dtype: torch.dtype
+    activation: str
+
+
+@dataclass(frozen=True, eq=False)
+class UnitTables:
+    """The tables of one list of tensors, on the device, and how to launch over them.
+
+    Attributes:
+        tensors: int64 [n_tensors, TENSOR_COLUMNS].
+        items: int64 [n_items, ITEM_COLUMNS]: tensor, first unit, where its first outer index
+            begins, how many until the slower one goes on, how many in all, inner begin and end,
+            split.
+        launches: First item of each kind and the end of its items.
+        folds: int64 [n_folds, FOLD_COLUMNS]: first part, splits, units of the tensor, units of the
+            block, column of the output.
+        parts: Number of partial sums of one row.
+        addresses: Tables of addresses that were sent.
+    """
+
+    tensors: Tensor
+    items: Tensor
+    launches: dict[Kind, tuple[int, int]]
+    folds: Tensor
+    parts: int
+    addresses: Addresses = field(default_factory=Addresses)
+
+
+@lru_cache(maxsize=4096)
+def layout_of(shape: tuple[int, ...], strides: tuple[int, ...], axis: int) -> Layout | None:
+    """Return how a tensor is read, None where it must be copied first."""
+    return layout(shape, strides, axis)
+
+
+@lru_cache(maxsize=256)
+def tables_for(
+    forms: tuple[Form, ...], columns: tuple[int, ...], rows: int, device: torch.device, stream: int
+) -> UnitTables:
+    """Return the tables of a list of tensors, filled by a stream for itself.
+
+    Args:
+        forms: The tensors; all have elements, and none must be copied.
+        columns: First column of the output of each.
+        rows: Rows of the output.
+        device: Where the tables are.
+        stream: The current stream.
+    """
+    shares = [_share(form) for form in forms]
+    depth = launch.unit_depth(sum(share.tiles for share in shares))
+    splits = [share.split(depth) for share in shares]
+    ends = np.cumsum([split.count * share.units for split, share in zip(splits, shares, strict=True)])
+    firsts = [0, *ends[:-1].tolist()]
+    kinds: dict[Kind, list[int]] = {}
+    for i, form in enumerate(forms):
+        kinds.setdefault(Kind(form.dtype, form.activation), []).append(i)
+    items, launches, begin = [], {}, 0
+    for kind, own in kinds.items():
+        blocks = [_items(i, shares[i], splits[i]) for i in own]
+        items += blocks
+        end = begin + sum(map(len, blocks))
+        launches[kind], begin = (begin, end), end
+    tensors = [
+        share.row(first * rows, split.count)
+        for share, first, split in zip(shares, firsts, splits, strict=True)
+    ]
+    folds = [
+        _folds(first * rows, split.count, share.units, column)
+        for first, split, share, column in zip(firsts, splits, shares, columns, strict=True)
+    ]
+    return UnitTables(
+        _sent(np.array(tensors, dtype=np.int64), device),
+        _sent(np.concatenate(items), device),
+        launches,
+        _sent(np.concatenate(folds), device),
+        int(ends[-1]),
+    )
+
+
+class _Split(NamedTuple):
+    """How positions are dealt out: `outer` indices of `inner` tiles for each item."""
+
+    outer: int
+    inner: int
+    inner_splits: int
+    count: int
+
+
+class _Share(NamedTuple):
+    """A tensor in tiles."""
+
+    plan: Layout
+    path: int
+    units: int
+    step: int
+    block: int
+
+    @property
+    def blocks(self) -> int:
+        """Tiles side by side along the inner positions."""
+        return cdiv(self.plan.inner[0], self.step)
+
+    @property
+    def tiles(self) -> int:
+        """All tiles."""
+        return cdiv(self.units, self.block) * self.blocks * self.plan.outer
+
+    def split(self, depth: int) -> _Split:
+        """Return items of `depth` to twice as many tiles, where there are so many."""
+        outer = cdiv(self.plan.outer, max(1, self.plan.outer * self.blocks // depth))
+        inner = self.blocks
+        if self.blocks >= 2 * depth:
+            outer, inner = 1, cdiv(self.blocks, self.blocks // depth)
+        inner_splits = cdiv(self.blocks, inner)
+        return _Split(outer, inner, inner_splits, inner_splits * cdiv(self.plan.outer, outer))
+
+    def row(self, parts: int, splits: int) -> Row:
+        """Return the row of the table of tensors."""
+        plan = self.plan
+        strides = (plan.units[1], plan.inner[1], plan.middle[1], plan.outer_stride)
+        return Row(self.units, plan.middle[0], *strides, parts, splits, self.path)
+
+
+def _share(form: Form) -> _Share:
+    plan = layout_of(form.shape, form.strides, form.axis)
+    assert plan is not None, form
+    path = _path(plan, form)
+    fast = launch.UNIT_ROW_BYTES // form.dtype.itemsize // (2 if path == HALF_PLANES else 1)
+    if plan.units_adjacent:
+        return _Share(plan, path, plan.units[0], launch.UNIT_SLOW, fast)
+    return _Share(plan, path, plan.units[0], fast, launch.UNIT_SLOW)
+
+
+def _path(plan: Layout, form: Form) -> int:
+    whole = launch.VECTOR_BYTES // form.dtype.itemsize
+    vector = plan.vector(form.dtype.itemsize) if form.aligned and plan.middle[0] == 1 else 1
+    if plan.units_adjacent:
+        return ADJACENT if vector == whole else NARROW_ADJACENT
+    return {whole: PLANES, whole // 2: HALF_PLANES}.get(vector, NARROW_PLANES)
+
+
+def _items(tensor: int, share: _Share, split: _Split) -> NDArray[np.int64]:
+    """Return rows of the table of items, block of units by block of units."""
+    part = np.arange(split.count, dtype=np.int64)
+    outer = part // split.inner_splits * split.outer
+    inner = part % split.inner_splits * (split.inner * share.step)
+    unit = np.arange(0, share.units, share.block, dtype=np.int64)
+    rows = np.empty((len(unit), split.count, ITEM_COLUMNS), dtype=np.int64)
+    rows[..., 0], rows[..., 1] = tensor, unit[:, None]
+    middle, stride = share.plan.middle
+    rows[..., 2] = outer // middle * share.plan.outer_stride + outer % middle * stride
+    rows[..., 3] = middle - outer % middle
+    rows[..., 4] = np.minimum(split.outer, share.plan.outer - outer)
+    rows[..., 5] = inner
+    rows[..., 6] = np.minimum(inner + split.inner * share.step, share.plan.inner[0])
+    rows[..., 7] = part
+    return rows.reshape(-1, ITEM_COLUMNS)
+
+
+def _folds(parts: int, splits: int, units: int, column: int) -> NDArray[np.int64]:
+    """Return rows of the table of folds: blocks of units."""
+    unit = np.arange(0, units, launch.FOLD_UNITS, dtype=np.int64)
+    rows = np.empty((len(unit), FOLD_COLUMNS), dtype=np.int64)
+    rows[:, 0], rows[:, 1], rows[:, 2] = parts + unit, splits, units
+    rows[:, 3], rows[:, 4] = np.minimum(launch.FOLD_UNITS, units - unit), column + unit
+    return rows
+
+
+def _sent(rows: NDArray[np.int64], device: torch.device) -> Tensor:
+    result = torch.empty(rows.shape, dtype=torch.int64, device=device)
+    send(rows.ravel().tolist(), result)
+    return result
