@@ -56,6 +56,9 @@ def notes_of(
     if observation.dropped:
         steps = f"{observation.dropped} of {observation.steps} steps"
         notes.append(f"{steps} had gradients that are not finite under the loss scale: left out")
+    if observation.lost:
+        tensors = "1 tensor was" if observation.lost == 1 else f"{observation.lost} tensors were"
+        notes.append(f"{tensors} overwritten before the end of a pass, and not read then")
     for what, row in (
         ("activations", "n_nonfinite_h"),
         ("gradients of activations", "n_nonfinite_g"),

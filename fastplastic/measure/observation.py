@@ -25,6 +25,7 @@ class Observation:
         unforeseen: Names of weight layers that ran and are in no trace of the model.
         unseen: Calls that ran in compiled code that hooks did not see, or not all of.
         stale: Whether code had been compiled before there were hooks.
+        lost: Tensors that had been overwritten before they were read.
     """
 
     stats: UnitStats
@@ -37,6 +38,7 @@ class Observation:
     unforeseen: frozenset[str]
     unseen: int
     stale: bool
+    lost: int = 0
 
 
 @dataclass

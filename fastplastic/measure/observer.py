@@ -1,7 +1,7 @@
 """Hooks on a live model that sum up what passes them; the model is never changed.
 
-A tensor is read once, inside the hook that sees it: an in-place activation function overwrites the
-pre-activation right afterwards. Every hook returns None. Gradients are seen by hooks on tensors,
+A tensor is read once, inside the hook that sees it, because an in-place activation function
+overwrites the pre-activation right afterwards, or later where that is safe. Every hook returns None. Gradients are seen by hooks on tensors,
 never by full backward hooks of modules, which raise when an in-place operation follows.
 
 Hooks that torch.compile traces put operators into its graph (`compiled.py`); all others are called
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fastplastic.kernels import activation_stats, gradient_stats, untraced
+from fastplastic.kernels import untraced
 from fastplastic.measure.attention import projection
 from fastplastic.measure.compiled import (
     ATTENTION,
@@ -39,6 +39,7 @@ from fastplastic.measure.pace import Pace
 from fastplastic.measure.padding import Tokens, padding_mask, tokens_of, unpadded
 from fastplastic.measure.parameters import WeightReader
 from fastplastic.measure.scale import nonfinite_gradients, unscaled
+from fastplastic.measure.reader import Reader
 from fastplastic.measure.slots import TensorRead, TensorReads
 from fastplastic.measure.sums import DeviceSums, add_weights, reading
 from fastplastic.measure.traced import TracedReads
@@ -94,7 +95,7 @@ class Observer:
         self._tokens: Tokens | None = None
         self._mask: Tensor | None = None
         self._traced = TracedReads(gradients)
-        self._sums: dict[torch.device, DeviceSums] = {}
+        self._readers: dict[torch.device, Reader] = {}
         self.reset()
 
     def __reduce__(self) -> tuple[Callable[[], "Observer"], tuple[()]]:
@@ -107,8 +108,9 @@ class Observer:
             self._total = empty_table(self._units)
             # Weights whose gradient was seen.
             self._weights_seen: set[str] = set()
-            for sums in self._sums.values():
-                sums.clear()
+            for reader in self._readers.values():
+                reader.forget()
+                reader.sums.clear()
             self._factor = 1.0
             self._pace.restart()
             self.calls, self._dropped = CallCount(), 0
@@ -134,7 +136,7 @@ class Observer:
         """Make the tables that compiled code adds to: one set, on the device of the model."""
         devices = {parameter.device for parameter in self.model.parameters()}
         if len(devices) == 1 and self._sample is None:
-            self._traced.sums = self._sums_on(devices.pop())
+            self._traced.sums = self._reader_on(devices.pop()).sums
             keep_address(self._traced.sums)
 
     def pause(self, paused: bool) -> None:
@@ -170,6 +172,7 @@ class Observer:
                 UnitStats(table, self._columns), frozenset(self.calls.modes), self.calls.samples,
                 self.calls.steps, self._dropped, self.calls.masked, dict(self._problems),
                 frozenset(self._unforeseen), self._pace.unseen, self._pace.stale,
+                sum(reader.lost for reader in self._readers.values()),
             )  # fmt: skip
 
     def _on_begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -211,18 +214,20 @@ class Observer:
             self._running = False
             return
         with self._lock:
-            if self._scale is not None:
-                self._fold()
             self._measuring = self._running = self._pace.begin()
             if not self._measuring:
                 self._site_hooks.take_off()
                 return
+            if self._scale is not None:
+                self._fold()
             self._site_hooks.put_on()
             self._mask = padding_mask(self.model, kwargs)
             self._tokens = None if self._mask is None else tokens_of(self._mask)
             samples = samples_of([*args, *kwargs.values()])
             self.calls.add(samples, mode_of(self.model), self._tokens is not None)
             self._factor = 1.0 if self._scale is None else self._scale()
+            for reader in self._readers.values():
+                reader.begin(self.model.training)
             if self._parameters:
                 self._hook_parameters()
 
@@ -232,6 +237,9 @@ class Observer:
         self._traced.finish()
         if not in_backward():
             if self._running:
+                with self._lock:
+                    for reader in self._readers.values():
+                        reader.end_forward()
                 self._pace.end(whole=output is not None and bool(self._reads.sites))
             elif not self.paused:
                 self._pace.end_unmeasured()
@@ -326,26 +334,20 @@ class Observer:
 
     def _read_activations(self, read: TensorRead, tensor: Tensor) -> None:
         with self._lock:
+            reader = self._reader_on(tensor.device)
+            if self._sample is None:
+                reader.activations(read, tensor, self._tokens)
+                return
             x, axis = unpadded(tensor.detach(), read.axis, self._tokens)
-            sums = self._sums_on(x.device)
-            for run in read.activations:
-                size = run.stop - run.start
-                part = x if size == read.channels else x.narrow(axis, run.start, size)
-                activation_stats(
-                    part, axis, run.activation, out=sums.of_activations(run.slot, size)
-                )
-            if self._sample is not None:
-                self._sample(read.measured, x, axis)
+            reader.read_activations(read, x, axis)
+            self._sample(read.measured, x, axis)
 
     @untraced
     def _see_gradient(self, read: TensorRead, tokens: Tokens | None, gradient: Tensor) -> None:
         if self.paused or not self._handles:
             return
-        assert read.gradients is not None
         with self._lock:
-            g, axis = unpadded(gradient.detach(), read.axis, tokens)
-            out = self._sums_on(g.device).of_gradients(read.gradients, read.channels)
-            gradient_stats(g, axis, out=out)
+            self._reader_on(gradient.device).gradient(read, gradient, tokens)
 
     @untraced
     def _see_parameter(self, name: str, weight: Tensor, gradient: Tensor) -> None:
@@ -356,23 +358,25 @@ class Observer:
                 self._measuring = False
             if not self._measuring:
                 return
-            # Not from `.grad` when the backward pass is over: others may have added to it by then.
-            own = gradient.to_dense() if gradient.is_sparse else gradient
-            self._sums_on(weight.device).add_weight(name, weight.detach(), own.detach())
+            self._reader_on(weight.device).weight(name, weight, gradient)
             self._weights_seen.add(name)
 
-    def _sums_on(self, device: torch.device) -> DeviceSums:
-        sums = self._sums.get(device)
-        if sums is None:
+    def _reader_on(self, device: torch.device) -> Reader:
+        reader = self._readers.get(device)
+        if reader is None:
             with reading():
-                sums = self._sums[device] = DeviceSums.empty(self._reads, self._weights, device)
-        return sums
+                sums = DeviceSums.empty(self._reads, self._weights, device)
+            reader = self._readers[device] = Reader(sums, self._lock)
+            reader.begin(self.model.training)
+        return reader
 
     def _fold(self) -> None:
         """Add the sums since the last time to the total, without the loss scale, and clear them."""
         with reading():
             tables = []
-            for sums in self._sums.values():
+            for reader in self._readers.values():
+                reader.settle()
+                sums = reader.sums
                 table = empty_table(self._units)
                 sums.fold_into(table, self._reads)
                 self.calls.add_counted(sums.calls)

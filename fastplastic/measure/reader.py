@@ -1,0 +1,176 @@
+"""Reads what hooks are given into the sums on one device: at once, or, on a GPU, many together."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from threading import RLock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastplastic.kernels import (
+    activation_stats,
+    backend,
+    foreach_activation_stats,
+    foreach_gradient_stats,
+    gradient_stats,
+    untraced,
+)
+from fastplastic.measure.late import LateReads, LateWeights, Waiting
+from fastplastic.measure.padding import Tokens, unpadded
+from fastplastic.measure.slots import TensorRead
+from fastplastic.measure.sums import DeviceSums, reading
+
+
+class Reader:
+    """Adds to the sums of one device.
+
+    Where kernels are launched, which costs more than most of them take, what hooks are given waits
+    for the end of the forward or backward pass.
+
+    Args:
+        sums: The sums.
+        lock: Held by whoever calls; taken at the end of backward passes.
+    """
+
+    def __init__(self, sums: DeviceSums, lock: RLock) -> None:
+        self.sums = sums
+        self._lock = lock
+        self._device = sums.activations.device
+        self._late = backend(self._device) == "triton"
+        self._on_gpu = self._device.type == "cuda"
+        # Where the network frees what waits, that is at most this part of all that passes: of
+        # activations at the peak of memory, of gradients when many activations are free again.
+        self._activations = LateReads(self._read_late, _functions, share=1 / 8, keeps=True)
+        self._gradients = LateReads(self._read_late_gradients, _none, share=1 / 2, keeps=False)
+        self._weights = LateWeights(partial(sums.weights.add, sums.parameters))
+        self._training: bool | None = None
+        self._backward = -1
+        # The stream of the step, and others that read in it.
+        self._stream: Any = None
+        self._others: set[Any] = set()
+
+    @property
+    def lost(self) -> int:
+        """How many tensors had changed before they were read, and were not read."""
+        return self._activations.lost + self._gradients.lost + self._weights.lost
+
+    def begin(self, training: bool) -> None:
+        """Begin a step."""
+        self._training = training
+        if self._on_gpu:
+            self._stream = torch.cuda.current_stream(self._device)
+            self._join()
+
+    def activations(self, read: TensorRead, tensor: Tensor, tokens: Tokens | None) -> None:
+        """Read pre-activations that a hook was given."""
+        if self._waits() and self._activations.take(read, self._training, tensor, tokens):
+            return
+        self.read_activations(read, *unpadded(tensor.detach(), read.axis, tokens))
+
+    def read_activations(self, read: TensorRead, x: Tensor, axis: int) -> None:
+        """Read pre-activations without padding at once."""
+        for run in read.activations:
+            size = run.stop - run.start
+            part = x if size == read.channels else x.narrow(axis, run.start, size)
+            out = self.sums.of_activations(run.slot, size)
+            activation_stats(part, axis, run.activation, out=out)
+
+    def gradient(self, read: TensorRead, gradient: Tensor, tokens: Tokens | None) -> None:
+        """Read gradients of activations that a hook was given."""
+        if self._waits() and self._gradients.take(read, None, gradient, tokens):
+            self._call_back()
+            return
+        g, axis = unpadded(gradient.detach(), read.axis, tokens)
+        assert read.gradients is not None
+        gradient_stats(g, axis, out=self.sums.of_gradients(read.gradients, read.channels))
+
+    def weight(self, name: str, weight: Tensor, gradient: Tensor) -> None:
+        """Read a weight and its gradient that a hook was given."""
+        waits = self._waits() and self._weights.take(name, weight, gradient)
+        self._call_back()
+        if not waits:
+            own = gradient.to_dense() if gradient.is_sparse else gradient
+            self.sums.add_weight(name, weight.detach(), own.detach())
+
+    def end_forward(self) -> None:
+        """End a forward pass."""
+        self._activations.finish()
+
+    def settle(self) -> None:
+        """Read all that waits."""
+        with self._on_stream():
+            self._activations.flush()
+        self._end_backward()
+        if self._on_gpu:
+            self._join()
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def forget(self) -> None:
+        """Drop all that waits."""
+        for late in (self._activations, self._gradients, self._weights):
+            late.forget()
+            late.lost = 0
+
+    def _waits(self) -> bool:
+        """Tell whether anything may wait: not on another stream, not where a graph is captured."""
+        if not self._on_gpu:
+            return self._late
+        stream = torch.cuda.current_stream(self._device)
+        if stream != self._stream:
+            # The tables are written to by both.
+            stream.wait_stream(self._stream)
+            self._others.add(stream)
+            return False
+        return self._late and not torch.cuda.is_current_stream_capturing()
+
+    def _join(self) -> None:
+        """Let the stream of the step wait for others that read in it."""
+        for stream in self._others:
+            self._stream.wait_stream(stream)
+        self._others.clear()
+
+    def _on_stream(self) -> AbstractContextManager[object]:
+        """Launch on the stream on which what waits was made."""
+        return torch.cuda.stream(self._stream) if self._on_gpu else nullcontext()
+
+    def _call_back(self) -> None:
+        """Have the end of this backward pass told."""
+        backward = torch._C._current_graph_task_id()
+        if self._late and backward != self._backward and backward != -1:
+            self._backward = backward
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+
+    @untraced
+    def _end_backward(self) -> None:
+        with self._lock, reading(), self._on_stream():
+            self._gradients.finish()
+            self._weights.finish()
+
+    def _read_late(self, waiting: Sequence[Waiting]) -> None:
+        parts, axes, names, slots = [], [], [], []
+        for late in waiting:
+            read: TensorRead = late.read
+            x, axis = unpadded(late.tensor.detach(), read.axis, late.more)
+            for run in read.activations:
+                size = run.stop - run.start
+                parts.append(x if size == read.channels else x.narrow(axis, run.start, size))
+                axes.append(axis)
+                names.append(run.activation)
+                slots.append(run.slot)
+        foreach_activation_stats(parts, axes, names, slots, out=self.sums.activations)
+
+    def _read_late_gradients(self, waiting: Sequence[Waiting]) -> None:
+        parts = [unpadded(w.tensor.detach(), w.read.axis, w.more) for w in waiting]
+        tensors, axes = zip(*parts, strict=True)
+        slots = [w.read.gradients for w in waiting]
+        foreach_gradient_stats(tensors, axes, slots, out=self.sums.gradients)
+
+
+def _functions(read: TensorRead) -> Sequence[str]:
+    return [run.activation for run in read.activations]
+
+
+def _none(_: Any) -> Sequence[str]:
+    return ()
