@@ -86,6 +86,8 @@ def cases(quick: bool = False) -> Iterator[tuple[str, Callable[[], object]]]:
     """
     for dtype in ("fp32", "bf16") if quick else DTYPES:
         yield from _stats_cases(dtype, quick)
+        if dtype != "fp16":
+            yield from _many_cases(dtype)
         yield from _parameter_cases(dtype)
         if dtype != "fp16":
             yield from _select_cases(dtype, quick)
@@ -114,6 +116,16 @@ def _stats_cases(dtype: str, quick: bool) -> Iterator[tuple[str, Callable[[], ob
         yield f"{dtype} {layout}", lambda x=x: gradient_stats(x)
         for name in names:
             yield f"{dtype} {layout} {name}", lambda x=x, name=name: activation_stats(x, 1, name)
+
+
+def _many_cases(dtype: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    x = torch.empty(8, 512, 256, dtype=DTYPES[dtype])
+    mask = torch.empty(8 * 512, dtype=torch.bool)
+    table = torch.empty(9, 512, dtype=torch.float64)
+    stats = _module("activation_stats").foreach_activation_stats
+    two = [x, x], [-1, -1], ["gelu", "gelu"], [0, 256]
+    yield f"{dtype} tokens masked gelu", lambda: stats(*two, out=table, masks=[mask, mask])
+    yield f"{dtype} tokens many gelu", lambda: stats(*two, out=table)
 
 
 def _parameter_cases(dtype: str) -> Iterator[tuple[str, Callable[[], object]]]:

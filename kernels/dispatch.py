@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastplastic.kernels.law import Law
 from fastplastic.kernels.selection import Selection
-from fastplastic.kernels.tables import ACTIVATION_ROWS, GRADIENT_ROWS, check_columns
+from fastplastic.kernels.tables import ACTIVATION_ROWS, GRADIENT_ROWS, check_columns, counted
 
 _FOLDERS = {"triton": "gpu", "numba": "cpu", "pytorch": "reference"}
 # The file of a function, where it has another name.
@@ -132,6 +132,7 @@ def foreach_activation_stats(
     columns: Sequence[int],
     *,
     out: Tensor,
+    masks: Sequence[Tensor | None] | None = None,
 ) -> None:
     """Add the sums over the activations of many tensors to one table, on a GPU by few launches.
 
@@ -142,6 +143,8 @@ def foreach_activation_stats(
         columns: First column of `out` that the units of each are added to.
         out: float64 [9, columns], rows as in `ACTIVATION_ROWS`, added to in place; its columns are
             adjacent.
+        masks: Of each, bool in the order of its positions (all dimensions but that of the units):
+            those that count; None for all.
 
     Raises:
         ValueError: As `activation_stats`, or the numbers of arguments differ, or units are not
@@ -149,17 +152,23 @@ def foreach_activation_stats(
     """
     if _backend(out.device.type) == "triton":
         kernel_of("triton", "foreach_activation_stats")(
-            xs, unit_axes, activations, columns, out=out
+            xs, unit_axes, activations, columns, out=out, masks=masks
         )
         return
-    axes = check_columns(xs, unit_axes, columns, len(ACTIVATION_ROWS), out)
-    for x, axis, activation, column in zip(xs, axes, activations, columns, strict=True):
-        activation_stats(x, axis, activation, out=out[:, column : column + x.shape[axis]])
+    given = check_columns(xs, unit_axes, columns, masks, len(ACTIVATION_ROWS), out)
+    for (x, axis, column, mask), activation in zip(given, activations, strict=True):
+        z, along = (x, axis) if mask is None else (counted(x, axis, mask), 1)
+        activation_stats(z, along, activation, out=out[:, column : column + x.shape[axis]])
 
 
 @untraced
 def foreach_gradient_stats(
-    gs: Sequence[Tensor], unit_axes: Sequence[int], columns: Sequence[int], *, out: Tensor
+    gs: Sequence[Tensor],
+    unit_axes: Sequence[int],
+    columns: Sequence[int],
+    *,
+    out: Tensor,
+    masks: Sequence[Tensor | None] | None = None,
 ) -> None:
     """Add the sums over the gradients of many tensors to one table, on a GPU by few launches.
 
@@ -169,17 +178,20 @@ def foreach_gradient_stats(
         columns: First column of `out` that the units of each are added to.
         out: float64 [4, columns], rows as in `GRADIENT_ROWS`, added to in place; its columns are
             adjacent.
+        masks: Of each, bool in the order of its positions (all dimensions but that of the units):
+            those that count; None for all.
 
     Raises:
         ValueError: As `gradient_stats`, or the numbers of arguments differ, or units are not within
             the columns of `out`.
     """
     if _backend(out.device.type) == "triton":
-        kernel_of("triton", "foreach_gradient_stats")(gs, unit_axes, columns, out=out)
+        kernel_of("triton", "foreach_gradient_stats")(gs, unit_axes, columns, out=out, masks=masks)
         return
-    axes = check_columns(gs, unit_axes, columns, len(GRADIENT_ROWS), out)
-    for g, axis, column in zip(gs, axes, columns, strict=True):
-        gradient_stats(g, axis, out=out[:, column : column + g.shape[axis]])
+    given = check_columns(gs, unit_axes, columns, masks, len(GRADIENT_ROWS), out)
+    for g, axis, column, mask in given:
+        part, along = (g, axis) if mask is None else (counted(g, axis, mask), 1)
+        gradient_stats(part, along, out=out[:, column : column + g.shape[axis]])
 
 
 @untraced

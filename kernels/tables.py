@@ -12,7 +12,7 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -43,28 +43,47 @@ def check_axis(x: Tensor, axis: int) -> int:
 
 
 def check_columns(
-    xs: Sequence[Tensor], unit_axes: Sequence[int], columns: Sequence[int], rows: int, out: Tensor
-) -> list[int]:
-    """Return the axis of each tensor as a dimension from 0 on.
+    xs: Sequence[Tensor],
+    unit_axes: Sequence[int],
+    columns: Sequence[int],
+    masks: Sequence[Tensor | None] | None,
+    rows: int,
+    out: Tensor,
+) -> Iterator[tuple[Tensor, int, int, Tensor | None]]:
+    """Return each tensor with its axis as a dimension from 0 on, its column and its mask.
 
     Raises:
         ValueError: There are more of one than of another, a tensor has no such axis or is not
-            floating point, `out` is no table of so many rows, or units are not within its columns.
+            floating point, `out` is no table of so many rows, units are not within its columns, or
+            a mask does not fit.
     """
-    if not len(xs) == len(unit_axes) == len(columns):
+    masks = [None] * len(xs) if masks is None else masks
+    if not len(xs) == len(unit_axes) == len(columns) == len(masks):
         raise ValueError(
-            f"there are {len(xs)} tensors, {len(unit_axes)} axes and {len(columns)} columns, "
-            "expected as many of each"
+            f"there are {len(xs)} tensors, {len(unit_axes)} axes, {len(columns)} columns and "
+            f"{len(masks)} masks, expected as many of each"
         )
     _checked(out, rows, out.shape[-1], out.device)
     axes = [check_axis(x, axis) for x, axis in zip(xs, unit_axes, strict=True)]
-    for x, axis, column in zip(xs, axes, columns, strict=True):
-        if not 0 <= column <= out.shape[1] - x.shape[axis]:
+    for x, axis, column, mask in zip(xs, axes, columns, masks, strict=True):
+        units = x.shape[axis]
+        if not 0 <= column <= out.shape[1] - units:
             raise ValueError(
-                f"{x.shape[axis]} units go to column {column} of {out.shape[1]}, expected columns "
-                "that there are"
+                f"{units} units go to column {column} of {out.shape[1]}, expected columns that "
+                "there are"
             )
-    return axes
+        if mask is not None and (mask.dtype != torch.bool or mask.numel() * units != x.numel()):
+            raise ValueError(
+                f"a mask is {mask.dtype} {tuple(mask.shape)}, expected torch.bool with "
+                f"{x.numel() // max(units, 1)} positions"
+            )
+    return zip(xs, axes, columns, masks, strict=True)
+
+
+def counted(x: Tensor, axis: int, mask: Tensor) -> Tensor:
+    """Return the positions of a tensor that count by a mask, as [positions, units]."""
+    chosen: Tensor = x.movedim(axis, -1).reshape(-1, x.shape[axis])[mask.flatten()]
+    return chosen
 
 
 def activation_table(x: Tensor, axis: int, out: Tensor | None) -> Tensor:

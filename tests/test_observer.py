@@ -9,7 +9,7 @@ from fastplastic import Monitor
 from fastplastic.kernels.reference.activation_stats import activation_stats
 from fastplastic.kernels.reference.gradient_stats import gradient_stats
 from fastplastic.kernels.reference.parameter_stats import parameter_stats
-from fastplastic.measure import observer as _observer
+from fastplastic.measure import reader as _reader
 from fastplastic.measure.observer import Observer
 from fastplastic.stats import LayerStats
 from fastplastic.wiring import Consumer, Site, UnitGraph, UnitLayer
@@ -136,8 +136,8 @@ def test_layers_that_share_a_tensor_read_it_once(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(_observer, "activation_stats", counting(activation_stats))
-    monkeypatch.setattr(_observer, "gradient_stats", counting(gradient_stats))
+    monkeypatch.setattr(_reader, "activation_stats", counting(activation_stats))
+    monkeypatch.setattr(_reader, "gradient_stats", counting(gradient_stats))
     x = torch.randn(7, 3)
     seen = observe(model, graph, lambda: model(x).sum().backward())
     assert sorted(read) == [14, 21, 35]
@@ -156,7 +156,7 @@ def test_two_layers_in_the_same_channels(monkeypatch):
     calls = []
     for name, function in (("activation", activation_stats), ("gradient", gradient_stats)):
         monkeypatch.setattr(
-            _observer,
+            _reader,
             f"{name}_stats",
             lambda *args, out, f=function: calls.append(f) or f(*args, out=out),
         )

@@ -12,7 +12,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def form(x, axis=1, activation="relu"):
-    return unit_tables.Form(tuple(x.shape), x.stride(), axis, x.dtype, True, activation)
+    return unit_tables.Form(tuple(x.shape), x.stride(), axis, x.dtype, True, activation, False)
 
 
 def items_of(x, axis):

@@ -82,6 +82,11 @@ class Waiting(NamedTuple):
         return None
 
 
+def at_once(read: Any, tensor: Tensor, more: Any) -> Waiting:
+    """Return what is read now."""
+    return Waiting(read, None, tensor, 0, False, more)
+
+
 class LateReads:
     """What waits to be read, of one kind, on one device.
 
@@ -158,10 +163,11 @@ class LateReads:
     def finish(self) -> None:
         """End a pass: read all that waits, and learn from it."""
         self._judge(0)
+        weak_reference: Any = StorageWeakRef
         unknown = {}
         if self._keeps and torch.is_grad_enabled():
             unknown = {
-                w.case: StorageWeakRef(w.tensor.untyped_storage())
+                w.case: weak_reference(w.tensor.untyped_storage())
                 for w in self._waiting
                 if w.case not in self._kept
             }
@@ -223,13 +229,16 @@ class LateWeights:
 
     def finish(self) -> None:
         """End a backward pass: read all that waits, and learn from it."""
-        self._waits.update((watched.name, watched.same()) for watched in self._watched)
+        for watched in self._watched:
+            gradient = watched.weight.grad
+            self._waits[watched.name] = gradient is not None and watched.same(gradient)
         self._watched.clear()
         waiting, self._waiting = self._waiting, []
         weights, gradients = {}, {}
         for entry in waiting:
-            if entry.same():
-                weights[entry.name], gradients[entry.name] = entry.weight, entry.weight.grad
+            gradient = entry.weight.grad
+            if gradient is not None and entry.same(gradient):
+                weights[entry.name], gradients[entry.name] = entry.weight, gradient
             else:
                 self._waits[entry.name] = False
                 self.lost += 1
@@ -249,11 +258,7 @@ class _Weight(NamedTuple):
     version: int
     gradient_version: int
 
-    def same(self) -> bool:
-        grad = self.weight.grad
-        return (
-            grad is not None
-            and grad.data_ptr() == self.address
-            and grad._version == self.gradient_version
-            and self.weight._version == self.version
-        )
+    def same(self, gradient: Tensor) -> bool:
+        versions = self.weight._version, gradient._version
+        address = gradient.data_ptr()
+        return (address, *versions) == (self.address, self.version, self.gradient_version)

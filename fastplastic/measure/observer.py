@@ -1,8 +1,9 @@
 """Hooks on a live model that sum up what passes them; the model is never changed.
 
-A tensor is read once, inside the hook that sees it, because an in-place activation function
-overwrites the pre-activation right afterwards, or later where that is safe. Every hook returns None. Gradients are seen by hooks on tensors,
-never by full backward hooks of modules, which raise when an in-place operation follows.
+A tensor is read once: inside the hook that sees it, because an in-place activation function
+overwrites the pre-activation right afterwards, or later where that is safe (`late.py`). Every hook
+returns None. Gradients are seen by hooks on tensors, never by full backward hooks of modules, which
+raise when an in-place operation follows.
 
 Hooks that torch.compile traces put operators into its graph (`compiled.py`); all others are called
 as they are.
@@ -38,8 +39,8 @@ from fastplastic.measure.operators import MODES, add_call
 from fastplastic.measure.pace import Pace
 from fastplastic.measure.padding import Tokens, padding_mask, tokens_of, unpadded
 from fastplastic.measure.parameters import WeightReader
+from fastplastic.measure.reader import Readers
 from fastplastic.measure.scale import nonfinite_gradients, unscaled
-from fastplastic.measure.reader import Reader
 from fastplastic.measure.slots import TensorRead, TensorReads
 from fastplastic.measure.sums import DeviceSums, add_weights, reading
 from fastplastic.measure.traced import TracedReads
@@ -95,7 +96,7 @@ class Observer:
         self._tokens: Tokens | None = None
         self._mask: Tensor | None = None
         self._traced = TracedReads(gradients)
-        self._readers: dict[torch.device, Reader] = {}
+        self._readers = Readers(self._reads, self._weights, self._lock)
         self.reset()
 
     def __reduce__(self) -> tuple[Callable[[], "Observer"], tuple[()]]:
@@ -108,9 +109,7 @@ class Observer:
             self._total = empty_table(self._units)
             # Weights whose gradient was seen.
             self._weights_seen: set[str] = set()
-            for reader in self._readers.values():
-                reader.forget()
-                reader.sums.clear()
+            self._readers.clear()
             self._factor = 1.0
             self._pace.restart()
             self.calls, self._dropped = CallCount(), 0
@@ -136,7 +135,7 @@ class Observer:
         """Make the tables that compiled code adds to: one set, on the device of the model."""
         devices = {parameter.device for parameter in self.model.parameters()}
         if len(devices) == 1 and self._sample is None:
-            self._traced.sums = self._reader_on(devices.pop()).sums
+            self._traced.sums = self._readers.on(devices.pop()).sums
             keep_address(self._traced.sums)
 
     def pause(self, paused: bool) -> None:
@@ -172,7 +171,7 @@ class Observer:
                 UnitStats(table, self._columns), frozenset(self.calls.modes), self.calls.samples,
                 self.calls.steps, self._dropped, self.calls.masked, dict(self._problems),
                 frozenset(self._unforeseen), self._pace.unseen, self._pace.stale,
-                sum(reader.lost for reader in self._readers.values()),
+                self._readers.lost,
             )  # fmt: skip
 
     def _on_begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -222,14 +221,21 @@ class Observer:
                 self._fold()
             self._site_hooks.put_on()
             self._mask = padding_mask(self.model, kwargs)
-            self._tokens = None if self._mask is None else tokens_of(self._mask)
-            samples = samples_of([*args, *kwargs.values()])
-            self.calls.add(samples, mode_of(self.model), self._tokens is not None)
+            self._count_call(samples_of([*args, *kwargs.values()]), self._mask)
             self._factor = 1.0 if self._scale is None else self._scale()
-            for reader in self._readers.values():
-                reader.begin(self.model.training)
+            self._readers.begin(self.model.training)
             if self._parameters:
                 self._hook_parameters()
+
+    def _count_call(self, samples: int, mask: Tensor | None) -> None:
+        mode = mode_of(self.model)
+        if mask is not None and self._sample is None and self._readers.on(mask.device).late:
+            # The host does not wait to know whether there is padding.
+            self._tokens = tokens_of(mask, wait=False)
+            add_call(self._readers.on(mask.device).sums.calls, samples, MODES.index(mode), mask)
+            return
+        self._tokens = None if mask is None else tokens_of(mask)
+        self.calls.add(samples, mode, self._tokens is not None)
 
     @untraced
     def _end(self, output: Any) -> None:
@@ -238,8 +244,7 @@ class Observer:
         if not in_backward():
             if self._running:
                 with self._lock:
-                    for reader in self._readers.values():
-                        reader.end_forward()
+                    self._readers.end_forward()
                 self._pace.end(whole=output is not None and bool(self._reads.sites))
             elif not self.paused:
                 self._pace.end_unmeasured()
@@ -334,7 +339,7 @@ class Observer:
 
     def _read_activations(self, read: TensorRead, tensor: Tensor) -> None:
         with self._lock:
-            reader = self._reader_on(tensor.device)
+            reader = self._readers.on(tensor.device)
             if self._sample is None:
                 reader.activations(read, tensor, self._tokens)
                 return
@@ -347,7 +352,7 @@ class Observer:
         if self.paused or not self._handles:
             return
         with self._lock:
-            self._reader_on(gradient.device).gradient(read, gradient, tokens)
+            self._readers.on(gradient.device).gradient(read, gradient, tokens)
 
     @untraced
     def _see_parameter(self, name: str, weight: Tensor, gradient: Tensor) -> None:
@@ -358,23 +363,14 @@ class Observer:
                 self._measuring = False
             if not self._measuring:
                 return
-            self._reader_on(weight.device).weight(name, weight, gradient)
+            self._readers.on(weight.device).weight(name, weight, gradient)
             self._weights_seen.add(name)
-
-    def _reader_on(self, device: torch.device) -> Reader:
-        reader = self._readers.get(device)
-        if reader is None:
-            with reading():
-                sums = DeviceSums.empty(self._reads, self._weights, device)
-            reader = self._readers[device] = Reader(sums, self._lock)
-            reader.begin(self.model.training)
-        return reader
 
     def _fold(self) -> None:
         """Add the sums since the last time to the total, without the loss scale, and clear them."""
         with reading():
             tables = []
-            for reader in self._readers.values():
+            for reader in self._readers:
                 reader.settle()
                 sums = reader.sums
                 table = empty_table(self._units)

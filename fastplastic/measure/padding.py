@@ -2,23 +2,33 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Tokens:
     """The tokens that are no padding.
 
     Attributes:
         shape: (batch, tokens).
-        positions: int64, of those that count, with batch and tokens as one dimension.
+        counted: bool [batch * tokens], which tokens count.
     """
 
     shape: torch.Size
-    positions: Tensor
+    counted: Tensor
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """int64, of those that count; the host waits for a GPU when first asked."""
+        return self.counted.nonzero().flatten()
+
+    def fit(self, x: Tensor, axis: int) -> bool:
+        """Tell whether x is [batch, tokens, channels] with these tokens."""
+        return x.ndim == 3 and axis in (2, -1) and x.shape[:2] == self.shape
 
 
 def padding_mask(model: nn.Module, kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -31,15 +41,19 @@ def padding_mask(model: nn.Module, kwargs: Mapping[str, Any]) -> Tensor | None:
     return mask if mask.ndim == 2 else None
 
 
-def tokens_of(mask: Tensor) -> Tokens | None:
-    """Return the tokens that count by a mask, or None for all."""
-    # Here the host waits for a GPU, once in a step.
-    positions = mask.flatten().nonzero().flatten()
-    return None if positions.numel() == mask.numel() else Tokens(mask.shape, positions)
+def tokens_of(mask: Tensor, *, wait: bool = True) -> Tokens | None:
+    """Return the tokens that count by a mask, or None for all.
+
+    Args:
+        mask: [batch, tokens], 0 where a token is padding.
+        wait: Whether to find out that all count, for which the host waits for a GPU.
+    """
+    tokens = Tokens(mask.shape, mask.flatten() != 0)
+    return None if wait and tokens.positions.numel() == mask.numel() else tokens
 
 
 def unpadded(x: Tensor, axis: int, tokens: Tokens | None) -> tuple[Tensor, int]:
     """Return x and its axis; [batch, tokens, channels] without padding is [positions, channels]."""
-    if tokens is None or x.ndim != 3 or axis not in (2, -1) or x.shape[:2] != tokens.shape:
+    if tokens is None or not tokens.fit(x, axis):
         return x, axis
     return x.flatten(0, 1).index_select(0, tokens.positions), 1

@@ -1,6 +1,6 @@
 """Reads what hooks are given into the sums on one device: at once, or, on a GPU, many together."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from threading import RLock
@@ -17,9 +17,10 @@ from fastplastic.kernels import (
     gradient_stats,
     untraced,
 )
-from fastplastic.measure.late import LateReads, LateWeights, Waiting
+from fastplastic.measure.late import LateReads, LateWeights, Waiting, at_once
 from fastplastic.measure.padding import Tokens, unpadded
-from fastplastic.measure.slots import TensorRead
+from fastplastic.measure.parameters import WeightReader
+from fastplastic.measure.slots import TensorRead, TensorReads
 from fastplastic.measure.sums import DeviceSums, reading
 
 
@@ -32,13 +33,17 @@ class Reader:
     Args:
         sums: The sums.
         lock: Held by whoever calls; taken at the end of backward passes.
+
+    Attributes:
+        sums: The sums.
+        late: Whether kernels are launched here, and what is read may wait.
     """
 
     def __init__(self, sums: DeviceSums, lock: RLock) -> None:
         self.sums = sums
         self._lock = lock
         self._device = sums.activations.device
-        self._late = backend(self._device) == "triton"
+        self.late = backend(self._device) == "triton"
         self._on_gpu = self._device.type == "cuda"
         # Where the network frees what waits, that is at most this part of all that passes: of
         # activations at the peak of memory, of gradients when many activations are free again.
@@ -65,9 +70,10 @@ class Reader:
 
     def activations(self, read: TensorRead, tensor: Tensor, tokens: Tokens | None) -> None:
         """Read pre-activations that a hook was given."""
-        if self._waits() and self._activations.take(read, self._training, tensor, tokens):
-            return
-        self.read_activations(read, *unpadded(tensor.detach(), read.axis, tokens))
+        if not self.late:
+            self.read_activations(read, *unpadded(tensor.detach(), read.axis, tokens))
+        elif not self._waits() or not self._activations.take(read, self._training, tensor, tokens):
+            self._read_late([at_once(read, tensor, tokens)])
 
     def read_activations(self, read: TensorRead, x: Tensor, axis: int) -> None:
         """Read pre-activations without padding at once."""
@@ -79,8 +85,11 @@ class Reader:
 
     def gradient(self, read: TensorRead, gradient: Tensor, tokens: Tokens | None) -> None:
         """Read gradients of activations that a hook was given."""
-        if self._waits() and self._gradients.take(read, None, gradient, tokens):
-            self._call_back()
+        if self.late:
+            if self._waits() and self._gradients.take(read, None, gradient, tokens):
+                self._call_back()
+            else:
+                self._read_late_gradients([at_once(read, gradient, tokens)])
             return
         g, axis = unpadded(gradient.detach(), read.axis, tokens)
         assert read.gradients is not None
@@ -116,14 +125,14 @@ class Reader:
     def _waits(self) -> bool:
         """Tell whether anything may wait: not on another stream, not where a graph is captured."""
         if not self._on_gpu:
-            return self._late
+            return self.late
         stream = torch.cuda.current_stream(self._device)
         if stream != self._stream:
             # The tables are written to by both.
             stream.wait_stream(self._stream)
             self._others.add(stream)
             return False
-        return self._late and not torch.cuda.is_current_stream_capturing()
+        return self.late and not torch.cuda.is_current_stream_capturing()
 
     def _join(self) -> None:
         """Let the stream of the step wait for others that read in it."""
@@ -138,7 +147,7 @@ class Reader:
     def _call_back(self) -> None:
         """Have the end of this backward pass told."""
         backward = torch._C._current_graph_task_id()
-        if self._late and backward != self._backward and backward != -1:
+        if self.late and backward != self._backward and backward != -1:
             self._backward = backward
             torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
 
@@ -149,23 +158,83 @@ class Reader:
             self._weights.finish()
 
     def _read_late(self, waiting: Sequence[Waiting]) -> None:
-        parts, axes, names, slots = [], [], [], []
+        parts, axes, names, slots, masks = [], [], [], [], []
         for late in waiting:
             read: TensorRead = late.read
-            x, axis = unpadded(late.tensor.detach(), read.axis, late.more)
+            x = late.tensor.detach()
             for run in read.activations:
                 size = run.stop - run.start
-                parts.append(x if size == read.channels else x.narrow(axis, run.start, size))
-                axes.append(axis)
+                parts.append(x if size == read.channels else x.narrow(read.axis, run.start, size))
+                axes.append(read.axis)
                 names.append(run.activation)
                 slots.append(run.slot)
-        foreach_activation_stats(parts, axes, names, slots, out=self.sums.activations)
+                masks.append(_mask(late))
+        out = self.sums.activations
+        foreach_activation_stats(parts, axes, names, slots, out=out, masks=masks)
 
     def _read_late_gradients(self, waiting: Sequence[Waiting]) -> None:
-        parts = [unpadded(w.tensor.detach(), w.read.axis, w.more) for w in waiting]
-        tensors, axes = zip(*parts, strict=True)
-        slots = [w.read.gradients for w in waiting]
-        foreach_gradient_stats(tensors, axes, slots, out=self.sums.gradients)
+        tensors = [late.tensor.detach() for late in waiting]
+        axes = [late.read.axis for late in waiting]
+        slots = [late.read.gradients for late in waiting]
+        masks = [_mask(late) for late in waiting]
+        foreach_gradient_stats(tensors, axes, slots, out=self.sums.gradients, masks=masks)
+
+
+def _mask(late: Waiting) -> Tensor | None:
+    """Return which positions of what is read count, None for all."""
+    tokens: Tokens | None = late.more
+    fits = tokens is not None and tokens.fit(late.tensor, late.read.axis)
+    return tokens.counted if tokens is not None and fits else None
+
+
+class Readers:
+    """Readers of all devices, made when first needed.
+
+    Args:
+        reads: What is read of tensors.
+        weights: What is read of weights.
+        lock: Held by whoever calls; taken at the end of backward passes.
+    """
+
+    def __init__(self, reads: TensorReads, weights: WeightReader, lock: RLock) -> None:
+        self._reads, self._weights, self._lock = reads, weights, lock
+        self._own: dict[torch.device, Reader] = {}
+        self._training = True
+
+    def __iter__(self) -> Iterator[Reader]:
+        return iter(self._own.values())
+
+    @property
+    def lost(self) -> int:
+        """How many tensors had changed before they were read, and were not read."""
+        return sum(reader.lost for reader in self)
+
+    def on(self, device: torch.device) -> Reader:
+        """Return the reader of a device."""
+        reader = self._own.get(device)
+        if reader is None:
+            with reading():
+                sums = DeviceSums.empty(self._reads, self._weights, device)
+            reader = self._own[device] = Reader(sums, self._lock)
+            reader.begin(self._training)
+        return reader
+
+    def begin(self, training: bool) -> None:
+        """Begin a step."""
+        self._training = training
+        for reader in self:
+            reader.begin(training)
+
+    def end_forward(self) -> None:
+        """End a forward pass."""
+        for reader in self:
+            reader.end_forward()
+
+    def clear(self) -> None:
+        """Forget everything seen."""
+        for reader in self:
+            reader.forget()
+            reader.sums.clear()
 
 
 def _functions(read: TensorRead) -> Sequence[str]:

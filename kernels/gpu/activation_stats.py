@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastplastic.kernels.activations import parse_activation
-from fastplastic.kernels.gpu.unit_launch import add_unit_sums
+from fastplastic.kernels.gpu.unit_launch import UnitRead, add_unit_sums, maskable_of
 from fastplastic.kernels.reference import activation_stats as reference
 from fastplastic.kernels.tables import (
     ACTIVATION_ROWS,
@@ -39,7 +39,7 @@ def activation_stats(
         return reference.activation_stats(x, unit_axis, activation, out=out)
     table = activation_table(x, axis, out)
     if x.numel():
-        add_unit_sums([x], [axis], [activation], [0], table, MIN_ROW)
+        add_unit_sums([UnitRead(x, axis, activation, 0)], table, MIN_ROW)
     return table
 
 
@@ -50,16 +50,21 @@ def foreach_activation_stats(
     columns: Sequence[int],
     *,
     out: Tensor,
+    masks: Sequence[Tensor | None] | None = None,
 ) -> None:
-    """Sum up the activations of many tensors; see `fastplastic.kernels.foreach_activation_stats`."""
-    checked = check_columns(xs, unit_axes, columns, len(ACTIVATION_ROWS), out)
-    read = []
-    for x, axis, activation, column in zip(xs, checked, activations, columns, strict=True):
+    """Sum up the activations of many tensors.
+
+    See `fastplastic.kernels.foreach_activation_stats`.
+    """
+    given = check_columns(xs, unit_axes, columns, masks, len(ACTIVATION_ROWS), out)
+    reads = []
+    for (tensor, dim, column, by), activation in zip(given, activations, strict=True):
         parse_activation(activation)
+        x, axis, mask = maskable_of(tensor, dim, by)
         if x.dtype == torch.float64:
             part = out[:, column : column + x.shape[axis]]
             reference.activation_stats(x, axis, activation, out=part)
         elif x.numel():
-            read.append((x, axis, activation, column))
-    if read:
-        add_unit_sums(*zip(*read, strict=True), out, MIN_ROW)
+            reads.append(UnitRead(x, axis, activation, column, mask))
+    if reads:
+        add_unit_sums(reads, out, MIN_ROW)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastplastic.kernels.gpu.unit_launch import add_unit_sums
+from fastplastic.kernels.gpu.unit_launch import UnitRead, add_unit_sums, maskable_of
 from fastplastic.kernels.reference import gradient_stats as reference
 from fastplastic.kernels.tables import GRADIENT_ROWS, check_axis, check_columns, gradient_table
 
@@ -27,20 +27,27 @@ def gradient_stats(g: Tensor, unit_axis: int = 1, *, out: Tensor | None = None) 
         return reference.gradient_stats(g, unit_axis, out=out)
     table = gradient_table(g, axis, out)
     if g.numel():
-        add_unit_sums([g], [axis], [""], [0], table)
+        add_unit_sums([UnitRead(g, axis, "", 0)], table)
     return table
 
 
 def foreach_gradient_stats(
-    gs: Sequence[Tensor], unit_axes: Sequence[int], columns: Sequence[int], *, out: Tensor
+    gs: Sequence[Tensor],
+    unit_axes: Sequence[int],
+    columns: Sequence[int],
+    *,
+    out: Tensor,
+    masks: Sequence[Tensor | None] | None = None,
 ) -> None:
     """Sum up the gradients of many tensors; see `fastplastic.kernels.foreach_gradient_stats`."""
-    checked = check_columns(gs, unit_axes, columns, len(GRADIENT_ROWS), out)
-    read = []
-    for g, axis, column in zip(gs, checked, columns, strict=True):
+    reads = []
+    for tensor, dim, column, by in check_columns(
+        gs, unit_axes, columns, masks, len(GRADIENT_ROWS), out
+    ):
+        g, axis, mask = maskable_of(tensor, dim, by)
         if g.dtype == torch.float64:
             reference.gradient_stats(g, axis, out=out[:, column : column + g.shape[axis]])
         elif g.numel():
-            read.append((g, axis, "", column))
-    if read:
-        add_unit_sums(*zip(*read, strict=True), out)
+            reads.append(UnitRead(g, axis, "", column, mask))
+    if reads:
+        add_unit_sums(reads, out)

@@ -21,9 +21,9 @@ VECTOR_BYTES = 16
 # of an H100 needs 25.
 UNIT_ROW_BYTES, UNIT_UNROLL = 128, 4
 UNIT_SLOW = _THREADS * VECTOR_BYTES // UNIT_ROW_BYTES
-# Tiles of an item: where a tensor has so many, enough that the partial sums (36 bytes for each unit)
-# are 3.5 % of what is read at most; enough items to fill a card; at most four times as many are 512
-# values that one accumulator sums up in float32, and less than 1024, where counters end.
+# Tiles of an item: where a tensor has so many, enough that the partial sums (36 bytes for each
+# unit) are 3.5 % of what is read at most; enough items to fill a card; at most four times as many
+# are 512 values that one accumulator sums up in float32, and less than 1024, where counters end.
 _LEAST_DEPTH, _MOST_DEPTH, _ITEMS = 32, 128, 4096
 # The folds read float64 tiles of units times partial sums; twice as many would spill.
 FOLD_UNITS, FOLD_PARTS, PARAMETER_PARTS = 32, 32, 16

@@ -8,7 +8,6 @@ j * unit_step + k * behind_step of the stretch. A weight that is neither is copi
 
 import itertools
 import math
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -19,7 +18,7 @@ import triton
 from torch import Tensor
 
 from fastplastic.kernels.gpu import launch
-from fastplastic.kernels.gpu.runtime import table
+from fastplastic.kernels.gpu.runtime import Addresses, table
 from fastplastic.kernels.strides import stretch_of
 
 Strides = tuple[int, ...]
@@ -28,7 +27,6 @@ Strides = tuple[int, ...]
 TASK_COLUMNS, MATRIX_COLUMNS, FOLD_COLUMNS, POINTER_COLUMNS = 5, 8, 12, 3
 # Partial sums of each index: |w|, w^2, n_dw, |dw|, dw^2, |w dw|, w dw.
 SUMS = 7
-_POINTER_TABLES = 4
 
 
 class Operand(NamedTuple):
@@ -131,27 +129,15 @@ class ParameterTables:
     copied: tuple[bool, ...]
     wide: tuple[bool, ...]
     parts: int
-    _pointers: OrderedDict[tuple[tuple[int, int, int], ...], Tensor] = field(
-        default_factory=OrderedDict
-    )
+    _addresses: Addresses = field(default_factory=Addresses)
 
     def pointers(self, addresses: Sequence[tuple[int, int]]) -> Tensor:
-        """Return int64 [n_weights, POINTER_COLUMNS]: addresses of w and dw, whether to read wide.
-
-        Tables are never changed, and the last few are found again: gradients that come and go
-        mostly do so at the same few addresses.
-        """
+        """Return int64 [n_weights, POINTER_COLUMNS]: addresses, whether to read wide."""
         rows = tuple(
             (w, dw, int(wide and (w | dw) % 16 == 0))
             for (w, dw), wide in zip(addresses, self.wide, strict=True)
         )
-        found = self._pointers.pop(rows, None)
-        if found is None:
-            found = table(rows, POINTER_COLUMNS, self.matrices.device)
-        self._pointers[rows] = found
-        if len(self._pointers) > _POINTER_TABLES:
-            self._pointers.popitem(last=False)
-        return found
+        return self._addresses.of(rows, self.matrices.device)
 
 
 class _Builder:
@@ -242,7 +228,7 @@ class _Builder:
             self.folds.extend(fold.blocks())
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=256)
 def tables_for(operands: tuple[Operand, ...], device: torch.device, stream: int) -> ParameterTables:
     """Return the tables of a list of weights, filled by a stream for itself."""
     builder = _Builder()

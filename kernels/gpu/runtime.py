@@ -118,13 +118,11 @@ class Addresses:
     def __init__(self) -> None:
         self._tables: OrderedDict[tuple[tuple[int, ...], ...], torch.Tensor] = OrderedDict()
 
-    def of(
-        self, rows: tuple[tuple[int, ...], ...], columns: int, device: torch.device
-    ) -> torch.Tensor:
-        """Return rows as int64 [rows, columns] on the device."""
+    def of(self, rows: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
+        """Return rows, at least one, as int64 [rows, columns] on the device."""
         found = self._tables.pop(rows, None)
         if found is None:
-            found = table(rows, columns, device)
+            found = table(rows, len(rows[0]), device)
         self._tables[rows] = found
         if len(self._tables) > _ADDRESS_TABLES:
             self._tables.popitem(last=False)

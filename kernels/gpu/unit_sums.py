@@ -15,6 +15,15 @@ import triton.language as tl
 from fastplastic.kernels.gpu import launch
 from fastplastic.kernels.gpu.functions import activate, rounded
 from fastplastic.kernels.gpu.runtime import device_function, kernel
+from fastplastic.kernels.gpu.tiles import (
+    SLOW,
+    counted_of,
+    flat_of,
+    inside_of,
+    store_activations,
+    store_sums,
+    tile_of,
+)
 from fastplastic.kernels.gpu.unit_tables import (
     ADJACENT,
     HALF_PLANES,
@@ -26,92 +35,14 @@ from fastplastic.kernels.gpu.unit_tables import (
 _N_TENSOR, _N_ITEM = tl.constexpr(TENSOR_COLUMNS), tl.constexpr(ITEM_COLUMNS)
 _ADJACENT, _PLANES = tl.constexpr(ADJACENT), tl.constexpr(PLANES)
 _HALF_PLANES = tl.constexpr(HALF_PLANES)
-_SLOW, _ROW_BYTES = tl.constexpr(launch.UNIT_SLOW), tl.constexpr(launch.UNIT_ROW_BYTES)
+_ROW_BYTES = tl.constexpr(launch.UNIT_ROW_BYTES)
 _VECTOR_BYTES, _UNROLL = tl.constexpr(launch.VECTOR_BYTES), tl.constexpr(launch.UNIT_UNROLL)
-
-
-@device_function
-def _tile(
-    tensor_ptr, item_ptr, UNITS_ADJACENT: tl.constexpr, FAST: tl.constexpr, VECTOR: tl.constexpr
-):
-    """Return the units and lanes of a tile, its offsets, and which units there are.
-
-    FAST is the size of the last dimension; VECTOR divides what it says to the compiler, which then
-    reads so many elements at once; 1 where strides may be anything.
-    """
-    unit_stride, inner_stride = tl.load(tensor_ptr + 2), tl.load(tensor_ptr + 3)
-    units = tl.load(tensor_ptr)
-    begin = tl.load(item_ptr + 1)
-    if UNITS_ADJACENT:
-        unit, lane = begin + tl.arange(0, FAST), tl.arange(0, _SLOW)
-        if VECTOR > 1:
-            unit = begin // VECTOR * VECTOR + tl.arange(0, FAST)
-            units, unit_stride = units // VECTOR * VECTOR, 1
-            inner_stride = inner_stride // VECTOR * VECTOR
-        offsets = lane.to(tl.int64)[:, None] * inner_stride + (unit * unit_stride)[None, :]
-        there = (unit < units)[None, :]
-    else:
-        unit, lane = begin + tl.arange(0, _SLOW), tl.arange(0, FAST)
-        if VECTOR > 1:
-            unit_stride, inner_stride = unit_stride // VECTOR * VECTOR, 1
-        offsets = (unit * unit_stride)[:, None] + lane.to(tl.int64)[None, :] * inner_stride
-        there = (unit < units)[:, None]
-    return unit, lane, offsets, there
-
-
-@device_function
-def _inside(lane, left, there, UNITS_ADJACENT: tl.constexpr):
-    """Return where a tile lies inside its share of the tensor, `left` positions of which follow."""
-    if UNITS_ADJACENT:
-        return (lane < left)[:, None] & there
-    else:
-        return (lane < left)[None, :] & there
-
-
-@device_function
-def _flat(
-    z,
-    FLAT_BELOW: tl.constexpr,
-    FLAT_FROM: tl.constexpr,
-    FLAT_TO: tl.constexpr,
-    FLAT_ABOVE: tl.constexpr,
-):
-    """Return where a function is flat that is flat below an end at least."""
-    flat = z <= FLAT_BELOW
-    if FLAT_FROM is not None:
-        flat |= (z >= FLAT_FROM) & (z <= FLAT_TO)
-    if FLAT_ABOVE is not None:
-        flat |= z >= FLAT_ABOVE
-    return flat
-
-
-@device_function
-def _store(parts_ptr, row, mask, n, seen, sum_h, sum_abs, sum_sq, GRADIENT: tl.constexpr):
-    """Write the partial sums of which there are those of gradients too, but for sum h."""
-    tl.store(parts_ptr, n.to(tl.float32), mask=mask)
-    if GRADIENT:
-        tl.store(parts_ptr + row, sum_abs, mask=mask)
-        tl.store(parts_ptr + 2 * row, sum_sq, mask=mask)
-        tl.store(parts_ptr + 3 * row, (seen - n).to(tl.float32), mask=mask)
-    else:
-        tl.store(parts_ptr + row, sum_h, mask=mask)
-        tl.store(parts_ptr + 2 * row, sum_abs, mask=mask)
-        tl.store(parts_ptr + 3 * row, sum_sq, mask=mask)
-        tl.store(parts_ptr + 8 * row, (seen - n).to(tl.float32), mask=mask)
-
-
-@device_function
-def _store_activations(parts_ptr, row, mask, least, most, zero, flat):
-    """Write the partial results that activations have alone."""
-    tl.store(parts_ptr + 4 * row, least, mask=mask)
-    tl.store(parts_ptr + 5 * row, most, mask=mask)
-    tl.store(parts_ptr + 6 * row, zero.to(tl.float32), mask=mask)
-    tl.store(parts_ptr + 7 * row, flat.to(tl.float32), mask=mask)
 
 
 @device_function
 def _read_wide(
     x_ptr,
+    mask_ptr,
     tensor_ptr,
     item_ptr,
     parts_ptr,
@@ -124,15 +55,15 @@ def _read_wide(
     FLAT_TO: tl.constexpr,
     FLAT_ABOVE: tl.constexpr,
     GRADIENT: tl.constexpr,
+    MASKED: tl.constexpr,
     UNITS_ADJACENT: tl.constexpr,
     FAST: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
     """Write the partial sums of an item; return 0, and write none, unless all is finite."""
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
-    unit, lane, offsets, there = _tile(tensor_ptr, item_ptr, UNITS_ADJACENT, FAST, VECTOR)
-    STEP: tl.constexpr = _SLOW if UNITS_ADJACENT else FAST
-    x_ptr = tl.multiple_of(x_ptr, 16)
+    unit, lane, offsets, there = tile_of(tensor_ptr, item_ptr, UNITS_ADJACENT, FAST, VECTOR)
+    STEP: tl.constexpr = SLOW if UNITS_ADJACENT else FAST
     inner_stride = tl.load(tensor_ptr + 3) // VECTOR * VECTOR if UNITS_ADJACENT else 1
     outer_stride = tl.load(tensor_ptr + 5) // VECTOR * VECTOR
     inner_begin = tl.load(item_ptr + 5) // STEP * STEP
@@ -159,8 +90,17 @@ def _read_wide(
     # The largest |h| that the dtype rounds to 0.
     ZERO: tl.constexpr = 2.0**-25 if TYPE == tl.float16 else 0.0
     left = positions
+    seen = outers * positions
+    if MASKED:
+        chosen = tl.zeros(lane.shape, tl.int32)
+        mask_ptr += inner_begin
     for _ in tl.range(0, outers * blocks, loop_unroll_factor=_UNROLL):
-        inside = _inside(lane, left, there, UNITS_ADJACENT)
+        inside = inside_of(lane, left, there, UNITS_ADJACENT)
+        if MASKED:
+            rows = counted_of(mask_ptr, lane, left)
+            inside &= rows[:, None]
+            chosen += rows.to(tl.int32)
+            mask_ptr += STEP
         # Outside is NaN, which is in no interval and not the smaller or larger of two numbers.
         z = tl.load(tile_ptr, mask=inside, other=float("nan")).to(tl.float32)
         last = left <= STEP
@@ -182,7 +122,7 @@ def _read_wide(
             else:
                 counts += tl.where(tl.abs(h) <= ZERO, 1, 0)
                 if FLAT_BELOW is not None:
-                    flat = _flat(z, FLAT_BELOW, FLAT_FROM, FLAT_TO, FLAT_ABOVE)
+                    flat = flat_of(z, FLAT_BELOW, FLAT_FROM, FLAT_TO, FLAT_ABOVE)
                     counts += tl.where(flat, 1 << 10, 0)
             h = tl.where(inside, h, 0.0)
             sum_h += h
@@ -191,6 +131,8 @@ def _read_wide(
                 sum_abs += tl.abs(h)
 
     AXIS: tl.constexpr = 0 if UNITS_ADJACENT else 1
+    if MASKED:
+        seen = tl.sum(chosen, 0)
     sum_h, sum_sq = tl.sum(sum_h, AXIS), tl.sum(sum_sq, AXIS)
     sum_abs = sum_h if POSITIVE else tl.sum(sum_abs, AXIS)
     low, high = tl.min(least, AXIS), tl.max(most, AXIS)
@@ -206,22 +148,24 @@ def _read_wide(
         units = tl.load(tensor_ptr)
         row = tl.load(tensor_ptr + 7) * units
         part_ptr = parts_ptr + tl.load(item_ptr + 7) * units + unit
-        seen = outers * positions + tl.zeros(unit.shape, tl.int32)
-        _store(part_ptr, row, mask, seen, seen, sum_h, sum_abs, sum_sq, GRADIENT)
+        n = tl.zeros(unit.shape, tl.int32) + seen
+        store_sums(part_ptr, row, mask, n, n, sum_h, sum_abs, sum_sq, GRADIENT)
         if not GRADIENT:
             if MONOTONE:
-                low = activate(low, slope, ACTIVATION, TYPE)
-                high = activate(high, slope, ACTIVATION, TYPE)
+                # Where no position counts, the ends of nothing stay what they are.
+                low = tl.where(low < float("inf"), activate(low, slope, ACTIVATION, TYPE), low)
+                high = tl.where(low < float("inf"), activate(high, slope, ACTIVATION, TYPE), high)
             zero = tl.sum(counts & 1023, AXIS)
             flat = zero if ACTIVATION == "relu" else tl.sum(counts >> 10, AXIS)
             low, high = rounded(low, TYPE), rounded(high, TYPE)
-            _store_activations(part_ptr, row, mask, low, high, zero, flat)
+            store_activations(part_ptr, row, mask, low, high, zero, flat)
     return done
 
 
 @device_function
 def _read_carefully(
     x_ptr,
+    mask_ptr,
     tensor_ptr,
     item_ptr,
     parts_ptr,
@@ -233,13 +177,14 @@ def _read_carefully(
     FLAT_TO: tl.constexpr,
     FLAT_ABOVE: tl.constexpr,
     GRADIENT: tl.constexpr,
+    MASKED: tl.constexpr,
     UNITS_ADJACENT: tl.constexpr,
     FAST: tl.constexpr,
 ):
     """Write the partial sums of an item with any strides and any numbers."""
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
-    unit, lane, offsets, there = _tile(tensor_ptr, item_ptr, UNITS_ADJACENT, FAST, 1)
-    STEP: tl.constexpr = _SLOW if UNITS_ADJACENT else FAST
+    unit, lane, offsets, there = tile_of(tensor_ptr, item_ptr, UNITS_ADJACENT, FAST, 1)
+    STEP: tl.constexpr = SLOW if UNITS_ADJACENT else FAST
     inner_stride, middle = tl.load(tensor_ptr + 3), tl.load(tensor_ptr + 1)
     middle_stride, outer_stride = tl.load(tensor_ptr + 4), tl.load(tensor_ptr + 5)
     start, turn, outers = tl.load(item_ptr + 2), tl.load(item_ptr + 3), tl.load(item_ptr + 4)
@@ -253,9 +198,16 @@ def _read_carefully(
     ZERO: tl.constexpr = 2.0**-25 if TYPE == tl.float16 else 0.0
     least = tl.full(offsets.shape, float("inf"), tl.float32)
     most = tl.full(offsets.shape, float("-inf"), tl.float32)
+    seen = (outers * (inner_end - inner_begin)).to(tl.int32)
+    if MASKED:
+        chosen = tl.zeros(lane.shape, tl.int32)
     for _ in range(0, outers):
         for first in range(inner_begin, inner_end, STEP):
-            inside = _inside(lane, inner_end - first, there, UNITS_ADJACENT)
+            inside = inside_of(lane, inner_end - first, there, UNITS_ADJACENT)
+            if MASKED:
+                rows = counted_of(mask_ptr + first, lane, inner_end - first)
+                inside &= rows[:, None]
+                chosen += rows.to(tl.int32)
             tile_ptr = x_ptr + (start + first * inner_stride) + offsets
             z = tl.load(tile_ptr, mask=inside, other=float("nan")).to(tl.float32)
             h = tl.abs(z) if GRADIENT else activate(z, slope, ACTIVATION, TYPE)
@@ -271,7 +223,7 @@ def _read_carefully(
                 most = tl.maximum(most, tl.where(finite, h, float("-inf")))
                 count = 1 + tl.where(tl.abs(h) <= ZERO, 1 << 10, 0)
                 if FLAT_BELOW is not None and ACTIVATION != "relu":
-                    flat = _flat(z, FLAT_BELOW, FLAT_FROM, FLAT_TO, FLAT_ABOVE)
+                    flat = flat_of(z, FLAT_BELOW, FLAT_FROM, FLAT_TO, FLAT_ABOVE)
                     count += tl.where(flat, 1 << 20, 0)
                 count = tl.where(finite, count, 0)
             counts += count
@@ -281,23 +233,25 @@ def _read_carefully(
 
     AXIS: tl.constexpr = 0 if UNITS_ADJACENT else 1
     n = tl.sum(counts & 1023, AXIS)
-    seen = (outers * (inner_end - inner_begin)).to(tl.int32)
+    if MASKED:
+        seen = tl.sum(chosen, 0)
     units = tl.load(tensor_ptr)
     row, mask = tl.load(tensor_ptr + 7) * units, unit < units
     part_ptr = parts_ptr + tl.load(item_ptr + 7) * units + unit
     sum_h, sum_sq = tl.sum(sum_h, AXIS), tl.sum(sum_sq, AXIS)
     sum_abs = sum_h if POSITIVE else tl.sum(sum_abs, AXIS)
-    _store(part_ptr, row, mask, n, seen, sum_h, sum_abs, sum_sq, GRADIENT)
+    store_sums(part_ptr, row, mask, n, seen, sum_h, sum_abs, sum_sq, GRADIENT)
     if not GRADIENT:
         least, most = rounded(tl.min(least, AXIS), TYPE), rounded(tl.max(most, AXIS), TYPE)
         zero = tl.sum((counts >> 10) & 1023, AXIS)
         flat = zero if ACTIVATION == "relu" else tl.sum(counts >> 20, AXIS)
-        _store_activations(part_ptr, row, mask, least, most, zero, flat)
+        store_activations(part_ptr, row, mask, least, most, zero, flat)
 
 
 @kernel
 def unit_kernel(
-    x_ptr,
+    x_address: tl.int64,
+    mask_address: tl.int64,
     addresses_ptr,
     tensors_ptr,
     items_ptr,
@@ -313,6 +267,7 @@ def unit_kernel(
     FLAT_TO: tl.constexpr,
     FLAT_ABOVE: tl.constexpr,
     GRADIENT: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     """Write the partial sums of activations or of gradients of many tensors.
 
@@ -323,8 +278,10 @@ def unit_kernel(
     dimensions where `middle` is above 1. Strides are in elements, 0 and negative ones too.
 
     Args:
-        x_ptr: z or g, if the launch is over one tensor; else None.
-        addresses_ptr: int64 [n_tensors], contiguous: the addresses of all; None if x_ptr is given.
+        x_address: Of z or g, if the launch is over one tensor.
+        mask_address: Of uint8 [inner], contiguous, 0 where a position does not count, if the launch
+            is over one tensor and MASKED.
+        addresses_ptr: int64 [n_tensors, 2], contiguous: these of all tensors; None if there is one.
         tensors_ptr: int64 [n_tensors, 9], contiguous: `Row` of `unit_tables`.
         items_ptr: int64 [n_items, 8], contiguous: tensor, first unit, where its first outer index
             begins, how many until the slower one goes on, how many in all, inner begin and end,
@@ -342,14 +299,21 @@ def unit_kernel(
         FLAT_TO: Up to here.
         FLAT_ABOVE: And from here on; None if nowhere.
         GRADIENT: Whether x is g: then h is abs(g), and the rows of h alone are left out.
+        MASKED: Whether only positions count that a mask says; units are adjacent then, and all
+            positions are inner ones.
     """
     item_ptr = items_ptr + (first_item + tl.program_id(0)) * _N_ITEM
     tensor = tl.load(item_ptr)
     tensor_ptr = tensors_ptr + tensor * _N_TENSOR
-    if addresses_ptr is None:
-        data_ptr = x_ptr
-    else:
-        data_ptr = tl.load(addresses_ptr + tensor).to(tl.pointer_type(TYPE))
+    if addresses_ptr is not None:
+        x_address = tl.load(addresses_ptr + 2 * tensor)
+        mask_address = tl.load(addresses_ptr + 2 * tensor + 1)
+    x_ptr = x_address.to(tl.pointer_type(TYPE))
+    # A pointer of its own, of which alone the compiler is told that it is aligned.
+    wide_ptr = tl.multiple_of(x_address.to(tl.pointer_type(TYPE)), 16)
+    mask_ptr = x_ptr
+    if MASKED:
+        mask_ptr = mask_address.to(tl.pointer_type(tl.uint8))
     parts_ptr += tl.load(tensor_ptr + 6)
     path = tl.load(tensor_ptr + 8)
     FAST: tl.constexpr = _ROW_BYTES // (TYPE.primitive_bitwidth // 8)
@@ -357,27 +321,31 @@ def unit_kernel(
     done = 0
     if path == _ADJACENT:
         done = _read_wide(
-            data_ptr, tensor_ptr, item_ptr, parts_ptr, slope, ACTIVATION, MONOTONE, POSITIVE,
-            FLAT_BELOW, FLAT_FROM, FLAT_TO, FLAT_ABOVE, GRADIENT, True, FAST, VECTOR,
+            wide_ptr, mask_ptr, tensor_ptr, item_ptr, parts_ptr, slope, ACTIVATION, MONOTONE,
+            POSITIVE, FLAT_BELOW, FLAT_FROM, FLAT_TO, FLAT_ABOVE, GRADIENT, MASKED, True, FAST,
+            VECTOR,
         )  # fmt: skip
-    elif path == _PLANES:
-        done = _read_wide(
-            data_ptr, tensor_ptr, item_ptr, parts_ptr, slope, ACTIVATION, MONOTONE, POSITIVE,
-            FLAT_BELOW, FLAT_FROM, FLAT_TO, FLAT_ABOVE, GRADIENT, False, FAST, VECTOR,
-        )  # fmt: skip
-    elif path == _HALF_PLANES:
-        done = _read_wide(
-            data_ptr, tensor_ptr, item_ptr, parts_ptr, slope, ACTIVATION, MONOTONE, POSITIVE,
-            FLAT_BELOW, FLAT_FROM, FLAT_TO, FLAT_ABOVE, GRADIENT, False, FAST // 2, VECTOR // 2,
-        )  # fmt: skip
+    if not MASKED:
+        if path == _PLANES:
+            done = _read_wide(
+                wide_ptr, mask_ptr, tensor_ptr, item_ptr, parts_ptr, slope, ACTIVATION, MONOTONE,
+                POSITIVE, FLAT_BELOW, FLAT_FROM, FLAT_TO, FLAT_ABOVE, GRADIENT, False, False, FAST,
+                VECTOR,
+            )  # fmt: skip
+        elif path == _HALF_PLANES:
+            done = _read_wide(
+                wide_ptr, mask_ptr, tensor_ptr, item_ptr, parts_ptr, slope, ACTIVATION, MONOTONE,
+                POSITIVE, FLAT_BELOW, FLAT_FROM, FLAT_TO, FLAT_ABOVE, GRADIENT, False, False,
+                FAST // 2, VECTOR // 2,
+            )  # fmt: skip
     if done == 0:
         if path <= _ADJACENT:
             _read_carefully(
-                data_ptr, tensor_ptr, item_ptr, parts_ptr, slope, ACTIVATION, POSITIVE,
-                FLAT_BELOW, FLAT_FROM, FLAT_TO, FLAT_ABOVE, GRADIENT, True, FAST,
+                x_ptr, mask_ptr, tensor_ptr, item_ptr, parts_ptr, slope, ACTIVATION, POSITIVE,
+                FLAT_BELOW, FLAT_FROM, FLAT_TO, FLAT_ABOVE, GRADIENT, MASKED, True, FAST,
             )  # fmt: skip
-        else:
+        elif not MASKED:
             _read_carefully(
-                data_ptr, tensor_ptr, item_ptr, parts_ptr, slope, ACTIVATION, POSITIVE,
-                FLAT_BELOW, FLAT_FROM, FLAT_TO, FLAT_ABOVE, GRADIENT, False, FAST,
+                x_ptr, mask_ptr, tensor_ptr, item_ptr, parts_ptr, slope, ACTIVATION, POSITIVE,
+                FLAT_BELOW, FLAT_FROM, FLAT_TO, FLAT_ABOVE, GRADIENT, False, False, FAST,
             )  # fmt: skip

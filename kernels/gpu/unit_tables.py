@@ -4,7 +4,7 @@ A tensor is units times positions (`layout.py`). An item is what one program rea
 and, of the positions, a range of outer indices times a range of inner ones.
 """
 
-from collections.abc import Sequence
+import itertools
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from triton import cdiv
 
 from fastplastic.kernels.gpu import launch
 from fastplastic.kernels.gpu.layout import Layout, layout
@@ -33,6 +32,7 @@ class Form(NamedTuple):
         dtype: Of the tensor.
         aligned: Whether its address is a multiple of 16 bytes.
         activation: Name of f, "" for gradients.
+        masked: Whether a mask says which positions count.
     """
 
     shape: tuple[int, ...]
@@ -41,6 +41,7 @@ class Form(NamedTuple):
     dtype: torch.dtype
     aligned: bool
     activation: str
+    masked: bool
 
 
 class Row(NamedTuple):
@@ -63,6 +64,7 @@ class Kind(NamedTuple):
 
     dtype: torch.dtype
     activation: str
+    masked: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +97,11 @@ def layout_of(shape: tuple[int, ...], strides: tuple[int, ...], axis: int) -> La
     return layout(shape, strides, axis)
 
 
+def maskable(plan: Layout) -> bool:
+    """Tell whether a mask over the positions can be read beside a tensor with this layout."""
+    return plan.units_adjacent and plan.outer == 1
+
+
 @lru_cache(maxsize=256)
 def tables_for(
     forms: tuple[Form, ...], columns: tuple[int, ...], rows: int, device: torch.device, stream: int
@@ -111,29 +118,22 @@ def tables_for(
     shares = [_share(form) for form in forms]
     depth = launch.unit_depth(sum(share.tiles for share in shares))
     splits = [share.split(depth) for share in shares]
-    ends = np.cumsum([split.count * share.units for split, share in zip(splits, shares, strict=True)])
-    firsts = [0, *ends[:-1].tolist()]
-    kinds: dict[Kind, list[int]] = {}
-    for i, form in enumerate(forms):
-        kinds.setdefault(Kind(form.dtype, form.activation), []).append(i)
-    items, launches, begin = [], {}, 0
-    for kind, own in kinds.items():
-        blocks = [_items(i, shares[i], splits[i]) for i in own]
-        items += blocks
-        end = begin + sum(map(len, blocks))
-        launches[kind], begin = (begin, end), end
-    tensors = [
-        share.row(first * rows, split.count)
-        for share, first, split in zip(shares, firsts, splits, strict=True)
-    ]
-    folds = [
-        _folds(first * rows, split.count, share.units, column)
-        for first, split, share, column in zip(firsts, splits, shares, columns, strict=True)
-    ]
+    ends = np.cumsum([own.number * x.units for own, x in zip(splits, shares, strict=True)])
+    firsts = (rows * np.array([0, *ends[:-1]])).tolist()
+    kinds: dict[Kind, list[NDArray[np.int64]]] = {}
+    tensors, folds = [], []
+    for i, (form, share, split, first) in enumerate(
+        zip(forms, shares, splits, firsts, strict=True)
+    ):
+        kind = Kind(form.dtype, form.activation, form.masked)
+        kinds.setdefault(kind, []).append(_items(i, share, split))
+        tensors.append(share.row(first, split.number))
+        folds.append(_folds(first, split.number, share.units, columns[i]))
+    bounds = [0, *itertools.accumulate(sum(map(len, items)) for items in kinds.values())]
     return UnitTables(
         _sent(np.array(tensors, dtype=np.int64), device),
-        _sent(np.concatenate(items), device),
-        launches,
+        _sent(np.concatenate([own for items in kinds.values() for own in items]), device),
+        dict(zip(kinds, itertools.pairwise(bounds), strict=True)),
         _sent(np.concatenate(folds), device),
         int(ends[-1]),
     )
@@ -145,7 +145,7 @@ class _Split(NamedTuple):
     outer: int
     inner: int
     inner_splits: int
-    count: int
+    number: int
 
 
 class _Share(NamedTuple):
@@ -160,21 +160,21 @@ class _Share(NamedTuple):
     @property
     def blocks(self) -> int:
         """Tiles side by side along the inner positions."""
-        return cdiv(self.plan.inner[0], self.step)
+        return _blocks(self.plan.inner[0], self.step)
 
     @property
     def tiles(self) -> int:
         """All tiles."""
-        return cdiv(self.units, self.block) * self.blocks * self.plan.outer
+        return _blocks(self.units, self.block) * self.blocks * self.plan.outer
 
     def split(self, depth: int) -> _Split:
         """Return items of `depth` to twice as many tiles, where there are so many."""
-        outer = cdiv(self.plan.outer, max(1, self.plan.outer * self.blocks // depth))
+        outer = _blocks(self.plan.outer, max(1, self.plan.outer * self.blocks // depth))
         inner = self.blocks
         if self.blocks >= 2 * depth:
-            outer, inner = 1, cdiv(self.blocks, self.blocks // depth)
-        inner_splits = cdiv(self.blocks, inner)
-        return _Split(outer, inner, inner_splits, inner_splits * cdiv(self.plan.outer, outer))
+            outer, inner = 1, _blocks(self.blocks, self.blocks // depth)
+        inner_splits = _blocks(self.blocks, inner)
+        return _Split(outer, inner, inner_splits, inner_splits * _blocks(self.plan.outer, outer))
 
     def row(self, parts: int, splits: int) -> Row:
         """Return the row of the table of tensors."""
@@ -183,9 +183,13 @@ class _Share(NamedTuple):
         return Row(self.units, plan.middle[0], *strides, parts, splits, self.path)
 
 
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)
+
+
 def _share(form: Form) -> _Share:
     plan = layout_of(form.shape, form.strides, form.axis)
-    assert plan is not None, form
+    assert plan is not None and (maskable(plan) or not form.masked), form
     path = _path(plan, form)
     fast = launch.UNIT_ROW_BYTES // form.dtype.itemsize // (2 if path == HALF_PLANES else 1)
     if plan.units_adjacent:
@@ -203,11 +207,11 @@ def _path(plan: Layout, form: Form) -> int:
 
 def _items(tensor: int, share: _Share, split: _Split) -> NDArray[np.int64]:
     """Return rows of the table of items, block of units by block of units."""
-    part = np.arange(split.count, dtype=np.int64)
+    part = np.arange(split.number, dtype=np.int64)
     outer = part // split.inner_splits * split.outer
     inner = part % split.inner_splits * (split.inner * share.step)
     unit = np.arange(0, share.units, share.block, dtype=np.int64)
-    rows = np.empty((len(unit), split.count, ITEM_COLUMNS), dtype=np.int64)
+    rows = np.empty((len(unit), split.number, ITEM_COLUMNS), dtype=np.int64)
     rows[..., 0], rows[..., 1] = tensor, unit[:, None]
     middle, stride = share.plan.middle
     rows[..., 2] = outer // middle * share.plan.outer_stride + outer % middle * stride
