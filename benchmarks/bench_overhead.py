@@ -65,6 +65,20 @@ def test_step(benchmark, name, batch):
     compare(benchmark, watched, {"plain": step}, rounds=11)
 
 
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("limit", [1024, 4096])
+@pytest.mark.parametrize("name", MODELS[:2])
+def test_sampled_step(benchmark, name, limit, batch):
+    """A step that is read at a sample of its positions, beside one that is read whole."""
+    model, images = model_of(name, batch)
+    steps = {"plain": step_of(model, images)}
+    for kind, positions in {"whole": None, "sampled": limit}.items():
+        twin = copy.deepcopy(model)
+        fastplastic.Monitor(twin, images[:2], sample_positions=positions).attach()
+        steps[kind] = step_of(twin, images)
+    compare(benchmark, steps.pop("sampled"), steps, rounds=11)
+
+
 # By itself: a step after this one has to ask the system for memory that was given back.
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("name", MODELS)

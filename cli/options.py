@@ -120,6 +120,16 @@ class ProfileOptions(DataOptions):
     ranks: Annotated[
         bool, option("--ranks", panel=_OUTPUT, help="Also show how many directions a layer uses.")
     ] = False
+    sample_positions: Annotated[
+        int | None,
+        option(
+            "--sample-positions",
+            panel=_DATA,
+            metavar="K",
+            min=1,
+            help="Read large tensors at K positions, drawn at random. (default: at all)",
+        ),
+    ] = None
     json: Annotated[
         Path | None,
         option("--json", panel=_OUTPUT, metavar="FILE|-", help="Write the profile as JSON."),

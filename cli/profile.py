@@ -21,7 +21,10 @@ def run(options: ProfileOptions) -> None:
     are dead, frozen or dormant, and how far their activation functions are saturated.
     """
     options.check()
-    measured = measure(options, pretrained=options.pretrained, ranks=options.ranks)
+    measured = measure(
+        options, pretrained=options.pretrained, ranks=options.ranks,
+        sample_positions=options.sample_positions,
+    )  # fmt: skip
     schema = measured.profile.to_dict(
         model=options.model, weights=measured.loaded.weights, data=measured.source.name
     )

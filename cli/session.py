@@ -118,6 +118,7 @@ def measure(
     pretrained: bool | None,
     gradients: bool = False,
     ranks: bool = False,
+    sample_positions: int | None = None,
 ) -> Measured:
     """Load model and data as the options say, and profile the one on the other."""
     import torch
@@ -143,8 +144,9 @@ def measure(
     torch.manual_seed(options.seed)
     with head as lent, precision(options), progress(len(source), quiet=options.quiet) as done:
         profile = fastplastic.profile(
-            model, source, gradients=gradients, ranks=ranks, progress=done, lent_head=lent
-        )
+            model, source, gradients=gradients, ranks=ranks, sample_positions=sample_positions,
+            progress=done, lent_head=lent,
+        )  # fmt: skip
     return Measured(loaded, profile, source, _facts(options, loaded, source, profile))
 
 

@@ -191,7 +191,7 @@ class Follower:
         """Measure the next step, if it is to be profiled."""
         if self._watch is not None:
             if self._settings.profiles(self.steps + 1):
-                self._watch.begin()
+                self._watch.begin(self.steps + 1)
             else:
                 self._watch.end()
 

@@ -3,10 +3,11 @@
 from fastplastic.measure.compiled import EagerStance
 from fastplastic.measure.monitor import Monitor
 from fastplastic.measure.observer import Observer
+from fastplastic.measure.positions import PositionSample
 from fastplastic.measure.record import Coverage, LayerProfile, Profile, Totals
 from fastplastic.measure.run import assemble, profile
 
 __all__ = [
-    "Coverage", "EagerStance", "LayerProfile", "Monitor", "Observer", "Profile", "Totals",
-    "assemble", "profile",
+    "Coverage", "EagerStance", "LayerProfile", "Monitor", "Observer", "PositionSample", "Profile",
+    "Totals", "assemble", "profile",
 ]  # fmt: skip

@@ -22,6 +22,10 @@ CALLS = (
     "each call of the model is told to grad_scale, or the model is on several devices: compile the "
     "model itself (torch.compile(model), model.compile()), not a function around it"
 )
+POSITIONS = (
+    "sample_positions draws anew for each call, and compiled code cannot: measure with every=2 or "
+    "more, which runs the measured steps eagerly, or leave sample_positions out"
+)
 DEVICES = "the parameters are on several devices, and compiled code adds to one table"
 ATTENTION = (
     "gradients in nn.MultiheadAttention are read off the autograd graph, which compiled code keeps "

@@ -10,6 +10,7 @@ from torch import nn
 from fastplastic.errors import InputError
 from fastplastic.graph import build_graph
 from fastplastic.measure.observer import Observer
+from fastplastic.measure.positions import PositionSample
 from fastplastic.measure.record import Profile
 from fastplastic.measure.run import assemble
 from fastplastic.model import check_built
@@ -51,13 +52,24 @@ class Monitor:
         example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments to trace
             the model with.
         every: Measure the first of every so many steps.
+        sample_positions: Read activations and gradients of large tensors at so many positions,
+            drawn at random in each step, instead of all; weights are read whole. A position is a
+            pixel, a token, a sample of a linear layer. Tensors of up to 3 times as many positions
+            are read whole, as picking would take longer: up to 64 times where units do not lie
+            side by side (NCHW). What is drawn depends on `torch.initial_seed()` and the step.
+            Means are unbiased, with a standard error of sqrt((1 - k / N) / k) of the spread for k
+            of N positions in a step; each step counts by the positions that were read of it.
+            Minimum, maximum and range are bounds, and a unit that is active at a share p of the
+            positions seems dead or frozen with probability (1 - p)^n where n of them were read:
+            the notes of the profile say so. Compiled models need `every` above 1.
         grad_scale: The factor on the loss: a number, a function that returns it, or a GradScaler.
             Gradients are divided by it, and those of a step that are not finite (which a
             GradScaler skips) are dropped and counted in the notes.
 
     Raises:
-        InputError: `every` is not a positive integer, or `grad_scale` not a positive number, or a
-            parameter or buffer has no values yet (lazy, or on the meta device).
+        InputError: `every` or `sample_positions` is not a positive integer, or `grad_scale` not a
+            positive number, or a parameter or buffer has no values yet (lazy, or on the meta
+            device).
     """
 
     def __init__(
@@ -66,18 +78,22 @@ class Monitor:
         example_inputs: Any,
         *,
         every: int = 1,
+        sample_positions: int | None = None,
         grad_scale: float | Callable[[], float] | Scaler | None = None,
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise InputError(
                 f"every is {every!r}, expected a positive integer: use 1 for each step"
             )
+        self._seed = torch.initial_seed()
+        self._positions = PositionSample(sample_positions, self._seed)
         check_built(model)
         self._model = model
         scale = _scale_function(grad_scale)
         self._graph = build_graph(model, example_inputs)
-        self._observer = Observer(model, self._graph, parameters=True, every=every, scale=scale)
-        self._seed = torch.initial_seed()
+        self._observer = Observer(
+            model, self._graph, parameters=True, every=every, scale=scale, positions=self._positions
+        )
 
     def __enter__(self) -> "Monitor":
         self.attach()
@@ -120,7 +136,8 @@ class Monitor:
         """
         # Weights without any gradient so far are read as they are now.
         observation = self._observer.observation({})
-        return assemble(self._model, self._graph, observation, seed=self._seed)
+        notes = self._positions.notes()
+        return assemble(self._model, self._graph, observation, seed=self._seed, notes=notes)
 
 
 class Pause:

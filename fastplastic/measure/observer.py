@@ -29,16 +29,12 @@ from fastplastic.measure.compiled import (
     traces_operator,
 )
 from fastplastic.measure.hooks import SiteCalls, SiteHooks, hook_gradient, in_backward
-from fastplastic.measure.observation import (
-    CallCount,
-    Observation,
-    first_tensor,
-    samples_of,
-)
+from fastplastic.measure.observation import CallCount, Observation, first_tensor, samples_of
 from fastplastic.measure.operators import MODES, add_call
 from fastplastic.measure.pace import Pace
-from fastplastic.measure.padding import Tokens, padding_mask, tokens_of, unpadded
+from fastplastic.measure.padding import Tokens, padding_mask, tokens_of
 from fastplastic.measure.parameters import WeightReader
+from fastplastic.measure.positions import PositionSample
 from fastplastic.measure.reader import Readers
 from fastplastic.measure.scale import nonfinite_gradients, unscaled
 from fastplastic.measure.slots import TensorRead, TensorReads
@@ -62,6 +58,7 @@ class Observer:
         every: Measure the first of every so many steps.
         scale: Returns the factor on the loss; None when there is none.
         sample: Called with what activations are read of: the layers, z without padding, its axis.
+        positions: Picks the positions that are read; by default all are.
     """
 
     def __init__(
@@ -75,6 +72,7 @@ class Observer:
         every: int = 1,
         scale: Callable[[], float] | None = None,
         sample: Callable[[Sequence[UnitLayer], Tensor, int], None] | None = None,
+        positions: PositionSample | None = None,
     ) -> None:
         self.model = model
         self.paused = False
@@ -86,7 +84,7 @@ class Observer:
         self._site_hooks = SiteHooks(model, self._reads.sites, dict(graph.skipped), calls)
         self._parameters, self._gradients, self._training = parameters, gradients, training
         self._every, self._pace = every, Pace(every)
-        self._scale, self._sample = scale, sample
+        self._scale, self._sample, self._positions = scale, sample, positions or PositionSample()
         # Gradient hooks run on threads of the autograd engine.
         self._lock = RLock()
         self._handles: list[RemovableHandle] = []
@@ -95,8 +93,8 @@ class Observer:
         self._measuring = self._running = False
         self._tokens: Tokens | None = None
         self._mask: Tensor | None = None
-        self._traced = TracedReads(gradients)
-        self._readers = Readers(self._reads, self._weights, self._lock)
+        self._traced = TracedReads(gradients, self._positions)
+        self._readers = Readers(self._reads, self._weights, self._positions, self._lock)
         self.reset()
 
     def __reduce__(self) -> tuple[Callable[[], "Observer"], tuple[()]]:
@@ -107,11 +105,11 @@ class Observer:
         """Forget everything seen, and start counting steps anew."""
         with self._lock:
             self._total = empty_table(self._units)
-            # Weights whose gradient was seen.
             self._weights_seen: set[str] = set()
             self._readers.clear()
             self._factor = 1.0
             self._pace.restart()
+            self._positions.restart()
             self.calls, self._dropped = CallCount(), 0
             self._problems: dict[str, str] = {}
             self._unforeseen: set[str] = set()
@@ -134,7 +132,7 @@ class Observer:
     def _prepare_tables(self) -> None:
         """Make the tables that compiled code adds to: one set, on the device of the model."""
         devices = {parameter.device for parameter in self.model.parameters()}
-        if len(devices) == 1 and self._sample is None:
+        if len(devices) == 1 and not (self._sample or self._positions.obstacle):
             self._traced.sums = self._readers.on(devices.pop()).sums
             keep_address(self._traced.sums)
 
@@ -180,7 +178,8 @@ class Observer:
                 return
             if self._traced.sums is not None and self._scale is None:
                 return self._trace_begin(self._traced.sums, args, kwargs)
-            break_graph(CALLS)
+            break_graph(self._positions.obstacle or CALLS)
+        self._positions.check_eager(measured=self._every == 1 and not self.paused)
         self._begin(args, kwargs)
 
     def _trace_begin(self, sums: DeviceSums, args: tuple[Any, ...], kwargs: Any) -> None:
@@ -220,6 +219,7 @@ class Observer:
             if self._scale is not None:
                 self._fold()
             self._site_hooks.put_on()
+            self._positions.begin()
             self._mask = padding_mask(self.model, kwargs)
             self._count_call(samples_of([*args, *kwargs.values()]), self._mask)
             self._factor = 1.0 if self._scale is None else self._scale()
@@ -343,7 +343,7 @@ class Observer:
             if self._sample is None:
                 reader.activations(read, tensor, self._tokens)
                 return
-            x, axis = unpadded(tensor.detach(), read.axis, self._tokens)
+            x, axis = self._positions.pick(tensor.detach(), read.axis, self._tokens)
             reader.read_activations(read, x, axis)
             self._sample(read.measured, x, axis)
 
@@ -387,7 +387,8 @@ class Observer:
 
 def _idle_observer() -> Observer:
     observer = Observer.__new__(Observer)
-    observer._pace, observer._traced = Pace(1), TracedReads(False)
+    observer._pace, observer._positions, observer._every = Pace(1), PositionSample(), 1
+    observer._traced = TracedReads(False, observer._positions)
     observer.paused, observer._running = True, False
     return observer
 

@@ -18,8 +18,9 @@ from fastplastic.kernels import (
     untraced,
 )
 from fastplastic.measure.late import LateReads, LateWeights, Waiting, at_once
-from fastplastic.measure.padding import Tokens, unpadded
+from fastplastic.measure.padding import Tokens
 from fastplastic.measure.parameters import WeightReader
+from fastplastic.measure.positions import PositionSample
 from fastplastic.measure.slots import TensorRead, TensorReads
 from fastplastic.measure.sums import DeviceSums, reading
 
@@ -32,6 +33,7 @@ class Reader:
 
     Args:
         sums: The sums.
+        positions: Picks the positions that are read.
         lock: Held by whoever calls; taken at the end of backward passes.
 
     Attributes:
@@ -39,11 +41,11 @@ class Reader:
         late: Whether kernels are launched here, and what is read may wait.
     """
 
-    def __init__(self, sums: DeviceSums, lock: RLock) -> None:
+    def __init__(self, sums: DeviceSums, positions: PositionSample, lock: RLock) -> None:
         self.sums = sums
-        self._lock = lock
+        self._positions, self._lock = positions, lock
         self._device = sums.activations.device
-        self.late = backend(self._device) == "triton"
+        self.late = backend(self._device) == "triton" and positions.limit is None
         self._on_gpu = self._device.type == "cuda"
         # Where the network frees what waits, that is at most this part of all that passes: of
         # activations at the peak of memory, of gradients when many activations are free again.
@@ -71,7 +73,8 @@ class Reader:
     def activations(self, read: TensorRead, tensor: Tensor, tokens: Tokens | None) -> None:
         """Read pre-activations that a hook was given."""
         if not self.late:
-            self.read_activations(read, *unpadded(tensor.detach(), read.axis, tokens))
+            x, axis = self._positions.pick(tensor.detach(), read.axis, tokens)
+            self.read_activations(read, x, axis)
         elif not self._waits() or not self._activations.take(read, self._training, tensor, tokens):
             self._read_late([at_once(read, tensor, tokens)])
 
@@ -91,7 +94,7 @@ class Reader:
             else:
                 self._read_late_gradients([at_once(read, gradient, tokens)])
             return
-        g, axis = unpadded(gradient.detach(), read.axis, tokens)
+        g, axis = self._positions.pick(gradient.detach(), read.axis, tokens)
         assert read.gradients is not None
         gradient_stats(g, axis, out=self.sums.of_gradients(read.gradients, read.channels))
 
@@ -193,11 +196,18 @@ class Readers:
     Args:
         reads: What is read of tensors.
         weights: What is read of weights.
+        positions: Picks the positions that are read.
         lock: Held by whoever calls; taken at the end of backward passes.
     """
 
-    def __init__(self, reads: TensorReads, weights: WeightReader, lock: RLock) -> None:
-        self._reads, self._weights, self._lock = reads, weights, lock
+    def __init__(
+        self,
+        reads: TensorReads,
+        weights: WeightReader,
+        positions: PositionSample,
+        lock: RLock,
+    ) -> None:
+        self._reads, self._weights, self._positions, self._lock = reads, weights, positions, lock
         self._own: dict[torch.device, Reader] = {}
         self._training = True
 
@@ -215,7 +225,7 @@ class Readers:
         if reader is None:
             with reading():
                 sums = DeviceSums.empty(self._reads, self._weights, device)
-            reader = self._own[device] = Reader(sums, self._lock)
+            reader = self._own[device] = Reader(sums, self._positions, self._lock)
             reader.begin(self._training)
         return reader
 

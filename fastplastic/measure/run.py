@@ -17,6 +17,7 @@ from fastplastic.measure.compiled import EagerStance
 from fastplastic.measure.coverage import coverage_of, notes_of
 from fastplastic.measure.observation import Observation
 from fastplastic.measure.observer import Observer
+from fastplastic.measure.positions import PositionSample
 from fastplastic.measure.record import LayerProfile, Profile
 from fastplastic.model import (
     Batch,
@@ -45,6 +46,7 @@ def profile(
     gradients: bool = False,
     ranks: bool = False,
     backward: bool = True,
+    sample_positions: int | None = None,
     example_inputs: Any = None,
     progress: Callable[[int], None] | None = None,
     lent_head: LentHead | None = None,
@@ -69,6 +71,8 @@ def profile(
             (4 KiB of memory per unit).
         backward: Also measure gradients. Without, the model is run forward only, which is faster,
             and criteria that read gradients have no scores.
+        sample_positions: Read activations and gradients of large tensors at so many positions, as
+            for `Monitor`; ranks then take their rows from these.
         example_inputs: What to trace the model with: a tensor, a tuple of positional or a mapping
             of keyword arguments. By default up to two samples of the first batch. Or the wiring
             itself, where it is known.
@@ -77,15 +81,16 @@ def profile(
             own: its weights are not kept, and the profile is of the model with its own head.
 
     Raises:
-        InputError: A parameter or buffer has no values yet (lazy, or on the meta device), there are
-            no batches, a batch has another form, there is nothing to compute a loss from, or no
-            layer could be measured.
+        InputError: A parameter or buffer has no values yet (lazy, or on the meta device),
+            `sample_positions` is not a positive integer, there are no batches, a batch has another
+            form, there is nothing to compute a loss from, or no layer could be measured.
     """
     if gradients and not backward:
         raise InputError("gradients=True without backward: there are none to keep: drop one")
     check_built(model)
     device = device_of(model)
     seed = torch.initial_seed()
+    positions = PositionSample(sample_positions, seed)
     mean = MeanGradient(model)
     with undisturbed(model), torch.inference_mode(False), torch.enable_grad(), EagerStance():
         stream = read_batches(batches, device)
@@ -98,7 +103,8 @@ def profile(
             example = first.example() if example_inputs is None else example_inputs
             graph = build_graph(model, example)
         samples = _row_samples() if ranks else None
-        observer = Observer(model, graph, sample=None if samples is None else samples.read)
+        read = None if samples is None else samples.read
+        observer = Observer(model, graph, sample=read, positions=positions)
         try:
             observer.attach()
             every = itertools.chain([first], stream)
@@ -112,7 +118,7 @@ def profile(
         observation = observer.observation(means)
     return assemble(
         model, graph, observation, seed=seed, gradients=means if gradients else None,
-        notes=notes, samples=samples, lent_head=lent_head, backward=backward,
+        notes=(*positions.notes(), *notes), samples=samples, lent_head=lent_head, backward=backward,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastplastic.measure.compiled import DEVICES, GRADIENTS, TRACES_GRADIENTS, break_graph
 from fastplastic.measure.hooks import hook_gradient
 from fastplastic.measure.operators import add_activations, add_gradients
+from fastplastic.measure.positions import PositionSample
 from fastplastic.measure.slots import TensorRead
 from fastplastic.measure.sums import DeviceSums
 
@@ -32,14 +33,15 @@ class TracedReads:
 
     Args:
         gradients: Whether to read gradients too.
+        positions: Picks the positions that are read.
 
     Attributes:
         sums: The tables that compiled code adds to; None where it cannot.
     """
 
-    def __init__(self, gradients: bool) -> None:
+    def __init__(self, gradients: bool, positions: PositionSample) -> None:
         self.sums: DeviceSums | None = None
-        self._gradients = gradients
+        self._gradients, self._obstacle = gradients, positions.obstacle
         # At most one; a list, since torch 2.14 forgets attributes as it traces gradient hooks.
         self._late: list[_Late] = []
 
@@ -60,7 +62,7 @@ class TracedReads:
         if not inside:
             self.finish()
         if self.sums is None:
-            break_graph(DEVICES)
+            break_graph(self._obstacle or DEVICES)
             return False
         for read in reads:
             if tensor is None or not read.fits(tensor):

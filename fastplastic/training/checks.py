@@ -33,6 +33,11 @@ def check_arguments(
         check_processes(method)
     elif method.rate is not None:
         raise InputError("batches with a rate: its averages are made of the running batches")
+    elif method.sample_positions is not None:
+        raise InputError(
+            "batches with sample_positions: it is for the running batch, batches are read whole: "
+            "leave one of them out"
+        )
     elif not callable(batches):
         raise InputError(
             f"batches is a {type(batches).__name__}, expected a function that returns the batches "

@@ -39,6 +39,8 @@ class Method:
         max_layer_fraction: As for `plan`.
         reset_steps: Let the optimizer's counter of steps begin anew for what is written.
         start_step, end_step: Nothing is done before and after these steps; None for no end.
+        sample_positions: At how many positions large tensors of the running batch are read, as for
+            `Monitor`; None for all.
         source: Where the method comes from.
     """
 
@@ -62,6 +64,7 @@ class Method:
     reset_steps: bool = True
     start_step: int = 0
     end_step: int | None = None
+    sample_positions: int | None = None
     source: str = ""
 
     @property
@@ -119,9 +122,10 @@ class Method:
             )
 
     def _check_numbers(self) -> None:
-        for name in ("every", "window", "maturity", "start_step", "end_step"):
-            value, least = getattr(self, name), 1 if name in ("every", "window") else 0
-            if value is None and name in ("window", "end_step"):
+        positive = ("every", "window", "sample_positions")
+        for name in (*positive, "maturity", "start_step", "end_step"):
+            value, least = getattr(self, name), 1 if name in positive else 0
+            if value is None and name in ("window", "end_step", "sample_positions"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"{name} is {value!r}, expected an integer of at least {least}")

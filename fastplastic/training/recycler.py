@@ -223,7 +223,7 @@ class Recycler:
         """Measure the next step, or find the one before the next that is measured."""
         following = self.steps + 1
         if self._schedule.is_measured(following) and self._batches is None:
-            self._watch.begin()
+            self._watch.begin(following)
         else:
             self._watch.end()
         self._next = self._schedule.wakes_behind(following)

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from fastplastic.errors import InputError, NothingToChooseError
-from fastplastic.measure import EagerStance, LayerProfile, Observer, Profile, assemble, profile
+from fastplastic.measure import (
+    EagerStance,
+    LayerProfile,
+    Observer,
+    PositionSample,
+    Profile,
+    assemble,
+    profile,
+)
 from fastplastic.training.methods import Method
 from fastplastic.wiring import UnitGraph
 
@@ -24,21 +32,24 @@ class StepWatch:
         model: The model.
         graph: Its wiring.
         method: Its criterion says what is measured.
-        seed: Of a criterion that draws.
+        seed: Of a criterion that draws, and of the positions that are read.
     """
 
     def __init__(self, model: nn.Module, graph: UnitGraph, method: Method, seed: int) -> None:
         self._model, self._graph, self._method, self._seed = model, graph, method, seed
+        self._positions = PositionSample(method.sample_positions, seed)
         self._observer = Observer(
-            model, graph, gradients=method.criterion == "activation_gradient", training=True
-        )
+            model, graph, gradients=method.criterion == "activation_gradient", training=True,
+            positions=self._positions,
+        )  # fmt: skip
         self._on = False
         self._eager = EagerStance()
         self._first: Profile | None = None
 
-    def begin(self) -> None:
-        """Measure from now on; what was seen before is forgotten."""
+    def begin(self, step: int) -> None:
+        """Measure from now on, which is this step; what was seen before is forgotten."""
         self._observer.reset()
+        self._positions.restart(step)
         if not self._on:
             self._on = True
             self._observer.attach()
@@ -78,6 +89,7 @@ class StepWatch:
         return assemble(
             self._model, self._graph, observation, seed=self._seed,
             gradients=gradients if weights else None, backward=self._method.needs_gradients,
+            notes=self._positions.notes(),
         )  # fmt: skip
 
     def take_layers(self) -> Profile:
