@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from helpers.traced import ROWS, Net, columns, graph_of, layer
 from torch import Tensor, nn
 
+from fastplastic.graph import build_graph
+
 
 def test_conv_norm_activation_is_one_unit_read_by_the_next_conv() -> None:
     net = Net(
@@ -182,6 +184,20 @@ def test_transposed_conv_has_its_units_in_dimension_one() -> None:
     )
     a = layer(graph_of(net), "a")
     assert a.unit_dim == 1 and a.n_units == 5 and a.consumers[0].column_dim == 0
+
+
+@pytest.mark.parametrize(
+    ("first", "images"),
+    [
+        (nn.Linear(3, 1), torch.zeros(64, 3)), (nn.Linear(1, 1), torch.zeros(2, 1)),
+        (nn.Linear(3, 1), torch.zeros(4, 7, 3)), (nn.Conv2d(3, 1, 1), torch.zeros(5, 3, 4, 4)),
+    ],
+)  # fmt: skip
+def test_a_single_unit_is_not_along_the_batch(first: nn.Module, images: Tensor) -> None:
+    a = build_graph(nn.Sequential(first, nn.ReLU()), images)["0"]
+    site = a.z_sites[0]
+    assert site.unit_of_channel.tolist() == [0]
+    assert site.unit_axis % images.ndim == (images.ndim - 1 if isinstance(first, nn.Linear) else 1)
 
 
 def test_parallel_branches_are_one_unit_and_an_identity_branch_a_stream() -> None:

@@ -113,15 +113,18 @@ def _only_view(node: Node) -> Node | None:
 
 
 def _axis(ids: Tensor, wanted: Tensor) -> tuple[int, Tensor] | None:
-    """Return the dimension that runs over the wanted units, and the unit at each index."""
-    best = None
-    for axis in range(ids.dim()):
-        units = along(ids, axis)
-        if units is None or not bool(torch.isin(wanted, units).all()):
-            continue
-        if best is None or len(units) >= len(best[1]):
-            best = axis, units
-    return best
+    """Return the dimension that runs over the wanted units, and the unit at each index.
+
+    A single unit is at each index of every dimension: it is that of size 1 then, not of the batch.
+    """
+    found = [(axis, units) for axis in range(ids.dim()) if (units := along(ids, axis)) is not None]
+    fitting = [own for own in found if bool(torch.isin(wanted, own[1]).all())]
+
+    def fewest_repeats(own: tuple[int, Tensor]) -> tuple[int, int, int]:
+        axis, units = own
+        return len(units.unique()) - len(units), len(units), axis
+
+    return max(fitting, key=fewest_repeats, default=None)
 
 
 def _unit_of_channel(numbers: Tensor, units: Tensor) -> Tensor:
