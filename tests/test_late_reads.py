@@ -24,12 +24,23 @@ KERNELS = {
 }
 
 
+# Where models are; with a GPU, on_triton moves them there.
+PLACE = {"device": "cpu"}
+
+
 @pytest.fixture
 def on_triton(monkeypatch):
-    """Let tensors on the CPU go to the Triton kernels, as those on a GPU do."""
-    monkeypatch.setattr("fastplastic.kernels.dispatch._backend", lambda kind: "triton")
+    """Train on a GPU; without one, let tensors on the CPU go to the Triton kernels too."""
+    if torch.cuda.is_available():
+        monkeypatch.setitem(PLACE, "device", "cuda")
+    else:
+        monkeypatch.setattr("fastplastic.kernels.dispatch._backend", lambda kind: "triton")
     with np.errstate(all="ignore"):
         yield
+
+
+def here(value):
+    return value.to(PLACE["device"])
 
 
 @pytest.fixture
@@ -79,12 +90,12 @@ class Block(nn.Module):
 def trained(model, steps, *, measured=lambda step: None, **options):
     """Train a model under a monitor, and return that."""
     torch.manual_seed(0)
-    monitor = Monitor(model, torch.zeros(2, 3, 6, 6), **options)
+    monitor = Monitor(here(model), here(torch.zeros(2, 3, 6, 6)), **options)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with monitor:
         for step in range(steps):
             measured(step)
-            loss = model(torch.randn(4, 3, 6, 6)).square().sum()
+            loss = model(here(torch.randn(4, 3, 6, 6))).square().sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -136,8 +147,8 @@ def test_launches_of_a_step(launches, name):
     """A residual addition in place must be read before: there are 16 in a ResNet-50 of timm."""
     timm = pytest.importorskip("timm")
     size = {"img_size": 32} if name.startswith("vit") else {}
-    model = timm.create_model(name, **size)
-    images = torch.zeros(2, 3, 32, 32)
+    model = here(timm.create_model(name, **size))
+    images = here(torch.zeros(2, 3, 32, 32))
     with Monitor(model, images):
         for _ in range(3):
             launches.clear()
@@ -167,12 +178,12 @@ def test_gradients_that_accumulate(monkeypatch, request, times):
 
     def figures():
         model = new_block()
-        with Monitor(model, torch.zeros(2, 3, 6, 6)) as monitor:
+        with Monitor(here(model), here(torch.zeros(2, 3, 6, 6))) as monitor:
             for step in range(4 * times):
                 if step % times == 0:
                     model.zero_grad()
                 torch.manual_seed(step)
-                model(torch.randn(4, 3, 6, 6)).square().sum().backward()
+                model(here(torch.randn(4, 3, 6, 6))).square().sum().backward()
         return monitor
 
     expected = figures().compute()
@@ -186,7 +197,7 @@ def test_an_optimizer_within_the_backward_pass(request):
     """It frees and writes what would be read at the end."""
 
     def figures():
-        model = new_block()
+        model = here(new_block())
         for parameter in model.parameters():
             optimizer = torch.optim.SGD([parameter], 0.01)
 
@@ -195,10 +206,10 @@ def test_an_optimizer_within_the_backward_pass(request):
                 optimizer.zero_grad()
 
             parameter.register_post_accumulate_grad_hook(step)
-        with Monitor(model, torch.zeros(2, 3, 6, 6)) as monitor:
+        with Monitor(here(model), here(torch.zeros(2, 3, 6, 6))) as monitor:
             for step in range(4):
                 torch.manual_seed(step)
-                model(torch.randn(4, 3, 6, 6)).square().sum().backward()
+                model(here(torch.randn(4, 3, 6, 6))).square().sum().backward()
         return monitor
 
     expected = figures().compute()
@@ -240,7 +251,7 @@ def test_evaluation_in_between(request):
         def evaluate(step):
             model.eval()
             with torch.no_grad():
-                model(torch.randn(2, 3, 6, 6))
+                model(here(torch.randn(2, 3, 6, 6)))
             model.train()
 
         return trained(model, 4, measured=evaluate)
@@ -274,7 +285,7 @@ def test_bytes_that_wait_are_bounded(monkeypatch, launches):
         return waits
 
     monkeypatch.setattr(late.LateReads, "take", taken)
-    model, images = Freed(), torch.ones(8, 16)
+    model, images = here(Freed()), here(torch.ones(8, 16))
     with Monitor(model, images):
         for _ in range(4):
             held.clear()
@@ -297,9 +308,9 @@ def test_padding_is_left_out(request):
 
     def figures():
         torch.manual_seed(3)
-        model = Tokens()
-        mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
-        inputs = {"x": torch.randn(2, 4, 6), "attention_mask": mask}
+        model = here(Tokens())
+        mask = here(torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]))
+        inputs = {"x": here(torch.randn(2, 4, 6)), "attention_mask": mask}
         with Monitor(model, inputs) as monitor:
             for _ in range(4):
                 model.zero_grad()

@@ -1,11 +1,16 @@
 """What only a GPU can show: 64-bit offsets, no waiting, CUDA graphs, bits equal to the CPU's."""
 
+import warnings
+
 import pytest
 import torch
 from helpers import NUMBA as cpu
 from helpers import REFERENCE as reference
 from helpers import TRITON as gpu
+from torch import nn
+from torch.nn import functional
 
+from fastplastic import Monitor
 from fastplastic.kernels import Law
 
 pytestmark = pytest.mark.gpu
@@ -41,12 +46,18 @@ def must_not_wait():
     """Let everything that synchronises raise."""
     before = torch.cuda.get_sync_debug_mode()
 
-    def arm():
+    def set_mode(mode):
+        # torch says that this is a prototype.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode(mode)
+
+    def arm(on=True):
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
+        set_mode("error" if on else before)
 
     yield arm
-    torch.cuda.set_sync_debug_mode(before)
+    set_mode(before)
 
 
 @pytest.mark.parametrize("units_adjacent", [True, False])
@@ -101,6 +112,68 @@ def test_the_host_does_not_wait(must_not_wait):
     must_not_wait()
     # Gradients at other addresses: the table of addresses is sent again.
     step([gradient.clone() for gradient in gradients])
+
+
+class Tokens(nn.Module):
+    """Two layers over tokens, some of which are padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x, attention_mask=None):
+        return self.down(functional.gelu(self.up(x)))
+
+
+def test_a_watched_step_does_not_wait(must_not_wait):
+    model = Tokens().cuda()
+    mask = (torch.arange(16, device="cuda") < 9).expand(8, 16).long()
+    inputs = {"x": noise(8, 16, 64), "attention_mask": mask}
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    with Monitor(model, inputs) as monitor:
+        for step in range(6):
+            if step == 3:
+                must_not_wait()
+            model(**inputs).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    must_not_wait(False)
+    profile = monitor.compute()
+    assert profile["up"].stats["n"].tolist() == [6 * 8 * 9] * 128
+
+
+class Aside(nn.Module):
+    """A layer that runs on a stream of its own, if it has one."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.stream = nn.Linear(512, 512), None
+
+    def forward(self, x):
+        if self.stream is None:
+            return self.inner(x)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            z = self.inner(x)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        z.record_stream(torch.cuda.current_stream())
+        return z
+
+
+def test_layers_on_another_stream_are_read():
+    """The tables are cleared on one stream and added to on two."""
+    model, x = nn.Sequential(Aside(), nn.ReLU()).cuda(), noise(4096, 512)
+    monitor = Monitor(model, x[:2])
+    model[0].stream = torch.cuda.Stream()
+    with monitor:
+        for _ in range(5):
+            model(x).sum().backward()
+            monitor.compute()
+            monitor.reset()
+            model(x).sum().backward()
+    found = monitor.compute()["0.inner"].stats.table[:9]
+    expected = gpu.activation_stats(model[0](x).detach(), 1, "relu").cpu()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-2)
 
 
 def test_cuda_graph_replays_with_what_it_was_captured_with():

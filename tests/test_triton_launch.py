@@ -17,7 +17,7 @@ def form(x, axis=1, activation="relu"):
 
 def items_of(x, axis):
     """The table of the tensor and those of its items and folds, in CPU memory."""
-    tables = unit_tables.tables_for((form(x, axis),), (0,), 9, torch.device(DEVICE), 0)
+    tables = unit_tables.tables_for((form(x, axis),), (0,), 9, torch.device(DEVICE))
     row = unit_tables.Row(*tables.tensors[0].tolist())
     return row, tables.items.tolist(), tables
 

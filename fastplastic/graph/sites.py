@@ -122,7 +122,7 @@ def _axis(ids: Tensor, wanted: Tensor) -> tuple[int, Tensor] | None:
 
     def fewest_repeats(own: tuple[int, Tensor]) -> tuple[int, int, int]:
         axis, units = own
-        return len(units.unique()) - len(units), len(units), axis
+        return len(set(units.tolist())) - len(units), len(units), axis
 
     return max(fitting, key=fewest_repeats, default=None)
 

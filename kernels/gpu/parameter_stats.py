@@ -35,7 +35,6 @@ from fastplastic.kernels.gpu.runtime import (
     kernel,
     launching,
     scratch,
-    stream_of,
 )
 from fastplastic.kernels.reference import parameter_stats as reference
 from fastplastic.kernels.tables import parameter_tables
@@ -305,7 +304,8 @@ def parameter_stats(
     parts = (1,) * len(weights) if groups is None else groups
     operands = tuple(map(_operand, weights, gradients, parts))
     with launching(device):
-        plan = tables_for(operands, device, stream_of(device))
+        plan = tables_for(operands, device)
+        plan.filled.wait()
         # Copies live until the launches are queued.
         pairs = list(zip(weights, gradients, plan.copied, strict=True))
         kept = [_readable(w, dw, copied) for w, dw, copied in pairs]

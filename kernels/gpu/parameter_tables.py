@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from fastplastic.kernels.gpu import launch
-from fastplastic.kernels.gpu.runtime import Addresses, table
+from fastplastic.kernels.gpu.runtime import Addresses, Filled, table
 from fastplastic.kernels.strides import stretch_of
 
 Strides = tuple[int, ...]
@@ -120,6 +120,7 @@ class ParameterTables:
         copied: Which weights must be made contiguous.
         wide: Which weights have rows that can be read wide where the addresses allow it.
         parts: Number of partial sums.
+        filled: When the tables are there.
     """
 
     matrices: Tensor
@@ -129,6 +130,7 @@ class ParameterTables:
     copied: tuple[bool, ...]
     wide: tuple[bool, ...]
     parts: int
+    filled: Filled
     _addresses: Addresses = field(default_factory=Addresses)
 
     def pointers(self, addresses: Sequence[tuple[int, int]]) -> Tensor:
@@ -229,8 +231,8 @@ class _Builder:
 
 
 @lru_cache(maxsize=256)
-def tables_for(operands: tuple[Operand, ...], device: torch.device, stream: int) -> ParameterTables:
-    """Return the tables of a list of weights, filled by a stream for itself."""
+def tables_for(operands: tuple[Operand, ...], device: torch.device) -> ParameterTables:
+    """Return the tables of a list of weights."""
     builder = _Builder()
     for operand in operands:
         builder.add(operand)
@@ -243,6 +245,7 @@ def tables_for(operands: tuple[Operand, ...], device: torch.device, stream: int)
         copied=tuple(builder.copied),
         wide=tuple(builder.wide),
         parts=builder.parts,
+        filled=Filled(device),
     )
 
 

@@ -109,6 +109,30 @@ def table(rows: Sequence[Sequence[int]], columns: int, device: torch.device) -> 
     return result
 
 
+class Filled:
+    """Memory that the current stream has filled, and others read.
+
+    Args:
+        device: Where it is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._streams = {stream_of(device)}
+        if device.type == "cuda":
+            new_event: Any = torch.cuda.Event
+            self._event = new_event()
+            self._event.record(torch.cuda.current_stream(device))
+
+    def wait(self) -> None:
+        """Let the current stream wait, once, until it is filled; the host does not."""
+        # Before a capture begins, torch.cuda.graph waits for all that was queued.
+        if stream_of(self._device) in self._streams or _capturing(self._device):
+            return
+        torch.cuda.current_stream(self._device).wait_event(self._event)
+        self._streams.add(stream_of(self._device))
+
+
 class Addresses:
     """Tables of addresses on a device; the last few are found again, and none is ever changed.
 
@@ -116,14 +140,16 @@ class Addresses:
     """
 
     def __init__(self) -> None:
-        self._tables: OrderedDict[tuple[tuple[int, ...], ...], torch.Tensor] = OrderedDict()
+        self._tables: OrderedDict[tuple[int, tuple[tuple[int, ...], ...]], torch.Tensor]
+        self._tables = OrderedDict()
 
     def of(self, rows: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
         """Return rows, at least one, as int64 [rows, columns] on the device."""
-        found = self._tables.pop(rows, None)
+        key = stream_of(device), rows
+        found = self._tables.pop(key, None)
         if found is None:
             found = table(rows, len(rows[0]), device)
-        self._tables[rows] = found
+        self._tables[key] = found
         if len(self._tables) > _ADDRESS_TABLES:
             self._tables.popitem(last=False)
         return found

@@ -16,7 +16,6 @@ from fastplastic.kernels.gpu.runtime import (
     keep_for_graph,
     launching,
     scratch,
-    stream_of,
 )
 from fastplastic.kernels.gpu.unit_sums import unit_kernel
 from fastplastic.kernels.gpu.unit_tables import Form, UnitTables, layout_of, maskable, tables_for
@@ -56,7 +55,8 @@ def add_unit_sums(reads: Sequence[UnitRead], out: Tensor, min_row: int | None = 
         tensors, masks = zip(*map(_readable, reads), strict=True)
         forms = tuple(map(_form, tensors, masks, reads))
         columns = tuple(read.column for read in reads)
-        plan = tables_for(forms, columns, rows, device, stream_of(device))
+        plan = tables_for(forms, columns, rows, device)
+        plan.filled.wait()
         pairs = zip(tensors, masks, strict=True)
         addresses = tuple((x.data_ptr(), 0 if m is None else m.data_ptr()) for x, m in pairs)
         # One address needs no table.

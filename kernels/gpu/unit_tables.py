@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastplastic.kernels.gpu import launch
 from fastplastic.kernels.gpu.layout import Layout, layout
-from fastplastic.kernels.gpu.runtime import Addresses, send
+from fastplastic.kernels.gpu.runtime import Addresses, Filled, send
 
 # How a tensor is read: units next to each other or not, rows that are read wide or not.
 NARROW_ADJACENT, ADJACENT, NARROW_PLANES, PLANES, HALF_PLANES = range(5)
@@ -80,6 +80,7 @@ class UnitTables:
         folds: int64 [n_folds, FOLD_COLUMNS]: first part, splits, units of the tensor, units of the
             block, column of the output.
         parts: Number of partial sums of one row.
+        filled: When they are there.
         addresses: Tables of addresses that were sent.
     """
 
@@ -88,6 +89,7 @@ class UnitTables:
     launches: dict[Kind, tuple[int, int]]
     folds: Tensor
     parts: int
+    filled: Filled
     addresses: Addresses = field(default_factory=Addresses)
 
 
@@ -104,16 +106,15 @@ def maskable(plan: Layout) -> bool:
 
 @lru_cache(maxsize=256)
 def tables_for(
-    forms: tuple[Form, ...], columns: tuple[int, ...], rows: int, device: torch.device, stream: int
+    forms: tuple[Form, ...], columns: tuple[int, ...], rows: int, device: torch.device
 ) -> UnitTables:
-    """Return the tables of a list of tensors, filled by a stream for itself.
+    """Return the tables of a list of tensors.
 
     Args:
         forms: The tensors; all have elements, and none must be copied.
         columns: First column of the output of each.
         rows: Rows of the output.
         device: Where the tables are.
-        stream: The current stream.
     """
     shares = [_share(form) for form in forms]
     depth = launch.unit_depth(sum(share.tiles for share in shares))
@@ -136,6 +137,7 @@ def tables_for(
         dict(zip(kinds, itertools.pairwise(bounds), strict=True)),
         _sent(np.concatenate(folds), device),
         int(ends[-1]),
+        Filled(device),
     )
 
 
