@@ -126,7 +126,7 @@ def test_tables_stay_where_they_are():
     """CUDA graphs write to the addresses that they were recorded with."""
     model = net()
     with Monitor(model, inputs(9, 2)) as monitor:
-        (sums,) = monitor._observer._sums.values()
+        (sums,) = (reader.sums for reader in monitor._observer._readers)
         for table in (sums.activations, sums.gradients):
             assert table._dynamo_static_input_type == "unguarded"
         function = compiled(model)
@@ -135,7 +135,7 @@ def test_tables_stay_where_they_are():
             step(function, seed)
             monitor.compute()
             monitor.reset()
-            (sums,) = monitor._observer._sums.values()
+            (sums,) = (reader.sums for reader in monitor._observer._readers)
             tables = (sums.activations, sums.gradients)
             addresses.append([table.data_ptr() for table in tables])
         assert graphs() == 1

@@ -2,6 +2,7 @@
 
 import importlib
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from fastplastic import Monitor
-from fastplastic.measure import late
+from fastplastic.measure import late, parameters, sums
 
 # NumPy says so of the interpreter of Triton 3.6.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
@@ -90,12 +91,12 @@ class Block(nn.Module):
 def trained(model, steps, *, measured=lambda step: None, **options):
     """Train a model under a monitor, and return that."""
     torch.manual_seed(0)
-    monitor = Monitor(here(model), here(torch.zeros(2, 3, 6, 6)), **options)
+    monitor = Monitor(here(model), here(torch.zeros(2, 3, 4, 4)), **options)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with monitor:
         for step in range(steps):
             measured(step)
-            loss = model(here(torch.randn(4, 3, 6, 6))).square().sum()
+            loss = model(here(torch.randn(2, 3, 4, 4))).square().sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -157,6 +158,44 @@ def test_launches_of_a_step(launches, name):
     assert sum(launches.values()) <= 10 + (32 if name == "resnet50" else 0)
 
 
+def test_weights_wait_on_the_cpu_too(monkeypatch):
+    """One call for all of them, from the second step on."""
+    calls = []
+
+    def counted(function, weights, *arguments, **options):
+        calls.append(len(weights))
+        return function(weights, *arguments, **options)
+
+    for module in (parameters, sums):
+        function = partial(counted, module.parameter_stats)
+        monkeypatch.setattr(module, "parameter_stats", function)
+    trained(new_block(), 3)
+    assert calls == [1] * 6 + [6, 6]
+
+
+def test_a_backward_pass_that_ends_early(on_triton):
+    """What it left is read, if it is still there, before the next step."""
+    model = new_block()
+    images = here(torch.randn(2, 3, 4, 4))
+    with Monitor(here(model), images) as monitor:
+        for step in range(5):
+            model.zero_grad()
+            loss = model(images).square().sum()
+            handle = None
+            if step == 3:
+                handle = model.first.weight.register_hook(lambda gradient: 1 / 0)
+            try:
+                loss.backward()
+            except ZeroDivisionError:
+                handle.remove()
+    profile = monitor.compute()
+    counts = {layer.name: layer.stats["n_dw"].max().item() for layer in profile}
+    # Four whole passes; of the one that failed, what came before the failure.
+    per_pass = {name: model.get_submodule(name).weight[0].numel() for name in counts}
+    assert counts["first"] == 4 * per_pass["first"]
+    assert counts["head"] in (4 * per_pass["head"], 5 * per_pass["head"])
+
+
 def test_what_is_overwritten_against_expectation_is_not_read(on_triton):
     model = new_block()
 
@@ -166,24 +205,23 @@ def test_what_is_overwritten_against_expectation_is_not_read(on_triton):
     monitor = trained(model, 5, measured=harm)
     profile = monitor.compute()
     assert lost(monitor) == 1
-    # One batch of four is missing of the layer that was overwritten, and of no other.
+    # One batch of two is missing of the layer that was overwritten, and of no other.
     seen = {layer.name: layer.stats["n"].max().item() for layer in profile}
-    assert seen["up"] == 4 * 4 and seen["down"] == 5 * 4
+    assert seen["up"] == 4 * 2 and seen["down"] == 5 * 2
     assert any("1 tensor" in note and "overwritten" in note for note in profile.notes)
 
 
-@pytest.mark.parametrize("times", [2, 3])
-def test_gradients_that_accumulate(monkeypatch, request, times):
+def test_gradients_that_accumulate(request):
     """From the second backward pass on, `.grad` is a sum."""
 
     def figures():
         model = new_block()
-        with Monitor(here(model), here(torch.zeros(2, 3, 6, 6))) as monitor:
-            for step in range(4 * times):
-                if step % times == 0:
+        with Monitor(here(model), here(torch.zeros(2, 3, 4, 4))) as monitor:
+            for step in range(6):
+                if step % 2 == 0:
                     model.zero_grad()
                 torch.manual_seed(step)
-                model(here(torch.randn(4, 3, 6, 6))).square().sum().backward()
+                model(here(torch.randn(2, 3, 4, 4))).square().sum().backward()
         return monitor
 
     expected = figures().compute()
@@ -206,10 +244,10 @@ def test_an_optimizer_within_the_backward_pass(request):
                 optimizer.zero_grad()
 
             parameter.register_post_accumulate_grad_hook(step)
-        with Monitor(here(model), here(torch.zeros(2, 3, 6, 6))) as monitor:
+        with Monitor(here(model), here(torch.zeros(2, 3, 4, 4))) as monitor:
             for step in range(4):
                 torch.manual_seed(step)
-                model(here(torch.randn(4, 3, 6, 6))).square().sum().backward()
+                model(here(torch.randn(2, 3, 4, 4))).square().sum().backward()
         return monitor
 
     expected = figures().compute()
@@ -251,7 +289,7 @@ def test_evaluation_in_between(request):
         def evaluate(step):
             model.eval()
             with torch.no_grad():
-                model(here(torch.randn(2, 3, 6, 6)))
+                model(here(torch.randn(2, 3, 4, 4)))
             model.train()
 
         return trained(model, 4, measured=evaluate)

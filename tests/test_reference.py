@@ -382,6 +382,6 @@ def test_public_names():
     assert set(kernels.__all__) == {
         "ACTIVATIONS", "ACTIVATION_ROWS", "DTYPES", "GRADIENT_ROWS", "Law", "PARAMETER_COLUMNS",
         "PARAMETER_ROWS", "SCORES", "Selection", "activate", "activation_stats", "backend",
-        "gradient_stats", "parameter_stats", "resample_", "select", "selection_masks",
-        "tell_of_compiling", "untraced",
+        "foreach_activation_stats", "foreach_gradient_stats", "gradient_stats", "parameter_stats",
+        "resample_", "select", "selection_masks", "tell_of_compiling", "untraced",
     }  # fmt: skip

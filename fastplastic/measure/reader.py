@@ -65,6 +65,8 @@ class Reader:
 
     def begin(self, training: bool) -> None:
         """Begin a step."""
+        # What a backward pass left that did not come to its end.
+        self._end_backward()
         self._training = training
         if self._on_gpu:
             self._stream = torch.cuda.current_stream(self._device)
@@ -100,7 +102,9 @@ class Reader:
 
     def weight(self, name: str, weight: Tensor, gradient: Tensor) -> None:
         """Read a weight and its gradient that a hook was given."""
-        waits = self._waits() and self._weights.take(name, weight, gradient)
+        # Many weights are read faster by one call, on the CPU too.
+        may = self._waits() or not self._on_gpu
+        waits = may and self._weights.take(name, weight, gradient)
         self._call_back()
         if not waits:
             own = gradient.to_dense() if gradient.is_sparse else gradient
@@ -150,7 +154,7 @@ class Reader:
     def _call_back(self) -> None:
         """Have the end of this backward pass told."""
         backward = torch._C._current_graph_task_id()
-        if self.late and backward != self._backward and backward != -1:
+        if backward != self._backward and backward != -1:
             self._backward = backward
             torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
 

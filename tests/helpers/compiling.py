@@ -1,5 +1,7 @@
 """What tests of compiled models share."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -18,6 +20,8 @@ WARNINGS = [
 @pytest.fixture(autouse=True)
 def nothing_compiled():
     """Code that was compiled for one model is used for others of its class."""
+    # Monitors of other tests may still let measured steps run eagerly.
+    gc.collect()
     torch.compiler.reset()
     counters.clear()
     yield
