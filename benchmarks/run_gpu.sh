@@ -41,7 +41,8 @@ fi
 
 part 40 "the smallest case" "$python" benchmarks/small_case.py
 # Several processes at once: most of the time goes into compiling.
-tests=(tests/test_triton_gpu.py tests/test_triton_stats.py tests/test_triton_select.py
+tests=(tests/test_triton_gpu.py tests/test_triton_stats.py tests/test_triton_many.py
+    tests/test_triton_parameters.py tests/test_triton_select.py
     tests/test_late_reads.py tests/test_select.py tests/test_resample.py)
 if "$python" -c 'import xdist' 2>/dev/null; then
     part 150 "tests, compiled on $name" "$python" -m pytest -q -n 6 "${tests[@]}"
