@@ -47,6 +47,16 @@ def test_every_position_is_read_by_one_program(shape, dtype, units_adjacent):
         assert sum(count for _, _, count in parts) == a * b
 
 
+def test_a_tensor_is_read_the_same_way_beside_others():
+    """So that its sums have the same bits, whatever waits with it."""
+    small, large = torch.empty(4096, 64, device="meta"), torch.empty(1 << 22, 64, device="meta")
+    _, alone, _ = items_of(small, 1)
+    tables = unit_tables.tables_for((form(small), form(large)), (0, 64), 9, torch.device(DEVICE))
+    items = tables.items.tolist()
+    assert [item for item in items if item[0] == 0] == alone
+    assert len(items) > 2 * len(alone)
+
+
 @pytest.mark.parametrize("batch", [8, 32, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_partial_sums_are_little_beside_what_is_read(batch, dtype):

@@ -22,9 +22,10 @@ VECTOR_BYTES = 16
 UNIT_ROW_BYTES, UNIT_UNROLL = 128, 4
 UNIT_SLOW = _THREADS * VECTOR_BYTES // UNIT_ROW_BYTES
 # Tiles of an item: where a tensor has so many, enough that the partial sums (36 bytes for each
-# unit) are 3.5 % of what is read at most; enough items to fill a card; at most four times as many
-# are 512 values that one accumulator sums up in float32, and less than 1024, where counters end.
-_LEAST_DEPTH, _MOST_DEPTH, _ITEMS = 32, 128, 4096
+# unit) are 3.5 % of what is read at most; enough items of one tensor to fill a card; at most four
+# times as many are 512 values that one accumulator sums up in float32, and less than 1024, where
+# counters end.
+_LEAST_DEPTH, _MOST_DEPTH, _ITEMS = 32, 128, 2048
 # The folds read float64 tiles of units times partial sums; twice as many would spill.
 FOLD_UNITS, FOLD_PARTS, PARAMETER_PARTS = 32, 32, 16
 # parameter_stats: a program reads so many rows of so many elements; it writes partial sums of 2 to
@@ -51,7 +52,7 @@ def vector_width(itemsize: int, numbers: Iterable[int] = ()) -> int:
 
 
 def unit_depth(tiles: int) -> int:
-    """Return how many tiles an item has at least, of so many in one launch."""
+    """Return how many tiles an item has at least, of so many of a tensor."""
     return min(max(tiles // _ITEMS, _LEAST_DEPTH), _MOST_DEPTH)
 
 

@@ -117,8 +117,8 @@ def tables_for(
         device: Where the tables are.
     """
     shares = [_share(form) for form in forms]
-    depth = launch.unit_depth(sum(share.tiles for share in shares))
-    splits = [share.split(depth) for share in shares]
+    # By a tensor alone, so that its sums are the same beside whichever others it is read.
+    splits = [share.split(launch.unit_depth(share.tiles)) for share in shares]
     ends = np.cumsum([own.number * x.units for own, x in zip(splits, shares, strict=True)])
     firsts = (rows * np.array([0, *ends[:-1]])).tolist()
     kinds: dict[Kind, list[NDArray[np.int64]]] = {}
