@@ -212,6 +212,8 @@ def _parameter_kernel(
             TRANSPOSED, False, VECTOR, LANES, BLOCK_FAST,
         )  # fmt: skip
     if again:
+        # Other threads write here what the first reading wrote.
+        tl.debug_barrier()
         _read(
             matrix_ptr, task_ptr, w_ptr, dw_ptr, parts_ptr, TRANSPOSED, True, 1, _NARROW,
             BLOCK_FAST,
