@@ -59,6 +59,15 @@ def notes_of(
     if observation.lost:
         tensors = "1 tensor was" if observation.lost == 1 else f"{observation.lost} tensors were"
         notes.append(f"{tensors} overwritten before the end of a pass, and not read then")
+    notes += _nonfinite(layers)
+    if not backward:
+        return (*notes, "measured forward only: gradient scores are unknown")
+    return (*notes, *_without_gradients(layers))
+
+
+def _nonfinite(layers: list[LayerProfile]) -> list[str]:
+    """Return remarks on what was left out because it is NaN or infinite."""
+    notes = []
     for what, row in (
         ("activations", "n_nonfinite_h"),
         ("gradients of activations", "n_nonfinite_g"),
@@ -68,8 +77,12 @@ def notes_of(
         if bad:
             count = int(sum(float(x.stats[row].sum()) for x in layers))
             notes.append(f"{count} {what} are NaN or infinite and left out, in {_names(bad)}")
-    if not backward:
-        return (*notes, "measured forward only: gradient scores are unknown")
+    return notes
+
+
+def _without_gradients(layers: list[LayerProfile]) -> list[str]:
+    """Return remarks on layers of which gradients are not known."""
+    notes = []
     cut = [x for x in layers if x.no_gradient]
     # Computed weights, as of weight_norm, are no parameters: they are not read at all.
     computed = [x.name for x in cut if not x.stats["n_in"].any()]
@@ -85,7 +98,7 @@ def notes_of(
     unreached = [x.name for x in cut if x.name not in computed]
     if unreached:
         notes.append(f"no gradient reached {_names(unreached)}: gradient scores are unknown there")
-    return tuple(notes)
+    return notes
 
 
 def _unknown(layers: Iterable[LayerProfile]) -> list[str]:
