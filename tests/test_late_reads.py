@@ -114,6 +114,15 @@ def same(one, other):
         torch.testing.assert_close(layer.stats.table, theirs, rtol=1e-4, atol=1e-4)
 
 
+def check(request, figures):
+    """Compare what is read by launches with what Numba reads at once; nothing must be lost."""
+    expected = figures().compute()
+    request.getfixturevalue("on_triton")
+    monitor = figures()
+    same(monitor.compute(), expected)
+    assert lost(monitor) == 0
+
+
 def lost(monitor):
     return monitor._observer._readers.lost
 
@@ -224,11 +233,7 @@ def test_gradients_that_accumulate(request):
                 model(here(torch.randn(2, 3, 4, 4))).square().sum().backward()
         return monitor
 
-    expected = figures().compute()
-    request.getfixturevalue("on_triton")
-    monitor = figures()
-    same(monitor.compute(), expected)
-    assert lost(monitor) == 0
+    check(request, figures)
 
 
 def test_an_optimizer_within_the_backward_pass(request):
@@ -250,11 +255,7 @@ def test_an_optimizer_within_the_backward_pass(request):
                 model(here(torch.randn(2, 3, 4, 4))).square().sum().backward()
         return monitor
 
-    expected = figures().compute()
-    request.getfixturevalue("on_triton")
-    monitor = figures()
-    same(monitor.compute(), expected)
-    assert lost(monitor) == 0
+    check(request, figures)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -273,11 +274,7 @@ def test_recomputed_activations(request, reentrant):
         torch.manual_seed(2)
         return trained(Checkpointed(), 4)
 
-    expected = figures().compute()
-    request.getfixturevalue("on_triton")
-    monitor = figures()
-    same(monitor.compute(), expected)
-    assert lost(monitor) == 0
+    check(request, figures)
 
 
 def test_evaluation_in_between(request):
@@ -294,11 +291,7 @@ def test_evaluation_in_between(request):
 
         return trained(model, 4, measured=evaluate)
 
-    expected = figures().compute()
-    request.getfixturevalue("on_triton")
-    monitor = figures()
-    same(monitor.compute(), expected)
-    assert lost(monitor) == 0
+    check(request, figures)
 
 
 def test_bytes_that_wait_are_bounded(monkeypatch, launches):
@@ -350,11 +343,32 @@ def test_padding_is_left_out(request):
         mask = here(torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]))
         inputs = {"x": here(torch.randn(2, 4, 6)), "attention_mask": mask}
         with Monitor(model, inputs) as monitor:
-            for _ in range(4):
+            for step in range(4):
                 model.zero_grad()
                 model(**inputs).square().sum().backward()
-        return monitor.compute()
+                # Who decides by the number of calls need not wait for the sums.
+                assert monitor._observer.calls.steps == step + 1
+        assert "padding was left out by the attention mask" in monitor.compute().notes
+        return monitor
 
-    expected = figures()
-    request.getfixturevalue("on_triton")
-    same(figures(), expected)
+    check(request, figures)
+
+
+def test_a_write_without_gradients_is_no_activation_function():
+    """It leaves the node of what made the tensor, which may be the same function."""
+    read = []
+    reads = late.LateReads(read.extend, lambda _: ["relu"], share=1, keeps=False)
+    for value in (0, 0, 1):
+        z = torch.randn(3, requires_grad=True).relu()
+        waits = reads.take("layer", None, z)
+        with torch.no_grad():
+            z += value
+        reads.finish()
+        assert not waits and not read and reads.lost == 0
+    z = torch.randn(3, requires_grad=True) * 1
+    for _ in range(2):
+        z = torch.randn(3, requires_grad=True) * 1
+        reads.take("other", None, z)
+        z.relu_()
+        reads.finish()
+    assert [waiting.tensor for waiting in read] == [z]

@@ -50,6 +50,7 @@ class Waiting(NamedTuple):
         case: The same, with what decides how the network treats the tensor.
         tensor: As a hook was given it.
         version: How often it had been written to then.
+        node: The node of the autograd graph that had made it.
         plain: Whether the graph saved tensors as they are then.
         more: What else is needed to read it.
     """
@@ -58,6 +59,7 @@ class Waiting(NamedTuple):
     case: Hashable
     tensor: Tensor
     version: int
+    node: Any
     plain: bool
     more: Any
 
@@ -71,7 +73,8 @@ class Waiting(NamedTuple):
         if writes == 0:
             return self.tensor
         node = self.tensor.grad_fn
-        if writes > 1 or node is None or not functions:
+        # A write that gradients are not recorded of leaves no node of its own.
+        if writes > 1 or node is None or node is self.node or not functions:
             return None
         name = node.name()
         if all(_IDEMPOTENT.get(function) == name for function in functions):
@@ -82,9 +85,14 @@ class Waiting(NamedTuple):
         return None
 
 
+def _noted(read: Any, case: Hashable, tensor: Tensor, more: Any) -> Waiting:
+    plain = _saves_plainly()
+    return Waiting(read, case, tensor, tensor._version, tensor.grad_fn, plain, more)
+
+
 def at_once(read: Any, tensor: Tensor, more: Any) -> Waiting:
     """Return what is read now."""
-    return Waiting(read, None, tensor, 0, False, more)
+    return Waiting(read, None, tensor, 0, None, False, more)
 
 
 class LateReads:
@@ -130,16 +138,14 @@ class LateReads:
         case = (read, mode, tensor.requires_grad)
         waits = self._waits.get(case)
         if waits:
-            plain = _saves_plainly()
-            self._waiting.append(Waiting(read, case, tensor, tensor._version, plain, more))
+            self._waiting.append(_noted(read, case, tensor, more))
             if not self._kept.get(case, False):
                 self._bytes += tensor.nbytes
                 if self._bytes > self._limit:
                     self.flush()
             return True
         if waits is None and not tensor.is_inference():
-            plain = _saves_plainly()
-            self._watch(Waiting(read, case, tensor, tensor._version, plain, more))
+            self._watch(_noted(read, case, tensor, more))
         return False
 
     def flush(self) -> None:

@@ -230,12 +230,13 @@ class Observer:
     def _count_call(self, samples: int, mask: Tensor | None) -> None:
         mode = mode_of(self.model)
         if mask is not None and self._sample is None and self._readers.on(mask.device).late:
-            # The host does not wait to know whether there is padding.
+            # The host counts the call, and does not wait to know whether there is padding.
             self._tokens = tokens_of(mask, wait=False)
-            add_call(self._readers.on(mask.device).sums.calls, samples, MODES.index(mode), mask)
+            self._readers.on(mask.device).sums.note_padding(mask)
+            self.calls.add(samples, mode, masked=False)
             return
         self._tokens = None if mask is None else tokens_of(mask)
-        self.calls.add(samples, mode, self._tokens is not None)
+        self.calls.add(samples, mode, masked=self._tokens is not None)
 
     @untraced
     def _end(self, output: Any) -> None:

@@ -15,6 +15,8 @@ from fastplastic.measure.padding import tokens_of, unpadded
 
 # Of the modules of a model together.
 MODES = ("train", "eval", "mixed")
+# Where `add_call` counts the calls with padding.
+MASKED = 2
 # The kernels take any strides, so that the compiler need not copy into those of eager code.
 _TAGS = (torch.Tag.flexible_layout,)
 # The operators are gone when this is.
@@ -100,5 +102,5 @@ def add_call(counts: Tensor, samples: int, kind: int, mask: Tensor | None) -> No
     counts[0] += 1
     counts[1] += samples
     if mask is not None:
-        counts[2] += (mask == 0).any()
+        counts[MASKED] += (mask == 0).any()
     counts[3 + kind] += 1

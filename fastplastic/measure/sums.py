@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastplastic.kernels import ACTIVATION_ROWS, GRADIENT_ROWS, parameter_stats
-from fastplastic.measure.operators import MODES
+from fastplastic.measure.operators import MASKED, MODES
 from fastplastic.measure.parameters import WeightPiece, WeightReader
 from fastplastic.measure.slots import SlotMap, TensorReads
 from fastplastic.stats import (
@@ -66,6 +66,14 @@ class DeviceSums:
             table.zero_()
         self.activations[MIN_ROW].fill_(torch.inf)
         self.activations[MIN_ROW + 1].fill_(-torch.inf)
+
+    def note_padding(self, mask: Tensor) -> None:
+        """Count a call among those with padding if it has any; the host does not wait.
+
+        Args:
+            mask: [batch, tokens], 0 where a token is padding.
+        """
+        self.calls[MASKED] += (mask == 0).any()
 
     def of_activations(self, slot: int, size: int) -> Tensor:
         """Return the columns of the activations from a slot on, of one read always as many."""
