@@ -15,6 +15,7 @@ from fastplastic.cli.parsing import given, option, strings
 from fastplastic.cli.selection_options import LayerChoice, Treatment, UnitSelection
 from fastplastic.errors import FileError, InputError
 
+SortColumn = Literal["units", "reset", "dead", "frozen", "dormant", "sat", "h", "g"]
 _MODEL, _DATA, _SELECT, _OUTPUT = "Model", "Data and device", "Selection", "Output"
 
 
@@ -117,6 +118,17 @@ class DataOptions(ModelOptions):
 class ProfileOptions(DataOptions):
     """The options of `fastplastic profile`."""
 
+    layers: Annotated[
+        bool, option("--layers", panel=_OUTPUT, help="Also show a table of all layers.")
+    ] = False
+    sort: Annotated[
+        SortColumn | None,
+        option("--sort", panel=_OUTPUT, help="Sort that table, largest first; h, g: mean sizes."),
+    ] = None
+    top: Annotated[
+        int | None,
+        option("--top", panel=_OUTPUT, metavar="N", min=1, help="Show N rows of it at most."),
+    ] = None
     ranks: Annotated[
         bool, option("--ranks", panel=_OUTPUT, help="Also show how many directions a layer uses.")
     ] = False

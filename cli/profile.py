@@ -8,7 +8,7 @@ from fastplastic.cli.following import after_profile
 from fastplastic.cli.options import ProfileOptions
 from fastplastic.cli.outputs import STDOUT, write_json
 from fastplastic.cli.session import Measured, measure, norms_of_other_data, precision
-from fastplastic.cli.terminal import console, follow, progress
+from fastplastic.cli.terminal import can_print, console, follow, progress
 
 if TYPE_CHECKING:
     from fastplastic.trials import Advice
@@ -35,14 +35,15 @@ def run(options: ProfileOptions) -> None:
         write_json(options.json, values, force=options.force)
     if options.quiet or options.json == STDOUT:
         return
-    from fastplastic.cli import render
+    from fastplastic.cli import overview
     from fastplastic.cli.report import report_of
 
     out = console(sys.stdout)
-    out.print(render.profile(report_of(measured.profile, measured.facts), out.width))
-    if advice:
-        out.print()
-        out.print(render.facts([("advice", advice.text)]))
+    # Ranks are in the table alone.
+    table = options.layers or options.ranks or bool(options.sort or options.top)
+    shown = overview.Shown(table, options.sort, options.top, plain=not can_print("█░", out))
+    report = report_of(measured.profile, measured.facts)
+    out.print(overview.report(report, out.width, shown, advice.text if advice else ""))
     follow(out, after_profile(options))
 
 

@@ -4,11 +4,15 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import starmap
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from fastplastic.measure import Finding
 
 # Above this many layers the table shows only those with something to tell, at most this many.
 LONG_TABLE = 100
@@ -76,6 +80,7 @@ class Report:
         fixed: (reason, units, layers) of units that cannot be re-initialised by themselves.
         notes: Remarks of the profile.
         rank_rows: The largest number of positions that ranks are from; 0 where there are none.
+        findings: What stands out, the worst first.
     """
 
     facts: tuple[tuple[str, str], ...]
@@ -87,6 +92,7 @@ class Report:
     fixed: tuple[tuple[str, int, int], ...]
     notes: tuple[str, ...] = ()
     rank_rows: int = 0
+    findings: tuple["Finding", ...] = ()
 
 
 def count(number: int) -> str:
@@ -195,7 +201,7 @@ def _weakness(row: LayerRow) -> float:
     return max(row.dead or 0, row.frozen or 0, row.dormant or 0) / row.units
 
 
-def _rows_to_show(rows: Sequence[LayerRow]) -> Sequence[LayerRow]:
+def rows_to_show(rows: Sequence[LayerRow]) -> Sequence[LayerRow]:
     """Of a long table keep the layers with the largest share of weak units, in their order."""
     if len(rows) <= LONG_TABLE:
         return rows
@@ -248,15 +254,23 @@ def _fixed(report: Report) -> str:
     )
 
 
-def summary(report: Report) -> Table:
-    """Return where the dead, dormant and saturated units are, worst layers first."""
+def summary(report: Report, *, where: bool = True) -> Table:
+    """Return where the dead, dormant and saturated units are, and what can be re-initialised.
+
+    Args:
+        report: The report.
+        where: Whether the layers with the largest shares are named.
+    """
     rows = report.rows
-    pairs = [
+    worst = [
         ("dead", _where(rows, lambda row: row.dead)),
         ("frozen", _where(rows, lambda row: row.frozen)),
         ("dormant", _where(rows, lambda row: row.dormant)),
         ("saturated", _where(rows, lambda row: row.saturated)),
         ("not finite", _where(rows, lambda row: row.nonfinite)),
+    ]
+    pairs = [
+        *(worst if where else []),
         ("resettable", _resettable(rows)),
         ("not reset", _fixed(report)),
         ("coverage", _coverage(report)),
@@ -272,20 +286,11 @@ def stacked(*parts: RenderableType) -> Group:
     return Group(*spaced[1:])
 
 
-def profile(report: Report, width: int) -> RenderableType:
-    """Return the whole report of `fastplastic profile`."""
-    shown = _rows_to_show(report.rows)
-    left_out = len(report.rows) - len(shown)
-    table: list[RenderableType] = [layer_table(shown, width)] if shown else []
-    if left_out:
-        text = (
-            f"{number_of(left_out, 'layer')} not shown, all of them in --json FILE: none is worse"
-        )
-        table.append(Text(text, style="italic"))
-    legend = [_LEGEND.format(tau=report.tau, saturated=report.saturated)]
-    legend += [_RANK_LEGEND.format(rows=report.rank_rows)] if report.rank_rows else []
-    words = Text("\n".join(legend), style="dim")
-    return stacked(facts(report.facts), Group(*table), summary(report), words)
+def legend(report: Report) -> Text:
+    """Return what the words of a report mean."""
+    words = [_LEGEND.format(tau=report.tau, saturated=report.saturated)]
+    words += [_RANK_LEGEND.format(rows=report.rank_rows)] if report.rank_rows else []
+    return Text("\n".join(words), style="dim")
 
 
 @dataclass(frozen=True)

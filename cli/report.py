@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastplastic.cli.render import LayerRow, MaskRow, PlanRow, PlanView, Report
 from fastplastic.criteria import CRITERIA
-from fastplastic.measure import LayerProfile, Profile
+from fastplastic.measure import LayerProfile, Profile, findings
 from fastplastic.planning import Plan
 
 # How the reason starts for rows that follow another layer's; which layer, the plan shows.
@@ -28,6 +28,7 @@ def report_of(profile: Profile, facts: tuple[tuple[str, str], ...]) -> Report:
         skipped=profile.coverage.skipped,
         fixed=_fixed(profile.layers),
         notes=profile.notes,
+        findings=findings(profile),
         rank_rows=max((layer.ranks.rows for layer in profile.layers if layer.ranks), default=0),
     )
 

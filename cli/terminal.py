@@ -31,6 +31,15 @@ def console(stream: TextIO) -> "Console":
     )
 
 
+def can_print(text: str, out: "Console") -> bool:
+    """Tell whether the encoding of a console has these characters; many code pages have not."""
+    try:
+        text.encode(out.encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
 def warn(message: str) -> None:
     """Print one line on stderr that cannot be missed."""
     from rich.text import Text

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fastplastic.errors import FastPlasticError
-    from fastplastic.measure import LayerProfile, Monitor, Profile, profile
+    from fastplastic.measure import LayerProfile, Monitor, Profile, findings, profile
     from fastplastic.planning import Plan, plan
     from fastplastic.reinit import ReinitReport, reinit_
     from fastplastic.training import Recycler
@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "errors": ("FastPlasticError",),
-    "measure": ("LayerProfile", "Monitor", "Profile", "profile"),
+    "measure": ("LayerProfile", "Monitor", "Profile", "findings", "profile"),
     "planning": ("Plan", "plan"),
     "reinit": ("ReinitReport", "reinit_"),
     "training": ("Recycler",),
@@ -35,6 +35,7 @@ __all__ += [
     "TrainSettings",
     "Trial",
     "__version__",
+    "findings",
     "finetune",
     "plan",
     "profile",

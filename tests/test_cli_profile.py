@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 
 def test_profile_prints_the_report(run):
-    outcome = run("profile", *SMALL)
+    outcome = run("profile", *SMALL, "--layers")
     assert (outcome.code, outcome.error) == (0, "")
     for word in ("model", MODEL, "weights", "random", "eval", "8 in 2 batches", "layer2", "relu"):
         assert word in outcome.output

@@ -16,11 +16,13 @@ from rich.console import Console
 from torch import nn
 
 from fastplastic import Profile, profile
-from fastplastic.cli import render
+from fastplastic.cli import overview, render
 from fastplastic.cli.main import main
 from fastplastic.cli.render import LayerRow, Report
 from fastplastic.diagnostics import Ranks, effective_rank, ranks_of, srank, stable_rank
 from fastplastic.errors import FileError, InputError
+
+ALL = overview.Shown(layers=True)
 
 
 def by_hand(matrix):
@@ -266,13 +268,13 @@ def test_narrow_tables_drop_them_after_all_others():
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
 def test_the_legend_states_the_formulas(width):
-    output = text(render.profile(REPORT, width), width)
+    output = text(overview.report(REPORT, width, ALL), width)
     assert max(map(len, output.splitlines())) <= width
     words = " ".join(output.split())
     for part in ("exp(-sum p ln p)", "p = s / sum s", "99% of sum s", "sum s^2 / max s^2", "1,024"):
         assert part in words
     none = replace(REPORT, rows=(replace(FIRST, ranks=None),), rank_rows=0)
-    assert "srank" not in text(render.profile(none, width), width)
+    assert "srank" not in text(overview.report(none, width, ALL), width)
 
 
 SMALL = ("test_resnet", "--no-pretrained", "--img-size", "32", "-b", "4", "--batches", "2")

@@ -17,6 +17,7 @@ PUBLIC_NAMES = {
     "TrainSettings",
     "Trial",
     "__version__",
+    "findings",
     "finetune",
     "plan",
     "profile",

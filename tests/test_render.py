@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from fastplastic.cli import render
+from fastplastic.cli import overview, render
+from fastplastic.cli.overview import Shown
 from fastplastic.cli.render import LayerRow, MaskRow, PlanRow, PlanView, Report
 
 HEALTHY = LayerRow("stem.conv1", "conv", "relu", 64, 64, 0, 0, 0, 0, 0.5, 0.123456, 1.5e-6)
@@ -23,6 +24,7 @@ REPORT = Report(
     notes=("something to know",),
 )
 
+ALL = Shown(layers=True)
 # In the order in which they make room.
 DROPPABLE = ["kind", "mean|g|", "mean|h|", "act", "frozen", "reset"]
 
@@ -70,7 +72,7 @@ def test_table_has_a_line_per_layer():
 
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 120])
 def test_every_width_shows_the_whole_report(width):
-    output = text(render.profile(REPORT, width), width)
+    output = text(overview.report(REPORT, width, ALL), width)
     assert max(map(len, output.splitlines())) <= width
     title = next(line for line in output.splitlines() if line.startswith("layer "))
     assert {"layer", "units", "dead", "dormant", "sat"} <= set(title.split())
@@ -134,8 +136,8 @@ def test_values_that_are_not_finite_are_reported_only_where_there_are_some():
 
 
 def test_report_is_complete():
-    output = words(text(render.profile(REPORT, 100)))
-    assert output.startswith("model resnet[50] weights random layer")
+    output = words(text(overview.report(REPORT, 100, ALL)))
+    assert "model resnet[50] weights random layer" in output
     assert "dormant: mean|h| at most 0.025 of the layer's mean" in output
     assert "saturated: at 95% of them or more" in output
 
@@ -144,8 +146,9 @@ def test_report_of_a_big_model_shows_the_worst_layers_in_their_order():
     rows = tuple(
         replace(SICK, name=f"block{index:03}", dead=index % 60, dormant=0) for index in range(150)
     )
-    output = text(render.profile(replace(REPORT, rows=rows), 100))
-    shown = re.findall(r"^block\d+", output, re.MULTILINE)
+    output = text(overview.report(replace(REPORT, rows=rows), 100, ALL))
+    table = output.partition("\nlayer ")[2]
+    shown = re.findall(r"^block\d+", table, re.MULTILINE)
     assert len(shown) == 40
     assert shown == sorted(shown)
     assert {"block059", "block119"} <= set(shown)
@@ -155,7 +158,7 @@ def test_report_of_a_big_model_shows_the_worst_layers_in_their_order():
 
 def test_report_of_a_big_healthy_model_has_no_table():
     rows = tuple(replace(HEALTHY, name=f"block{index}") for index in range(150))
-    output = text(render.profile(replace(REPORT, rows=rows), 100))
+    output = text(overview.report(replace(REPORT, rows=rows), 100, ALL))
     assert "150 layers not shown" in output
     assert "mean|h|" not in output.partition("150 layers")[0]
 
@@ -185,8 +188,8 @@ def test_empty_plan_has_no_table():
 
 
 def test_no_color_and_ascii():
-    plain = text(render.profile(REPORT, 100), 100, force_terminal=True, no_color=True)
+    plain = text(overview.report(REPORT, 100, ALL), 100, force_terminal=True, no_color=True)
     assert not re.search(r"\x1b\[[0-9;]*3\d", plain)
     assert "\x1b[33m" in text(
-        render.profile(REPORT, 100), 100, force_terminal=True, color_system="standard"
+        overview.report(REPORT, 100, ALL), 100, force_terminal=True, color_system="standard"
     )

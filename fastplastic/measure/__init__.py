@@ -1,6 +1,7 @@
 """Run a model on data and sum up what its units do: profiles, and a monitor for training."""
 
 from fastplastic.measure.compiled import EagerStance
+from fastplastic.measure.finding import Finding, findings
 from fastplastic.measure.monitor import Monitor
 from fastplastic.measure.observer import Observer
 from fastplastic.measure.positions import PositionSample
@@ -8,6 +9,6 @@ from fastplastic.measure.record import Coverage, LayerProfile, Profile, Totals
 from fastplastic.measure.run import assemble, profile
 
 __all__ = [
-    "Coverage", "EagerStance", "LayerProfile", "Monitor", "Observer", "PositionSample", "Profile",
-    "Totals", "assemble", "profile",
+    "Coverage", "EagerStance", "Finding", "LayerProfile", "Monitor", "Observer", "PositionSample",
+    "Profile", "Totals", "assemble", "findings", "profile",
 ]  # fmt: skip

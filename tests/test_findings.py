@@ -1,0 +1,155 @@
+"""What a profile says stands out."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import fastplastic
+from fastplastic import findings
+from fastplastic.measure.finding import MOST
+
+
+def net(width=20):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(6, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 3)
+    )
+
+
+def measured(model, samples=64, scale=1.0, **options):
+    torch.manual_seed(1)
+    batches = [(scale * torch.randn(samples, 6), torch.randint(0, 3, (samples,)))]
+    return fastplastic.profile(model.eval(), batches, **options)
+
+
+def kill(layer, units):
+    with torch.no_grad():
+        layer.weight[:units] = 0
+        layer.bias[:units] = -1
+
+
+def found(profile, words):
+    (finding,) = [finding for finding in findings(profile) if words in finding.text]
+    return finding
+
+
+def healthy():
+    model = net()
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.bias.zero_()
+    return model
+
+
+def test_nothing_found_is_said_too():
+    (finding,) = findings(measured(healthy(), samples=512))
+    assert finding.severity == "none"
+    assert finding.text == "Nothing stands out: no unit is dead, frozen or dormant."
+    assert finding.evidence == "43 units of 3 layers, 512 samples"
+
+
+@pytest.mark.parametrize(
+    ("units", "severity", "begin"),
+    [(1, "low", "Some units"), (2, "medium", "From 2 on, units"), (10, "high", "From 2 on, units")],
+)
+def test_dead_units_and_where_they_begin(units, severity, begin):
+    model = healthy()
+    kill(model[2], units)
+    finding = found(measured(model, samples=512), "are dead")
+    assert (finding.severity, finding.text) == (
+        severity, f"{begin} are dead: they give the same value for every input."
+    )  # fmt: skip
+    share = f"{units / 20:.0%}"
+    assert finding.evidence == f"{units} of 43 units in 1 layer; most in 2, {share}"
+    assert "can reach all of them" in finding.action
+
+
+def test_what_cannot_be_reset_is_said():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.stream, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(x + self.stream(torch.relu(self.inner(x))))
+
+    model = Residual()
+    with torch.no_grad():
+        model.stream.weight[:3] = 0
+    finding = found(measured(model), "are dead")
+    assert finding.action.startswith("none of them can be re-initialised by itself")
+
+
+def test_frozen_units_are_not_counted_as_dead_too():
+    model = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 3))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model[0].weight.normal_().mul_(1000)
+    profile = measured(model)
+    assert not [finding for finding in findings(profile) if "are dead" in finding.text]
+    finding = found(profile, "functions are flat")
+    assert finding.text == ("From 0 on, layers work where their activation functions are flat.")
+
+
+def test_dormant_units():
+    model = healthy()
+    with torch.no_grad():
+        model[0].weight[:4] *= 1e-4
+    finding = found(measured(model, samples=512), "are dormant")
+    assert finding.severity == "medium"
+    assert "mean |h| of at most 0.025 of the layer's" in finding.text
+
+
+def test_values_that_are_not_finite_come_first():
+    model = net()
+    kill(model[0], 15)
+    with torch.no_grad():
+        model[2].weight[3] = torch.nan
+    finding = findings(measured(model))[0]
+    assert finding.severity == "high"
+    assert finding.text == "Activations are NaN or infinite from 2 on."
+
+
+def test_no_gradient():
+    model = healthy()
+    with torch.no_grad():
+        model[2].weight.zero_()
+        model[2].bias.fill_(1)
+    finding = found(measured(model), "No gradient")
+    assert finding.text == "No gradient reaches the weights of 1 layer, the first is 0."
+    quiet = findings(measured(model, backward=False))
+    assert not [finding for finding in quiet if "No gradient" in finding.text]
+
+
+def test_few_samples_are_told_where_units_look_dead():
+    model = healthy()
+    kill(model[0], 2)
+    assert found(measured(model, samples=63), "Few samples").evidence == "63 samples"
+    with pytest.raises(ValueError, match="not enough values"):
+        found(measured(model, samples=64), "Few samples")
+
+
+def test_layers_without_figures():
+    profile = measured(healthy())
+    coverage = replace(profile.coverage, skipped=(("odd", "it was never called"),), found=4)
+    finding = found(replace(profile, coverage=coverage), "no figures")
+    assert finding.text == "1 of 4 weight layers have no figures."
+    assert finding.evidence == "odd: it was never called"
+
+
+def test_at_most_five_and_the_worst_first():
+    model = net()
+    kill(model[0], 12)
+    with torch.no_grad():
+        model[0].weight[12:16] *= 1e-5
+        model[0].bias[12:16] = 1e-6
+        model[2].weight[3] = torch.nan
+    profile = measured(model, samples=8)
+    coverage = replace(profile.coverage, skipped=(("odd", "why"),))
+    several = findings(replace(profile, coverage=coverage))
+    assert len(several) <= MOST
+    order = ["high", "medium", "low"]
+    ranks = [order.index(finding.severity) for finding in several]
+    assert ranks == sorted(ranks) and ranks[0] == 0
