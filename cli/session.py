@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fastplastic.cli.options import DataOptions, ModelOptions, ReinitOptions, SelectOptions
-from fastplastic.cli.terminal import progress, say, warn
+from fastplastic.cli.terminal import progress, say, waiting, warn
 from fastplastic.errors import FileError, InputError
 
 if TYPE_CHECKING:
@@ -121,11 +121,30 @@ def measure(
     sample_positions: int | None = None,
 ) -> Measured:
     """Load model and data as the options say, and profile the one on the other."""
-    import torch
+    with waiting(f"loading {options.model}", quiet=options.quiet):
+        import torch
 
-    import fastplastic
+        import fastplastic
+        from fastplastic.model import loss_head
+
+        loaded, source = _loaded(options, pretrained=pretrained)
+    model = loaded.model
+    head: AbstractContextManager[LentHead | None] = nullcontext()
+    if source.num_classes != model.num_classes:
+        head = loss_head(model, source.num_classes, options.seed)
+    # Random units of the model itself, such as dropout, draw from torch's own generator.
+    torch.manual_seed(options.seed)
+    bar = progress(len(source), quiet=options.quiet, before="tracing the model")
+    with head as lent, precision(options), bar as done:
+        profile = fastplastic.profile(
+            model, source, gradients=gradients, ranks=ranks, sample_positions=sample_positions,
+            progress=done, lent_head=lent,
+        )  # fmt: skip
+    return Measured(loaded, profile, source, _facts(options, loaded, source, profile))
+
+
+def _loaded(options: DataOptions, *, pretrained: bool | None) -> "tuple[LoadedModel, DataSource]":
     from fastplastic.kernels import tell_of_compiling
-    from fastplastic.model import loss_head
 
     if not options.quiet and device_of(options.device).type == "cpu":
         tell_of_compiling(_say_compiling)
@@ -135,19 +154,7 @@ def measure(
             "the images are the Fashion-MNIST sample of the package, not those of your task: units "
             "that are dead there may be needed here. Pass --data"
         )
-    model = loaded.model
-    source = source_of(options, loaded)
-    head: AbstractContextManager[LentHead | None] = nullcontext()
-    if source.num_classes != model.num_classes:
-        head = loss_head(model, source.num_classes, options.seed)
-    # Random units of the model itself, such as dropout, draw from torch's own generator.
-    torch.manual_seed(options.seed)
-    with head as lent, precision(options), progress(len(source), quiet=options.quiet) as done:
-        profile = fastplastic.profile(
-            model, source, gradients=gradients, ranks=ranks, sample_positions=sample_positions,
-            progress=done, lent_head=lent,
-        )  # fmt: skip
-    return Measured(loaded, profile, source, _facts(options, loaded, source, profile))
+    return loaded, source_of(options, loaded)
 
 
 def _say_compiling() -> None:

@@ -63,10 +63,24 @@ def follow(out: "Console", command: str) -> None:
 
 
 @contextmanager
+def waiting(text: str, *, quiet: bool) -> Iterator[None]:
+    """Say on a terminal what is being done, as long as it takes."""
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    # A spinner of ASCII characters: all code pages have them.
+    with console(sys.stderr).status(text, spinner="line"):
+        yield
+
+
+@contextmanager
 def progress(
-    total: int, *, quiet: bool, text: str = "profiling"
+    total: int, *, quiet: bool, text: str = "profiling", before: str = ""
 ) -> Iterator[Callable[[int], None] | None]:
-    """Give what to call with the number of batches done: None unless stderr is a terminal."""
+    """Give what to call with the number of batches done: None unless stderr is a terminal.
+
+    `before` is what is done before the first batch is.
+    """
     if quiet or not total or not sys.stderr.isatty():
         yield None
         return
@@ -78,10 +92,11 @@ def progress(
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    described = TextColumn("{task.description}")
+    columns = (described, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console(sys.stderr), transient=True) as bar:
-        task = bar.add_task(text, total=total)
-        yield lambda done: bar.update(task, completed=done)
+        task = bar.add_task(before or text, total=total)
+        yield lambda done: bar.update(task, completed=done, description=text)
 
 
 @contextmanager

@@ -206,3 +206,18 @@ def test_progress_shows_on_a_terminal_only(monkeypatch):
             if done:
                 done(2)
         assert ("2/3" in stream.getvalue()) is shown
+
+
+def test_what_is_done_before_the_first_batch_shows_too(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream := Terminal())
+    with terminal.waiting("loading it", quiet=False):
+        pass
+    with terminal.progress(3, quiet=False, before="tracing it") as done:
+        done(1)
+    output = stream.getvalue()
+    assert output.index("loading it") < output.index("tracing it") < output.index("profiling")
+    for stream, quiet in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with terminal.waiting("loading it", quiet=quiet):
+            pass
+        assert not stream.getvalue()
