@@ -2,29 +2,72 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Annotated, Any, Literal
 
 import typer
 
 from fastplastic.cli.terminal import console
+from fastplastic.errors import InputError
+
+Entry = dict[str, Any]
 
 
 def command(
-    what: Annotated[Literal["criteria"], typer.Argument(help="What to list.")],
+    what: Annotated[
+        Literal["criteria", "initializers", "activations", "models"],
+        typer.Argument(help="What to list.", metavar="criteria|initializers|activations|models"),
+    ],
+    pattern: Annotated[
+        str | None, typer.Argument(metavar="[PATTERN]", help="Names like it, as in 'resnet*'.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> Callable[[], None]:
-    """List the criteria with their formulas, thresholds and sources."""
-    return partial(run, as_json)
+    """List what there is to choose from: criteria, laws of --init, activation functions, models.
+
+    Examples: fastplastic list criteria; fastplastic list models 'resnet*'
+    """
+    return partial(run, what, pattern, as_json)
 
 
-def run(as_json: bool) -> None:
-    """Print all criteria."""
+def run(what: str, pattern: str | None, as_json: bool) -> None:
+    """Print what has such a name: InputError where nothing has."""
+    entries = _LISTS[what]()
+    if pattern is not None:
+        entries = [entry for entry in entries if _fits(entry["name"], pattern)]
+        if not entries:
+            raise InputError(
+                f"list {what} {pattern}: none has such a name: fastplastic list {what} shows all"
+            )
+    if as_json:
+        print(json.dumps(entries, indent=2))
+        return
+    out = console(sys.stdout)
+    if what == "models":
+        # One name a line and nothing else, for pipes.
+        print(*(entry["name"] for entry in entries), sep="\n")
+        return
+    from fastplastic.cli import render
+
+    if what == "criteria":
+        out.print(render.criteria([_criterion_row(entry) for entry in entries]))
+    else:
+        titles = list(entries[0])
+        out.print(render.words_table(titles, [list(entry.values()) for entry in entries]))
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """Tell whether a name matches a pattern; one without wildcards is looked for anywhere in it."""
+    return fnmatchcase(name, pattern if set(pattern) & set("*?[") else f"*{pattern}*")
+
+
+def _criteria() -> list[Entry]:
     from fastplastic.criteria import CRITERIA, WEIGHT_CRITERIA
     from fastplastic.trials import better_than_random
 
-    units: list[dict[str, Any]] = [
+    units: list[Entry] = [
         {
             "name": rule.name,
             "granularity": "unit",
@@ -52,16 +95,47 @@ def run(as_json: bool) -> None:
         }
         for rule in WEIGHT_CRITERIA.values()
     ]
-    entries = units + weights
-    if as_json:
-        print(json.dumps(entries, indent=2))
-        return
-    from fastplastic.cli import render
-
-    console(sys.stdout).print(render.criteria([_row(entry) for entry in entries]))
+    return units + weights
 
 
-def _row(entry: dict[str, Any]) -> tuple[str, ...]:
+def _initializers() -> list[Entry]:
+    from fastplastic.initial import SUMMARIES
+
+    return [{"name": name, "law": text} for name, text in SUMMARIES.items()]
+
+
+def _activations() -> list[Entry]:
+    from fastplastic.kernels import ACTIVATIONS
+
+    return [
+        {"name": name, "flat where |f'(z)| <= 0.01": _intervals(function.flat)}
+        for name, function in ACTIVATIONS.items()
+    ]
+
+
+def _intervals(intervals: Sequence[tuple[float, float]]) -> str:
+    return ", ".join(f"[{low:.4g}, {high:.4g}]" for low, high in intervals) or "nowhere"
+
+
+def _models() -> list[Entry]:
+    import timm
+
+    tagged = timm.list_models(pretrained=True)
+    known = {name.partition(".")[0] for name in tagged}
+    # A name alone takes the first of its weights; NAME.TAG asks for one of them.
+    plain = [{"name": name, "pretrained": name in known} for name in timm.list_models()]
+    return plain + [{"name": name, "pretrained": True} for name in tagged if "." in name]
+
+
+_LISTS: Mapping[str, Callable[[], list[Entry]]] = {
+    "criteria": _criteria,
+    "initializers": _initializers,
+    "activations": _activations,
+    "models": _models,
+}
+
+
+def _criterion_row(entry: Entry) -> tuple[str, ...]:
     only = f"; only {entry['only']}" if entry["only"] else ""
     threshold = "-" if entry["threshold"] is None else f"{entry['threshold']:g}"
     return (

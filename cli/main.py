@@ -17,6 +17,7 @@ import typer
 
 import fastplastic
 from fastplastic.cli import (
+    explain,
     finetune,
     listing,
     options,
@@ -50,12 +51,14 @@ fastplastic trial resnet50 --data DIR
 
 fastplastic finetune resnet50 --data DIR --ratio 0.3 -o resnet50-tuned.safetensors
 
+fastplastic explain resnet50 layer1.0.conv3
+
 fastplastic list criteria
 """
 
 app = typer.Typer(
     name="fastplastic",
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -64,6 +67,7 @@ app.command("plan")(parsing.command(options.PlanOptions, plan.run))
 app.command("reinit")(parsing.command(options.ReinitOptions, reinit.run))
 app.command("trial")(parsing.command(training_options.TrialOptions, trial.run))
 app.command("finetune")(parsing.command(training_options.FinetuneOptions, finetune.run))
+app.command("explain")(parsing.command(explain.ExplainOptions, explain.run))
 app.command("list")(listing.command)
 
 

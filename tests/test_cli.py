@@ -11,10 +11,12 @@ from helpers.program import SMALL, refused
 import fastplastic
 from fastplastic.cli import options, parsing, terminal
 from fastplastic.cli import profile as profile_command
+from fastplastic.cli.main import main
 from fastplastic.cli.options import DataOptions, PlanOptions, ProfileOptions, ReinitOptions
 from fastplastic.criteria import CRITERIA, WEIGHT_CRITERIA
 from fastplastic.errors import FileError, InputError
 from fastplastic.initial import INITIALIZERS
+from fastplastic.kernels import ACTIVATIONS
 from fastplastic.planning import GRANULARITIES
 
 
@@ -157,6 +159,24 @@ def test_list_of_criteria(run):
     assert units == list(CRITERIA) and weights == list(WEIGHT_CRITERIA)
     assert next(e for e in entries if e["name"] == "dormant")["threshold"] == 0.025
     refused(run("list", "layers"), 2, "criteria")
+    assert [e["name"] for e in json.loads(run("list", "criteria", "dorm*", "--json").output)] == [
+        "dormant"
+    ]
+
+
+def test_lists_of_all_else(run):
+    laws = json.loads(run("list", "initializers", "--json").output)
+    assert [law["name"] for law in laws] == list(INITIALIZERS)
+    functions = json.loads(run("list", "activations", "--json").output)
+    assert [function["name"] for function in functions] == list(ACTIVATIONS)
+    relu = run("list", "activations", "relu6").output
+    assert "[-inf, 0], [6, inf]" in relu and "gelu" not in relu
+    models = run("list", "models", "resnet18*").output.splitlines()
+    assert {"resnet18", "resnet18.a1_in1k"} <= set(models)
+    assert all(name.startswith("resnet18") for name in models)
+    assert "test_resnet" in run("list", "models", "st_resn").output.splitlines()
+    message = "list models resnet1800: none has such a name: fastplastic list models shows all"
+    refused(run("list", "models", "resnet1800"), 2, message)
 
 
 def test_model_kwargs_are_spread_as_in_timm(run, monkeypatch):
@@ -221,3 +241,17 @@ def test_what_is_done_before_the_first_batch_shows_too(monkeypatch):
         with terminal.waiting("loading it", quiet=quiet):
             pass
         assert not stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("line", "number", "expected"),
+    [("fastplastic pr", 1, ["profile"]), ("fastplastic profile --sam", 2, ["--sample-positions"])],
+)
+def test_shells_complete_commands_and_options(monkeypatch, capsys, line, number, expected):
+    monkeypatch.setenv("_FASTPLASTIC_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", line)
+    monkeypatch.setenv("COMP_CWORD", str(number))
+    with pytest.raises(SystemExit) as end:
+        main([])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.splitlines() == expected

@@ -241,6 +241,17 @@ INITIALIZERS: Mapping[str, Callable[[nn.Module], Initializer]] = {
 }
 
 
+# One line on each, for those who choose.
+SUMMARIES: Mapping[str, str] = {
+    "default": "the law with which the library itself initialises that parameter",
+    "kaiming_uniform": "U(-b, b), b = sqrt(6 / fan_in) (He et al., arXiv 1502.01852)",
+    "kaiming_normal": "N(0, 2 / fan_in) (He et al., arXiv 1502.01852)",
+    "xavier_uniform": "U(-b, b), b = sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio, 2010)",
+    "trunc_normal": "N(0, 0.02^2) between -2 and 2, as timm initialises transformers",
+    "empirical": "normal, with mean and standard deviation of the layer's own live weights",
+}
+
+
 def make_initializer(name: str, model: nn.Module) -> Initializer:
     """Return the initializer with this name for a model.
 

@@ -1,0 +1,130 @@
+"""`fastplastic explain`: the wiring of one layer in words, and why it can be reset or not."""
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastplastic.cli.options import ModelOptions
+from fastplastic.cli.parsing import option
+from fastplastic.cli.session import load
+from fastplastic.cli.terminal import console, waiting
+from fastplastic.errors import InputError, no_such
+
+if TYPE_CHECKING:
+    from fastplastic.wiring import UnitGraph, UnitLayer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainOptions(ModelOptions):
+    """The options of `fastplastic explain`."""
+
+    layer: Annotated[str, typer.Argument(metavar="LAYER", help="Dotted name of a weight layer.")]
+    json: Annotated[bool, option("--json", panel="Output", help="Print JSON.")] = False
+    quiet: Annotated[bool, option("--quiet", "-q", panel="Output", help="Show no progress.")] = (
+        False
+    )
+
+
+def run(options: ExplainOptions) -> None:
+    """Tell how a layer is wired: what makes and reads its units, and why they can be reset or not.
+
+    The model is traced, not run on data, and its weights are random unless you ask for others.
+
+    Example: fastplastic explain resnet50 layer1.0.conv3
+    """
+    options.check()
+    with waiting(f"loading and tracing {options.model}", quiet=options.quiet):
+        graph = _graph(options)
+    skipped = dict(graph.skipped)
+    if options.layer in skipped:
+        print(f"{options.layer} is not measured: {skipped[options.layer]}")
+        return
+    found = [layer for layer in graph.layers if options.layer in layer.names]
+    if not found:
+        names = [name for layer in graph.layers for name in layer.names]
+        raise InputError(no_such("layer", options.layer, names))
+    facts = explanation(found[0], graph)
+    if options.json:
+        print(json.dumps({"layer": found[0].name, **_plain(facts)}, indent=2))
+        return
+    from fastplastic.cli import render
+
+    console(sys.stdout).print(render.facts(facts))
+
+
+def _graph(options: ExplainOptions) -> "UnitGraph":
+    import torch
+
+    from fastplastic.graph import build_graph
+    from fastplastic.model import undisturbed
+    from fastplastic.sources import InputShape
+
+    # Weights do not change the wiring.
+    pretrained = options.pretrained or False
+    model = load(options, pretrained=None if options.checkpoint else pretrained).model
+    shape = InputShape.of(model, options.img_size, options.in_chans, options.input_size)
+    example = torch.zeros(2, shape.channels, *shape.config["input_size"][1:])
+    with undisturbed(model):
+        return build_graph(model, example.to(next(model.parameters()).device))
+
+
+def explanation(layer: "UnitLayer", graph: "UnitGraph") -> list[tuple[str, str]]:
+    """Return the wiring of a layer in words, as (label, text) pairs."""
+    facts = [("layer", _what(layer))]
+    if layer.tied:
+        facts.append(("tied", f"the same weight is that of {', '.join(layer.tied)}"))
+    facts.append(("activation", _activation(layer)))
+    readers = [f"{own.name} ({_columns(own.unit_of_column)})" for own in layer.consumers]
+    facts.append(("read by", "; ".join(readers) or "no weight layer through columns of its own"))
+    feeders = [own.name for own in graph.layers if _reads(own, layer.name)]
+    facts.append(("reads", ", ".join(feeders) or "the input, or values that several layers make"))
+    if layer.coupled:
+        members = ", ".join(member.name for member in layer.coupled)
+        facts.append(("together", f"a unit is re-initialised with its rows in {members}"))
+    leads = [own.name for own in graph.layers if layer.name in {m.name for m in own.coupled}]
+    if leads:
+        facts.append(("together", f"units are re-initialised under the name of {', '.join(leads)}"))
+    hidden = int(layer.hidden.sum())
+    facts.append(("can be reset", f"{hidden:,} of {layer.n_units:,} units"))
+    facts += [("not reset", f"{number:,} units: {why}") for why, number in layer.reasons.items()]
+    if layer.head:
+        facts.append(("head", "it makes the output: nothing that has weights reads its units"))
+    if graph.note:
+        facts.append(("note", graph.note))
+    return facts
+
+
+def _what(layer: "UnitLayer") -> str:
+    bias = f" and {layer.bias}" if layer.bias else ", without a bias"
+    norm = f"; its norm is {layer.norm}" if layer.norm else ""
+    return (
+        f"{layer.name}: {layer.kind} with {layer.n_units:,} units, one for each index of dimension "
+        f"{layer.unit_dim} of {layer.weight}{bias}{norm}"
+    )
+
+
+def _activation(layer: "UnitLayer") -> str:
+    unknown = "; ".join(f"unknown of {n:,}: {why}" for why, n in layer.unknown.items())
+    sites = dict.fromkeys(f"the {site.where} of {site.module}" for site in layer.z_sites)
+    where = f", measured at {', '.join(sites)}" if sites else ""
+    return "; ".join(filter(None, [f"{layer.activation}{where}", unknown]))
+
+
+def _columns(unit_of_column: Any) -> str:
+    known = int((unit_of_column >= 0).sum())
+    return f"{known:,} of its {len(unit_of_column):,} columns"
+
+
+def _reads(layer: "UnitLayer", name: str) -> bool:
+    return any(own.name == name for own in layer.consumers)
+
+
+def _plain(facts: list[tuple[str, str]]) -> dict[str, list[str]]:
+    values: dict[str, list[str]] = {}
+    for label, text in facts:
+        values.setdefault(label.replace(" ", "_"), []).append(text)
+    del values["layer"]
+    return values

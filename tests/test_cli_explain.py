@@ -1,0 +1,91 @@
+"""`fastplastic explain`: the wiring of a layer in words."""
+
+import json
+
+import torch
+from helpers.program import refused
+from torch import nn
+
+from fastplastic.cli.explain import explanation
+from fastplastic.graph import build_graph
+
+
+def explained(model, example, name):
+    graph = build_graph(model.eval(), example)
+    facts: dict[str, list[str]] = {}
+    for label, text in explanation(graph[name], graph):
+        facts.setdefault(label, []).append(text)
+    return facts
+
+
+def test_a_hidden_layer_and_a_stream(run):
+    model = ("test_resnet", "--no-pretrained", "--img-size", "32")
+    hidden = run("explain", *model, "layer2.0.conv1")
+    assert hidden.code == 0 and hidden.error == ""
+    words = " ".join(hidden.output.split())
+    assert "its norm is layer2.0.bn1" in words
+    assert "read by layer2.0.conv2 (64 of its 64 columns)" in words or "read by layer2" in words
+    assert "not reset" not in words
+    stream = json.loads(run("explain", *model, "layer2.0.conv2", "--json").output)
+    assert stream["layer"] == "layer2.0.conv2"
+    assert "summed into a residual stream" in stream["not_reset"][0]
+    head = json.loads(run("explain", *model, "fc", "--json").output)
+    assert head["head"] == ["it makes the output: nothing that has weights reads its units"]
+
+
+def test_bad_input(run):
+    refused(run("explain", "test_resnet", "--no-pretrained", "layer2"), 2, "no layer 'layer2'")
+    refused(run("explain", "test_resnet"), 2, "Missing argument 'LAYER'")
+    refused(run("explain", "no_such_model", "fc"), 2, "no_such_model")
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.gate, self.down = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        return self.head(torch.relu(x))
+
+
+def test_gated_units_name_the_layer_that_they_go_with():
+    lead, member = (explained(Net(), torch.randn(2, 4), name) for name in ("gate", "up"))
+    both = {"gate": lead, "up": member}
+    (first,) = [name for name, facts in both.items() if facts["can be reset"] == ["6 of 6 units"]]
+    (second,) = set(both) - {first}
+    assert both[first]["together"] == [f"a unit is re-initialised with its rows in {second}"]
+    assert both[second]["together"] == [f"units are re-initialised under the name of {first}"]
+    assert both[first]["read by"] == ["down (6 of its 6 columns)"]
+    facts = explained(Net(), torch.randn(2, 4), "down")
+    assert sorted(facts["reads"][0].split(", ")) in (["gate", "up"], [first])
+    assert facts["activation"] == ["relu, measured at the output of down"]
+
+
+def test_what_is_unknown_and_what_is_tied():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.two.weight = self.one.weight
+
+        def forward(self, x):
+            h = self.one(x)
+            return self.two(h * h.sigmoid())
+
+    facts = explained(Odd(), torch.randn(2, 4), "one")
+    assert facts["tied"] == ["the same weight is that of two"]
+    assert facts["can be reset"] == ["0 of 4 units"]
+
+
+def test_a_model_that_cannot_be_traced_says_so():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.one(x) if float(x.sum()) > 0 else self.one(-x)
+
+    assert "note" in explained(Branch(), torch.randn(2, 4), "one")
