@@ -1,6 +1,7 @@
 """Weight files: read without code, written whole or not at all."""
 
 import argparse
+import pickle
 import stat
 from pathlib import Path
 
@@ -104,10 +105,93 @@ def test_code_in_a_file_is_not_run(tmp_path):
     with pytest.raises(FileError) as error:
         load_state_dict(path)
     assert str(error.value) == (
-        f"{path}: holds more than tensors and plain values, and could run code on loading: "
-        "save only the model's state_dict(), best as safetensors"
+        f"{path}: contains code (getattr), more than tensors and plain values, and "
+        "could run it on loading: save only the model's state_dict(), best as safetensors"
     )
     assert not victim.exists()
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_code_in_a_plain_pickle_is_named_so(tmp_path, protocol):
+    victim, path = tmp_path / "victim", tmp_path / "evil.pth"
+    path.write_bytes(pickle.dumps({"a": Runs(victim)}, protocol=protocol))
+    with pytest.raises(FileError, match=r"contains code \("):
+        load_state_dict(path)
+    assert not victim.exists()
+    # Nothing is called in this one, whatever else it is.
+    path.write_bytes(pickle.dumps({"a": 3}, protocol=4)[:-1])
+    with pytest.raises(FileError, match="corrupt or not a checkpoint"):
+        load_state_dict(path)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "remark"),
+    [
+        (lambda state: {"state_dict": state, "epoch": 3}, ""),
+        (lambda state: {"model_state_dict": state, "optimizer_state_dict": {}}, ""),
+        (lambda state: named("module.", state), "prefix 'module.' removed"),
+        (
+            lambda state: {"state_dict": named("model.", state), "pytorch-lightning_version": "2"},
+            "prefix 'model.' removed",
+        ),
+        (
+            lambda state: {**named("net.", state), "accuracy.total": torch.ones(1)},
+            "prefix 'net.' removed, 1 tensor without it left out",
+        ),
+        (
+            lambda state: {"state_dict": state_of_zeros(state), "state_dict_ema": state},
+            "averaged weights, state_dict_ema",
+        ),
+        (
+            lambda state: {**named("module.", state), "n_averaged": torch.tensor(3)},
+            "prefix 'module.' removed; averaged weights",
+        ),
+    ],
+)
+def test_which_weights_were_taken_is_said(tmp_path, wrap, remark):
+    model, path = small(), tmp_path / "a.pth"
+    state = {name: value + 1 for name, value in model.state_dict().items()}
+    torch.save(wrap(state), path)
+    assert load_into(model, path).remark == remark
+    assert equal(model.state_dict(), state)
+
+
+def named(prefix, state):
+    return {prefix + name: value for name, value in state.items()}
+
+
+def state_of_zeros(state):
+    return {name: torch.zeros_like(value) for name, value in state.items()}
+
+
+def test_weights_of_averages_by_torch_itself(tmp_path):
+    model = small()
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    torch.save(averaged.state_dict(), tmp_path / "a.pth")
+    assert "averaged weights" in load_into(small(), tmp_path / "a.pth").remark
+
+
+def test_weights_that_are_there_twice_are_refused(tmp_path):
+    model, path = small(), tmp_path / "a.pth"
+    state = model.state_dict()
+    torch.save({**named("model.", state), **named("ema.", state)}, path)
+    with pytest.raises(FileError) as error:
+        load_into(model, path)
+    assert str(error.value) == (
+        f"{path}: holds the weights several times, under 'model.', 'ema.': save the one that you "
+        "want by itself"
+    )
+
+
+def test_a_prefix_of_the_model_itself_stays(tmp_path):
+    model = nn.ModuleDict({"model": small()})
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    assert load_into(model, tmp_path / "a.pth").remark == ""
+    # Another model, of whose names only one ends alike.
+    torch.save({"other.0.weight": torch.ones(1)}, tmp_path / "b.pth")
+    with pytest.raises(FileError, match="does not fit the model"):
+        load_into(small(), tmp_path / "b.pth")
 
 
 HEADER = (60).to_bytes(

@@ -6,6 +6,7 @@ Files are read without ever executing code from them: safetensors, or `torch.loa
 
 import argparse
 import os
+import pickletools
 import re
 import warnings
 from collections.abc import Mapping
@@ -20,11 +21,15 @@ from torch import Tensor, nn
 
 from fastplastic.errors import FileError, InputError
 from fastplastic.files.atomic import atomic_write
+from fastplastic.files.names import fitted, without_wrappers
 from fastplastic.model import fingerprint, output_layers
 
 # Where timm, and most training scripts after it, put the weights inside a checkpoint; the averaged
 # weights come first, as in timm.
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+_AVERAGED = ("state_dict_ema", "model_ema")
+_WRAPPERS = (*_AVERAGED, "state_dict", "model_state_dict", "model")
+# Operations of a pickle that call something.
+_CALLS = {"GLOBAL", "STACK_GLOBAL", "REDUCE", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX"}
 _EXPECTED = "expected a state dict in safetensors or PyTorch format"
 _SHOWN = 3
 # What the metadata say of weights whose head was never trained.
@@ -35,15 +40,18 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read the weights of a checkpoint file to the CPU, without executing code from it.
 
     Takes safetensors and PyTorch files. Weights inside a training checkpoint are found under timm's
-    keys ("state_dict_ema", "model_ema", "state_dict", "model"), and the prefixes that data-parallel
-    and compiled models put before names ("module.", "_orig_mod.") are removed, as in timm.
+    keys ("state_dict_ema", "model_ema", "state_dict", "model") and "model_state_dict", and the
+    prefixes that data-parallel and compiled models put before names ("module.", "_orig_mod.") are
+    removed, as in timm.
 
     Raises:
         FileError: The file is missing, corrupt, holds no weights, or more than plain tensors.
     """
-    from timm.models import clean_state_dict
+    return _read(Path(path))[0]
 
-    path = Path(path)
+
+def _read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the weights in a file, and what was chosen or changed of them."""
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "no such file"
         raise FileError(f"{path}: {what}; {_EXPECTED}: check the path")
@@ -53,7 +61,10 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise FileError(f"{path}: cannot be read ({error.strerror or error}): check it") from error
     except SafetensorError as error:
         raise FileError(f"{path}: corrupt safetensors ({_line(error)}): get it anew") from error
-    return dict(clean_state_dict(_unwrap(checkpoint, path)))
+    state, key = _unwrap(checkpoint, path)
+    state, removed = without_wrappers(state)
+    said = [f"averaged weights, {key}"] if key in _AVERAGED else []
+    return state, said + ([f"prefix {removed!r} removed"] if removed else [])
 
 
 @dataclass(frozen=True)
@@ -65,19 +76,22 @@ class Loaded:
         kept: Names of the head's tensors that the model keeps, as those of the file do not fit.
         classes: Number of classes of the file's head, where it does not fit; None without one.
         unfitted: Whether the file says of its head that it was never fitted.
+        remark: Which weights of the file these are, where that is not plain; or "".
     """
 
     dtypes: Mapping[str, torch.dtype]
     kept: tuple[str, ...] = ()
     classes: int | None = None
     unfitted: bool = False
+    remark: str = ""
 
 
 def load_into(model: nn.Module, path: str | os.PathLike[str], *, own_head: bool = False) -> Loaded:
     """Load a checkpoint file into the model: every tensor, or none when one does not fit.
 
     A name that is missing from the file is filled where it is tied to one that is there. The
-    counters of BatchNorm ("num_batches_tracked"), which old files lack, may be missing.
+    counters of BatchNorm ("num_batches_tracked"), which old files lack, may be missing. A prefix
+    before all names, such as Lightning's "model.", is removed.
 
     Args:
         model: The model.
@@ -89,9 +103,11 @@ def load_into(model: nn.Module, path: str | os.PathLike[str], *, own_head: bool 
         FileError: As in `load_state_dict`, or tensors are missing, unexpected or of another shape;
             the first of each kind are named. The model is then as before.
     """
-    state = load_state_dict(path)
-    dtypes = {name: tensor.dtype for name, tensor in state.items()}
+    state, said = _read(Path(path))
     own = model.state_dict()
+    state, done = fitted(state, own, path)
+    remark = "; ".join([*said, *([done] if done else [])])
+    dtypes = {name: tensor.dtype for name, tensor in state.items()}
     kept: tuple[str, ...] = ()
     classes = None
     if own_head:
@@ -102,7 +118,8 @@ def load_into(model: nn.Module, path: str | os.PathLike[str], *, own_head: bool 
     # Names were compared above: what strict loading would still refuse is tied or a counter.
     model.load_state_dict(state, strict=False)
     kept = tuple(name for name in kept if name in own)
-    return Loaded(dtypes, kept, classes, unfitted=UNFITTED.items() <= read_metadata(path).items())
+    unfitted = UNFITTED.items() <= read_metadata(path).items()
+    return Loaded(dtypes, kept, classes, unfitted, remark)
 
 
 def _check_fit(
@@ -213,27 +230,43 @@ def _load_pickled(path: Path) -> Any:
     except OSError:
         raise
     except Exception as error:  # bytes that are no pickle can make the unpickler raise anything
-        if re.search(r"TorchScript|Unpickler error:\s+(?!\s|Unsupported operand)", str(error)):
+        if code := _code_in(path, str(error)):
             raise FileError(
-                f"{path}: holds more than tensors and plain values, and could run code on loading: "
-                "save only the model's state_dict(), best as safetensors"
+                f"{path}: contains code ({code}), more than tensors and plain values, and could "
+                "run it on loading: save only the model's state_dict(), best as safetensors"
             ) from error
         raise FileError(f"{path}: corrupt or not a checkpoint; {_EXPECTED}: get it anew") from error
 
 
-def _unwrap(checkpoint: Any, path: Path) -> dict[str, Tensor]:
-    """Return the weights in what a file holds; FileError when there are none."""
+def _code_in(path: Path, error: str) -> str:
+    """Return what a file that was refused would call on loading; "" where nothing is known."""
+    if match := re.search(r"GLOBAL (\S+)", error):
+        return match[1]
+    if "TorchScript" in error:
+        return "TorchScript"
+    try:
+        with path.open("rb") as file:
+            # Reads the operations, and runs none. Newer ones the loader stops at.
+            found = {operation.name for operation, _, _ in pickletools.genops(file)}
+    except Exception:  # as above
+        return ""
+    return "a pickle that calls functions" if found & _CALLS else ""
+
+
+def _unwrap(checkpoint: Any, path: Path) -> tuple[dict[str, Tensor], str]:
+    """Return the weights in what a file holds, and their key in it; FileError without any."""
     if isinstance(checkpoint, Mapping):
-        inside = (checkpoint.get(key) for key in _WRAPPERS)
-        state = next((part for part in inside if isinstance(part, Mapping)), checkpoint)
-        others = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
+        keys = (key for key in _WRAPPERS if isinstance(checkpoint.get(key), Mapping))
+        key = next(keys, "")
+        state = checkpoint[key] if key else checkpoint
+        others = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
         if others:
             raise FileError(
                 f"{path}: not weights: {_first(others)}; {_EXPECTED}, "
                 "bare or under the key 'state_dict' or 'model': save it that way"
             )
         if state:
-            return {str(key): value for key, value in state.items()}
+            return {str(name): value for name, value in state.items()}, key
     raise FileError(f"{path}: holds no weights; {_EXPECTED}: save the model's state_dict()")
 
 

@@ -27,7 +27,7 @@ class LoadedModel:
     Attributes:
         model: The model, on the CPU.
         name: Its name as it was asked for.
-        weights: "pretrained", "random" or "checkpoint: FILE".
+        weights: "pretrained", "random" or "checkpoint: FILE", with a remark in parentheses if any.
         warning: One line that the user must see, or None: the weights are not what is expected.
         dtypes: {name: dtype} of the tensors in the checkpoint file; empty without one.
         head: "" where the head is that of the weights, or what is to be said of a fresh one.
@@ -101,6 +101,8 @@ def create_model(
         elif loaded.unfitted:
             head = "of the weights, which was not fitted yet"
         weights = f"checkpoint: {checkpoint}"
+        if loaded.remark:
+            weights += f" ({loaded.remark})"
         return LoadedModel(model, name, weights, dtypes=loaded.dtypes, head=head)
 
 

@@ -1,0 +1,65 @@
+"""Names of weights as training scripts write them, and as the model has them."""
+
+import os
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from fastplastic.errors import FileError
+
+# The counter that torch's AveragedModel keeps beside the weights.
+_COUNTER = "n_averaged"
+# What data-parallel and compiled models put before names.
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+def without_wrappers(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """Return the weights without what wrappers put before every name, and what that was."""
+    found = dict(state)
+    removed = ""
+    while found and (
+        prefix := next((p for p in _WRAPPERS if all(n.startswith(p) for n in _named(found))), "")
+    ):
+        found = {name.removeprefix(prefix): value for name, value in found.items()}
+        removed += prefix
+    return found, removed
+
+
+def _named(state: Mapping[str, Tensor]) -> list[str]:
+    """Return the names that wrappers change; one at least."""
+    return [name for name in state if name != _COUNTER] or [""]
+
+
+def fitted(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | os.PathLike[str]
+) -> tuple[dict[str, Tensor], str]:
+    """Return the weights under the names of a model, and what was done for it; "" for nothing.
+
+    A prefix before all names of the model is removed, as that of Lightning's modules ("model."),
+    and tensors without it are left out. Nothing is done where names fit as they are.
+
+    Raises:
+        FileError: There are several such prefixes.
+    """
+    found = dict(state)
+    done = []
+    if _COUNTER in found and _COUNTER not in own:
+        del found[_COUNTER]
+        done.append("averaged weights")
+    if not own or any(name in found for name in own):
+        return found, ", ".join(done)
+    first = next(iter(own))
+    prefixes = [name.removesuffix(first) for name in found if name.endswith(f".{first}")]
+    prefixes = [p for p in prefixes if sum(p + name in found for name in own) > len(own) // 2]
+    if len(prefixes) > 1:
+        raise FileError(
+            f"{path}: holds the weights several times, under {', '.join(map(repr, prefixes))}: "
+            "save the one that you want by itself"
+        )
+    for prefix in prefixes:
+        kept = {n.removeprefix(prefix): v for n, v in found.items() if n.startswith(prefix)}
+        done.append(f"prefix {prefix!r} removed")
+        if others := len(found) - len(kept):
+            done.append(f"{others} tensor{'s' * (others > 1)} without it left out")
+        found = kept
+    return found, ", ".join(done)
