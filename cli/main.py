@@ -117,6 +117,7 @@ def _outcome(error: BaseException) -> tuple[int, str]:
 
 
 def _run(arguments: Sequence[str]) -> int:
+    typed = parsing.TYPED.set(tuple(arguments))
     try:
         action = app(list(_spread_model_kwargs(arguments)), "fastplastic", standalone_mode=False)
         # --help and --version are done by now, and leave the exit code in place of a command.
@@ -128,6 +129,8 @@ def _run(arguments: Sequence[str]) -> int:
         # The reader of our output has gone: what is left unwritten must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _UNEXPECTED
+    finally:
+        parsing.TYPED.reset(typed)
 
 
 @contextmanager

@@ -146,6 +146,14 @@ class ProfileOptions(DataOptions):
         Path | None,
         option("--json", panel=_OUTPUT, metavar="FILE|-", help="Write the profile as JSON."),
     ] = None
+    csv: Annotated[
+        Path | None,
+        option("--csv", panel=_OUTPUT, metavar="FILE|-", help="Write a line for every layer."),
+    ] = None
+    html: Annotated[
+        Path | None,
+        option("--html", panel=_OUTPUT, metavar="FILE", help="Write a page to read and pass on."),
+    ] = None
     force: Annotated[
         bool, option("--force", panel=_OUTPUT, help="Overwrite a file that exists.")
     ] = False
@@ -153,7 +161,8 @@ class ProfileOptions(DataOptions):
     def check(self) -> None:
         """Refuse what needs no model to be refused: InputError or FileError."""
         super().check()
-        check_outputs([self.json], force=self.force)
+        check_suffix("--html", self.html, ".html", ".htm")
+        check_outputs([self.json, self.csv, self.html], force=self.force)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,10 @@
 """What a command writes: whether it can be written is asked before anything slow starts."""
 
+import csv
+import io
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,13 @@ STDOUT = Path("-")
 
 
 def check_outputs(paths: Iterable[Path | None], *, force: bool) -> None:
-    """Raise FileError unless each file that is named can be written."""
-    for path in paths:
-        if path and path != STDOUT:
+    """Raise FileError unless each file can be written, InputError where one is named twice."""
+    named = [path for path in paths if path]
+    places = [path if path == STDOUT else path.resolve() for path in named]
+    for at, path in enumerate(named):
+        if places[at] in places[:at]:
+            raise InputError(f"two outputs are {path}: give each of them another name")
+        if path != STDOUT:
             require_writable(path, force=force)
 
 
@@ -28,11 +34,23 @@ def check_suffix(flag: str, path: Path | None, *suffixes: str) -> None:
 
 def write_json(path: Path, values: Mapping[str, Any], *, force: bool) -> None:
     """Write values to a file, or print them where it is "-"."""
+    _write(path, json.dumps(values, indent=2, allow_nan=False) + "\n", force=force)
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], *, force: bool) -> None:
+    """Write rows with the same columns under their names, or print them; None is empty."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    _write(path, text.getvalue(), force=force)
+
+
+def _write(path: Path, text: str, *, force: bool) -> None:
     from fastplastic.files import atomic_write
 
-    text = json.dumps(values, indent=2, allow_nan=False) + "\n"
     if path == STDOUT:
         sys.stdout.write(text)
         return
     with atomic_write(path, force) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")

@@ -2,11 +2,15 @@
 
 import inspect
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import MISSING, fields
 from functools import partial
 from typing import Any, cast, get_type_hints
 
 import typer
+
+# The arguments as they were typed, for what says how it was made. Options know only their values.
+TYPED: ContextVar[tuple[str, ...]] = ContextVar("TYPED", default=())
 
 
 def option(*names: str, panel: str, help: str, **more: Any) -> Any:

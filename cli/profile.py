@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from fastplastic.cli.following import after_profile
 from fastplastic.cli.options import ProfileOptions
-from fastplastic.cli.outputs import STDOUT, write_json
+from fastplastic.cli.outputs import STDOUT, write_csv, write_json
+from fastplastic.cli.parsing import TYPED
 from fastplastic.cli.session import Measured, measure, norms_of_other_data, precision
 from fastplastic.cli.terminal import can_print, console, follow, progress
 
@@ -21,20 +22,59 @@ def run(options: ProfileOptions) -> None:
     are dead, frozen or dormant, and how far their activation functions are saturated.
     """
     options.check()
+    digest = None
+    if options.html:
+        from fastplastic.cli.page import DataDigest, require_jinja2
+
+        require_jinja2()
+        digest = DataDigest()
     measured = measure(
         options, pretrained=options.pretrained, ranks=options.ranks,
-        sample_positions=options.sample_positions,
+        sample_positions=options.sample_positions, watch=digest and digest.watch,
     )  # fmt: skip
+    # Nobody sees it otherwise, and it may take more passes.
+    unseen = options.quiet and not (options.json or options.html)
+    advice = None if unseen else _advice(options, measured)
+    _write(options, measured, advice)
+    if digest:
+        _write_page(options, measured, advice, digest.value)
+    if options.quiet or STDOUT in (options.json, options.csv):
+        return
+    _print(options, measured, advice)
+
+
+def _write(options: ProfileOptions, measured: Measured, advice: "Advice | None") -> None:
+    """Write the numbers to the files that are named."""
     schema = measured.profile.to_dict(
         model=options.model, weights=measured.loaded.weights, data=measured.source.name
     )
-    # Nobody sees it otherwise, and it may take more passes.
-    advice = None if options.quiet and not options.json else _advice(options, measured)
     if options.json:
         values = dict(schema) | ({"advice": asdict(advice)} if advice else {})
         write_json(options.json, values, force=options.force)
-    if options.quiet or options.json == STDOUT:
-        return
+    if options.csv:
+        from fastplastic.measure import flat_rows
+
+        write_csv(options.csv, flat_rows(schema["layers"]), force=options.force)
+
+
+def _write_page(
+    options: ProfileOptions, measured: Measured, advice: "Advice | None", digest: str | None
+) -> None:
+    """Write the page that --html names."""
+    from fastplastic.cli.page import Origin, page_view, write_page
+    from fastplastic.cli.report import report_of
+
+    assert options.html is not None
+    facts = (*measured.facts, *([("advice", advice.text)] if advice else []))
+    report = report_of(measured.profile, facts)
+    origin = Origin.of(TYPED.get(), digest)
+    found = [(own.severity, own.text, own.evidence, own.action) for own in report.findings]
+    view = page_view(measured.profile, options.model, report, origin, found)
+    write_page(view, options.html, force=options.force)
+
+
+def _print(options: ProfileOptions, measured: Measured, advice: "Advice | None") -> None:
+    """Print the report, the advice and the command to type next."""
     from fastplastic.cli import overview
     from fastplastic.cli.report import report_of
 

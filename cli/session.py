@@ -1,5 +1,6 @@
 """What the commands share: the model, the data and the device that options name, and a profile."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -119,8 +120,12 @@ def measure(
     gradients: bool = False,
     ranks: bool = False,
     sample_positions: int | None = None,
+    watch: "Callable[[DataSource], DataSource] | None" = None,
 ) -> Measured:
-    """Load model and data as the options say, and profile the one on the other."""
+    """Load model and data as the options say, and profile the one on the other.
+
+    What `watch` makes of the data is read in their place.
+    """
     with waiting(f"loading {options.model}", quiet=options.quiet):
         import torch
 
@@ -128,6 +133,7 @@ def measure(
         from fastplastic.model import loss_head
 
         loaded, source = _loaded(options, pretrained=pretrained)
+        source = source if watch is None else watch(source)
     model = loaded.model
     head: AbstractContextManager[LentHead | None] = nullcontext()
     if source.num_classes != model.num_classes:
