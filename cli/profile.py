@@ -30,7 +30,7 @@ def run(options: ProfileOptions) -> None:
         digest = DataDigest()
     measured = measure(
         options, pretrained=options.pretrained, ranks=options.ranks,
-        sample_positions=options.sample_positions, watch=digest and digest.watch,
+        sample_positions=options.sample_positions, watch=digest.watch if digest else None,
     )  # fmt: skip
     # Nobody sees it otherwise, and it may take more passes.
     unseen = options.quiet and not (options.json or options.html)

@@ -26,11 +26,15 @@ settings.load_profile("fastplastic")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if HAS_GPU:
-        return
+    # Not above: the helpers import triton.
+    from helpers.browser import CHROMIUM
+
+    needed = {"gpu": (HAS_GPU, "a GPU"), "chromium": (CHROMIUM is not None, "Chromium")}
+    absent = {marker: what for marker, (there, what) in needed.items() if not there}
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        for marker, what in absent.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=f"needs {what}"))
 
 
 def pytest_collection_finish() -> None:

@@ -22,8 +22,8 @@ FOLDERS = {
 }
 # Each room may import those before it, and the kernels.
 ROOMS = [
-    "errors", "wiring", "randomness", "stats", "criteria", "diagnostics", "model", "files", "graph",
-    "measure", "planning", "initial", "reinit", "training", "trials",
+    "errors", "notebook", "wiring", "randomness", "stats", "criteria", "diagnostics", "model",
+    "files", "graph", "measure", "planning", "initial", "reinit", "training", "trials",
     "sources", "integrations", "cli", "__main__",
 ]  # fmt: skip
 
@@ -217,6 +217,7 @@ def loaded_by(code: str) -> set[str]:
 
 def test_import_loads_no_other_library():
     heavy = {"torch", "numpy", "timm", "triton", "numba", "rich", "typer", "safetensors"}
+    heavy |= {"jinja2", "pandas"}
     assert not loaded_by("import fastplastic") & heavy
 
 
@@ -224,7 +225,7 @@ def test_public_names_load_no_model_library():
     loaded = loaded_by(
         "import fastplastic\nfor name in fastplastic.__all__: getattr(fastplastic, name)"
     )
-    assert not loaded & {"timm", "triton", "numba", "rich", "typer", "transformers"}
+    assert not loaded & {"timm", "triton", "numba", "rich", "typer", "transformers", "pandas"}
 
 
 @pytest.mark.parametrize("arguments", ["--help", "--version", "profile --help", "profile"])

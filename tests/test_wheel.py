@@ -61,7 +61,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         f"fastplastic/{inside}{file.relative_to(REPOSITORY / folder)}"
         for folder, inside in (("fastplastic", ""), ("kernels", "kernels/"), ("cli", "cli/"))
         for file in (REPOSITORY / folder).rglob("*")
-        if file.suffix in {".py", ".npz", ".json", ".typed", ".LICENSE"}
+        if file.suffix in {".py", ".npz", ".json", ".typed", ".LICENSE", ".html", ".css", ".js"}
     }
     assert {name for name in names if name.startswith("fastplastic/")} == packaged
     assert {
@@ -69,6 +69,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         "fastplastic/sources/sample.LICENSE",
         "fastplastic/py.typed",
         "fastplastic/trials/evidence.json",
+        "fastplastic/cli/page/page.html",
+        "fastplastic/cli/page/page.css",
+        "fastplastic/cli/page/page.js",
     } <= packaged
 
 

@@ -128,7 +128,7 @@ def _entry(
 
 
 def _amount(consumer: "Consumer", layer: "LayerProfile") -> str:
-    units = int((consumer.unit_of_column.unique() >= 0).sum())
+    units = len(set(consumer.unit_of_column.tolist()) - {-1})
     return "all units" if units == layer.n_units else f"{units:,} of {layer.n_units:,} units"
 
 

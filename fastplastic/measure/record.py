@@ -12,12 +12,19 @@ from fastplastic import __version__
 from fastplastic.criteria import CRITERIA, ScoredLayer
 from fastplastic.errors import InputError, no_such
 from fastplastic.files import SCHEMA_VERSION, StoredProfile, read_profile, write_profile
+from fastplastic.measure.table import flat_rows
 from fastplastic.model import Weights
+from fastplastic.notebook import html_table
 from fastplastic.stats import LayerStats, UnitStats, columns_of
 from fastplastic.wiring import Consumer, UnitLayer
 
 if TYPE_CHECKING:
+    import pandas
+
     from fastplastic.diagnostics import Ranks
+
+# Of a notebook: more layers than this push all else out of sight.
+_SHOWN = 30
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -213,6 +220,16 @@ class Profile:
             f"{self.samples} samples, {self.mode})"
         )
 
+    def _repr_html_(self) -> str:
+        """Return a table for notebooks: of many layers those with most weak units."""
+        rows = [layer.to_dict() for layer in self.layers]
+        worst = sorted(range(len(rows)), key=lambda at: -_weakness(rows[at]))[:_SHOWN]
+        titles = [name for name in rows[0] if name not in ("unknown", "tied", "ranks")]
+        left_out = len(rows) - len(worst)
+        more = [f"{left_out} layers not shown: none is worse; to_dict() has all"] * (left_out > 0)
+        cells = ([rows[at][name] for name in titles] for at in sorted(worst))
+        return html_table(repr(self), titles, cells, (*more, *self.notes))
+
     def __iter__(self) -> Iterator[LayerProfile]:
         return iter(self.layers)
 
@@ -286,6 +303,22 @@ class Profile:
             "layers": [layer.to_dict() for layer in self.layers],
         }
 
+    def to_pandas(self) -> "pandas.DataFrame":
+        """Return a DataFrame of the layers of `to_dict`, one row each; unknown numbers are NaN.
+
+        Ranks have a column each, such as "ranks.srank".
+
+        Raises:
+            InputError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise InputError(
+                "to_pandas needs pandas: pip install pandas, or take to_dict()['layers']"
+            ) from error
+        return pandas.DataFrame(flat_rows(layer.to_dict() for layer in self.layers))
+
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
         """Write the profile as safetensors with JSON metadata.
 
@@ -330,6 +363,12 @@ class Profile:
             notes=tuple(stored.notes),
             **stored.fields,
         )
+
+
+def _weakness(row: Mapping[str, Any]) -> float:
+    """Return the share of units that are dead, frozen or dormant, whichever are most."""
+    most = max(row[key] or 0 for key in ("dead", "frozen", "dormant"))
+    return float(most / row["units"])
 
 
 def _share(stats: LayerStats, total: str, count: str) -> float | None:

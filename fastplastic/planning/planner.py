@@ -10,6 +10,7 @@ from torch import Tensor
 from fastplastic.criteria import CRITERIA
 from fastplastic.errors import FileError, InputError
 from fastplastic.files import StoredPlan, read_plan, write_plan
+from fastplastic.notebook import html_table
 from fastplastic.planning.request import DEFAULT_CRITERIA, Request, patterns, stored_checks
 from fastplastic.planning.units import choose_units, choose_units_like, wiring_of
 from fastplastic.planning.weights import choose_weights, choose_weights_like
@@ -55,6 +56,19 @@ class Plan:
             f"Plan({self.criterion}, {amount}: {self.count} of {self.eligible} "
             f"{self.granularity}s in {where})"
         )
+
+    def _repr_html_(self) -> str:
+        """Return a table for notebooks: how much of which layers, or of which parameters."""
+        units = [
+            (name, self.wiring[name].n_units, len(chosen), *_lowest_and_highest(self.scores[name]))
+            for name, chosen in self.units.items()
+        ]
+        counts = self.counts
+        masks = [(name, mask.numel(), counts[name]) for name, mask in self.masks.items()]
+        if masks:
+            return html_table(repr(self), ("parameter", "weights", "chosen"), masks, self.notes)
+        titles = ("layer", "units", "chosen", "lowest score", "highest score")
+        return html_table(repr(self), titles, units, self.notes)
 
     @property
     def criterion(self) -> str:
@@ -149,6 +163,10 @@ class Plan:
             request.plain(), stored.units, stored.scores, stored.wiring, stored.eligible,
             stored.fingerprint, stored.masks, tuple(stored.notes),
         )  # fmt: skip
+
+
+def _lowest_and_highest(scores: Tensor) -> tuple[float, float]:
+    return float(scores.min()), float(scores.max())
 
 
 def plan(

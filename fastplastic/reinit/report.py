@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fastplastic.notebook import html_table
+
 
 @dataclass(frozen=True)
 class Written:
@@ -68,6 +70,12 @@ class ReinitReport:
             f"ReinitReport({self.count} {self.granularity}s in {len(self.layers)} {where}: "
             f"init {self.init}{outgoing}, {elements} elements of {len(self.written)} tensors{loss})"
         )
+
+    def _repr_html_(self) -> str:
+        """Return a table for notebooks: what was written of which tensors."""
+        titles = ("tensor", "kind", "written", "of", "share")
+        rows = ((w.name, w.kind, w.elements, w.total, w.share) for w in self.written)
+        return html_table(repr(self), titles, rows, self.notes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as values that `json.dumps` takes, with the share of each tensor."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastplastic.errors import InputError
 from fastplastic.files import atomic_write, plain
+from fastplastic.notebook import html_table
 from fastplastic.trials.arms import parse_arm
 from fastplastic.trials.results import TrialRun
 from fastplastic.trials.statistics import Comparison, Estimate
@@ -104,6 +105,19 @@ class Trial:
 
     def __repr__(self) -> str:
         return f"Trial({len(self.runs)} runs of {', '.join(arm.name for arm in self.arms)})"
+
+    def _repr_html_(self) -> str:
+        """Return a table for notebooks: the accuracy of every arm, and the verdict."""
+        titles = ("arm", "runs", "end", "from", "to", "best", "units or weights")
+        rows = (
+            (
+                arm.name, len(arm.seeds), arm.final.mean, arm.final.low, arm.final.high,
+                arm.best.mean, arm.count,
+            )
+            for arm in self.arms
+        )  # fmt: skip
+        caption = f"Trial: {len(self.runs)} runs; accuracy at the end with its 95 % interval"
+        return html_table(caption, titles, rows, (*self.verdict, *self.notes))
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as values that `json.dumps` takes."""
