@@ -1,4 +1,7 @@
-"""A page in headless Chromium, by its DevTools protocol over a pair of pipes."""
+"""A page in headless Chromium, by its DevTools protocol over a pair of pipes.
+
+To look at a page: python tests/helpers/browser.py page.html FOLDER writes pictures of it.
+"""
 
 import base64
 import fcntl
@@ -7,6 +10,8 @@ import os
 import select
 import shutil
 import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -132,3 +137,20 @@ def tab(folder: Path) -> Iterator[Tab]:
             process.kill()
             process.wait()
         os.close(answers)
+
+
+def take_pictures(page: Path, folder: Path) -> None:
+    """Write pictures of the whole page: light, dark and narrow; complaints go to the screen."""
+    views = {"light": (1200, False), "dark": (1200, True), "narrow": (390, False)}
+    with tempfile.TemporaryDirectory() as profile, tab(Path(profile)) as browser:
+        for name, (width, dark) in views.items():
+            browser.show(width=width, height=900, dark=dark)
+            browser.open(page.resolve().as_uri())
+            height = browser.evaluate("document.documentElement.scrollHeight")
+            browser.show(width=width, height=height, dark=dark)
+            browser.picture(folder / f"{name}.png")
+        print(*browser.complaints, sep="\n")
+
+
+if __name__ == "__main__":
+    take_pictures(Path(sys.argv[1]), Path(sys.argv[2]))

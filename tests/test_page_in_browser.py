@@ -1,0 +1,160 @@
+"""The page in a browser: sorting and filtering work, by keyboard too, and nothing complains."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.browser import tab
+from helpers.pages import small_profile, view_of
+
+from fastplastic.cli.page import write_page
+
+pytestmark = pytest.mark.chromium
+
+NAMES = ["stem", "first", "branch", "wide", "deep", "narrow", "head"]
+SHOWN = """
+[...document.querySelectorAll("#layers tbody tr")].filter((row) => row.offsetHeight)
+    .map((row) => row.cells[1].textContent)
+"""
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with tab(tmp_path_factory.mktemp("browser")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def profile():
+    found = small_profile()
+    *others, last = found.layers
+    unseen = replace(last, stats=type(last.stats)(torch.zeros_like(last.stats.table)))
+    return replace(found, layers=(*others, unseen))
+
+
+@pytest.fixture
+def page(browser, profile, tmp_path):
+    path = tmp_path / "page.html"
+    write_page(view_of(profile), path, force=False)
+    browser.complaints.clear()
+    browser.requests.clear()
+    browser.show(width=1000, height=800, dark=False)
+    browser.open(path.as_uri())
+    yield browser
+    assert browser.complaints == []
+    assert set(browser.requests) == {path.as_uri()}
+
+
+def click(page, title):
+    page.evaluate(
+        "[...document.querySelectorAll('#layers th button')]"
+        f".find((button) => button.textContent === {title!r}).click()"
+    )
+
+
+def order(page, title):
+    return page.evaluate(
+        "[...document.querySelectorAll('#layers th')]"
+        f".find((head) => head.textContent === {title!r}).getAttribute('aria-sort')"
+    )
+
+
+def test_sorting_by_numbers_leaves_unknown_ones_last(page, profile):
+    known = profile.layers[:-1]
+    click(page, "dead")
+    most = sorted(known, key=lambda layer: -int(layer.dead.sum()))
+    assert page.evaluate(SHOWN) == [layer.name for layer in most] + ["head"]
+    assert (order(page, "dead"), order(page, "#")) == ("descending", None)
+    click(page, "dead")
+    least = sorted(most, key=lambda layer: int(layer.dead.sum()))
+    assert page.evaluate(SHOWN) == [layer.name for layer in least] + ["head"]
+    assert order(page, "dead") == "ascending"
+    click(page, "#")
+    assert page.evaluate(SHOWN) == NAMES
+
+
+def test_numbers_are_not_sorted_as_text(page):
+    click(page, "units")
+    assert page.evaluate(SHOWN)[:2] == ["wide", "deep"]
+    assert page.evaluate(SHOWN)[-1] == "head"
+
+
+def test_sorting_by_names(page):
+    click(page, "layer")
+    assert page.evaluate(SHOWN) == sorted(NAMES)
+    click(page, "layer")
+    assert page.evaluate(SHOWN) == sorted(NAMES, reverse=True)
+
+
+def test_filtering_by_text_and_by_weak_units(page, profile):
+    kind = "document.getElementById('filter')"
+    page.evaluate(f"{kind}.focus()")
+    for letter in "Line":
+        page.press(letter, letter)
+    assert page.evaluate(SHOWN) == ["head"]
+    assert page.evaluate("document.getElementById('shown').textContent") == "1 of 7 layers"
+    page.evaluate(f"{kind}.value = ''; {kind}.dispatchEvent(new Event('input'))")
+    assert page.evaluate(SHOWN) == NAMES
+    # From the text to the box beside it, with the keys alone.
+    page.press("Tab")
+    page.press(" ", " ")
+    weak = [x.name for x in profile.layers[:-1] if (x.dead | x.frozen | x.dormant).any()]
+    assert page.evaluate(SHOWN) == weak
+    assert 0 < len(weak) < len(NAMES)
+    shown = page.evaluate("document.getElementById('shown').textContent")
+    assert shown == f"{len(weak)} of 7 layers"
+
+
+def test_a_head_of_the_table_is_a_button_for_the_keyboard(page):
+    page.evaluate("document.querySelectorAll('#layers th button')[1].focus()")
+    page.press("Enter", "\r")
+    assert page.evaluate(SHOWN) == sorted(NAMES)
+    assert page.evaluate("document.activeElement.textContent") == "layer"
+
+
+def test_a_link_opens_the_layer_that_it_names(page):
+    is_open = "document.querySelector('#l3 details').open"
+    assert not page.evaluate(is_open)
+    page.evaluate("document.querySelector('.heat a[href=\"#l3\"]').click()")
+    while not page.evaluate(is_open):
+        pass
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [360, 1200])
+def test_every_text_can_be_read(page, width, dark):
+    """At least 4.5 to 1 for text (WCAG 2.2, 1.4.3), and nothing wider than the window."""
+    page.show(width=width, height=800, dark=dark)
+    page.evaluate("document.querySelectorAll('details').forEach((x) => { x.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate(CONTRASTS) == []
+
+
+CONTRASTS = """
+(() => {
+  const parts = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const light = (colour) => {
+    const [r, g, b] = parts(colour).map((x) => x / 255)
+      .map((x) => (x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const ground = (element) => {
+    for (let at = element; at; at = at.parentElement) {
+      const colour = getComputedStyle(at).backgroundColor;
+      if (parts(colour)[3] !== 0) return colour;
+    }
+  };
+  const bad = [];
+  for (const level of [0, 1, 2, 3, 4, 5]) {
+    document.querySelectorAll(".heat td")[level].className = `v${level}`;
+  }
+  for (const element of document.querySelectorAll("body *:not(script, style, svg, svg *)")) {
+    const own = [...element.childNodes].some((x) => x.nodeType === 3 && x.textContent.trim());
+    if (!own) continue;
+    const [a, b] = [light(getComputedStyle(element).color), light(ground(element))];
+    const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (contrast < 4.5) bad.push([element.tagName, element.className, contrast]);
+  }
+  return bad;
+})()
+"""
