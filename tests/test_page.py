@@ -193,10 +193,16 @@ def test_what_was_not_measured_and_what_is_noted_is_said(profile):
     ]
     assert {
         ("coverage", "7 of 8 weight layers measured"), ("note", "look here"),
-        ("data", "sha256 ab12"), ("fastplastic", "1.2.3"), ("seed", str(profile.seed)),
+        ("data", "sha256 ab12"), ("samples", "8 samples in 2 batches"),
+        ("fastplastic", "1.2.3"), ("seed", str(profile.seed)),
         ("model", f"fingerprint {profile.fingerprint} of names, shapes and dtypes"),
     } <= set(facts)  # fmt: skip
     assert [text.partition(":")[0] for label, text in facts if label == "skipped"] == ["never"]
+
+
+def test_long_names_are_broken_behind_dots(profile):
+    page = page_text(view_of(renamed(profile, "blocks.0.conv")))
+    assert '<th scope="row">blocks.<wbr>0.<wbr>conv</th>' in page
 
 
 def test_ranks_have_columns_where_they_were_measured(profile):

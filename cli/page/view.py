@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastplastic.cli.page import charts, levels
 from fastplastic.cli.page.origin import Origin
 from fastplastic.cli.page.wiring_view import WiringView, wiring_view
-from fastplastic.cli.render import LayerRow, Report, count, magnitude, percent
+from fastplastic.cli.render import LayerRow, Report, count, magnitude, number_of, percent
 
 if TYPE_CHECKING:
     from fastplastic import LayerProfile, Profile
@@ -215,12 +215,13 @@ def _cell(value: Any, form: Callable[[Any], str] | None) -> TableCell:
 
 
 def _circumstances(profile: "Profile", origin: Origin) -> tuple[tuple[str, str], ...]:
-    batches = f"{profile.samples:,} samples in {profile.batches:,} batches"
+    samples = number_of(profile.samples, "sample")
+    batches = f"{count(profile.batches)} batch{'es' * (profile.batches != 1)}"
     return (
         *origin.versions,
         ("seed", str(profile.seed)),
         ("data", f"sha256 {origin.digest}" if origin.digest else "not read to the end"),
-        ("samples", batches),
+        ("samples", f"{samples} in {batches}"),
         ("device", f"{profile.device}, statistics by {profile.backend}"),
         ("dtype", profile.dtype),
         ("mode", profile.mode),

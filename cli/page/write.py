@@ -35,6 +35,7 @@ def page_text(view: PageView) -> str:
     )
     environment.filters |= {
         "count": count, "percent": percent, "magnitude": magnitude, "shortened": charts.shortened,
+        "breakable": _breakable,
     }  # fmt: skip
     style, script = _part("page.css"), _part("page.js")
     return environment.from_string(_part("page.html")).render(
@@ -58,6 +59,13 @@ def write_page(view: PageView, path: Path, *, force: bool) -> None:
     with atomic_write(path, force) as temporary:
         # Names of files need not be text: what is not stands as a question mark.
         temporary.write_bytes(text.encode("utf-8", "replace"))
+
+
+def _breakable(name: str) -> str:
+    """Return the name of a layer as HTML that a browser breaks behind dots."""
+    from markupsafe import Markup
+
+    return Markup(".<wbr>").join(name.split("."))
 
 
 def _part(name: str) -> str:

@@ -11,7 +11,7 @@ from fastplastic.cli.page import Origin, page_view
 from fastplastic.cli.report import report_of
 from helpers import Net
 
-_VOID = {"meta", "link", "input", "path", "rect", "br"}
+_VOID = {"meta", "link", "input", "path", "rect", "wbr"}
 ORIGIN = Origin("fastplastic profile net", (("fastplastic", "1.2.3"),), "ab12")
 
 
