@@ -206,7 +206,7 @@ def test_long_names_are_broken_behind_dots(profile):
 
 
 def test_ranks_have_columns_where_they_were_measured(profile):
-    ranks = fastplastic.diagnostics.Ranks(3.25, 2, 1.5, 64, 8)
+    ranks = fastplastic.diagnostics.Ranks(3.25, 2, 1.5, 64, 7)
     first, *others = profile.layers
     page = parsed(
         page_text(view_of(replace(profile, layers=(replace(first, ranks=ranks), *others))))

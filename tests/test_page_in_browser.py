@@ -116,8 +116,7 @@ def test_a_link_opens_the_layer_that_it_names(page):
     is_open = "document.querySelector('#l3 details').open"
     assert not page.evaluate(is_open)
     page.evaluate("document.querySelector('.heat a[href=\"#l3\"]').click()")
-    while not page.evaluate(is_open):
-        pass
+    page.wait_for(is_open)
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,8 @@ from typing import Any
 
 # As Debian and others call it.
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
-_PATIENCE = 120
+# Of one that hangs, in seconds.
+_PATIENCE = 60
 
 
 class Tab:
@@ -44,8 +46,14 @@ class Tab:
     def open(self, address: str) -> None:
         """Load a page and wait until all of it is there."""
         self._call("Page.navigate", url=address)
-        while self.evaluate("document.readyState + location.href.slice(0, 5)") != "completefile:":
-            pass
+        self.wait_for("document.readyState === 'complete' && location.protocol === 'file:'")
+
+    def wait_for(self, expression: str) -> None:
+        """Wait until an expression of JavaScript is true in the page."""
+        end = time.monotonic() + _PATIENCE
+        while not self.evaluate(expression):
+            assert time.monotonic() < end, f"never true: {expression}"
+            time.sleep(0.01)
 
     def evaluate(self, expression: str) -> Any:
         """Return the value of an expression of JavaScript in the page."""
