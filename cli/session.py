@@ -122,10 +122,7 @@ def measure(
     sample_positions: int | None = None,
     watch: "Callable[[DataSource], DataSource] | None" = None,
 ) -> Measured:
-    """Load model and data as the options say, and profile the one on the other.
-
-    What `watch` makes of the data is read in their place.
-    """
+    """Load model and data, and profile the one on the other, or on what `watch` makes of it."""
     with waiting(f"loading {options.model}", quiet=options.quiet):
         import torch
 

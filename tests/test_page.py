@@ -11,7 +11,8 @@ import torch
 from helpers.pages import ORIGIN, parsed, renamed, small_profile, view_of
 
 import fastplastic
-from fastplastic.cli.page import Origin, charts, levels, page_text, write_page
+from fastplastic.cli.page import Origin, charts, levels, page_text, page_view, write_page
+from fastplastic.cli.report import report_of
 
 KEYS = [
     "name", "kind", "activation", "units", "hidden", "weak", "dead", "frozen", "dormant",
@@ -198,6 +199,14 @@ def test_what_was_not_measured_and_what_is_noted_is_said(profile):
         ("model", f"fingerprint {profile.fingerprint} of names, shapes and dtypes"),
     } <= set(facts)  # fmt: skip
     assert [text.partition(":")[0] for label, text in facts if label == "skipped"] == ["never"]
+
+
+def test_a_layer_is_weak_too_where_rows_that_belong_to_it_are(profile):
+    report = report_of(profile, ())
+    rows = tuple(replace(row, dead=0, frozen=0, dormant=0, weak=0) for row in report.rows)
+    report = replace(report, rows=(replace(rows[0], weak=5), *rows[1:]))
+    page = page_view(profile, "net", report, ORIGIN)
+    assert [row.weak for row in page.rows] == [True] + [False] * 6
 
 
 def test_long_names_are_broken_behind_dots(profile):

@@ -64,7 +64,12 @@ class TableCell:
 
 @dataclass(frozen=True)
 class TableRow:
-    """A layer of the table; weak: whether any of its units is dead, frozen or dormant."""
+    """A layer of the table.
+
+    Attributes:
+        cells: Its cells.
+        weak: Whether units of it are dead, frozen or dormant, or rows that belong to them are.
+    """
 
     cells: tuple[TableCell, ...]
     weak: bool
@@ -201,7 +206,7 @@ def _row_maker(
         found = {**values, **values.get("ranks", {}), "units": values["units"]}
         found |= {"name": shown.name, "weak": shown.weak}
         cells = tuple(_cell(found.get(column.key), column.form) for column in columns)
-        return TableRow(cells, bool(shown.dead or shown.frozen or shown.dormant))
+        return TableRow(cells, bool(shown.dead or shown.frozen or shown.dormant or shown.weak))
 
     return row
 
