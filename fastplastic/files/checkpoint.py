@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fastplastic.errors import FileError, InputError
 from fastplastic.files.atomic import atomic_write
+from fastplastic.files.formats import is_safetensors
 from fastplastic.files.names import fitted, without_wrappers
 from fastplastic.model import fingerprint, output_layers
 
@@ -210,15 +211,6 @@ def save_state_dict(
             save_file(tensors, temporary, header)
         except SafetensorError as error:
             raise FileError(f"{path}: cannot be written ({_line(error)}): free space?") from error
-
-
-def is_safetensors(path: Path) -> bool:
-    """Tell by the name or, whatever it is called, by the JSON after eight bytes of length."""
-    if path.suffix == ".safetensors":
-        return True
-    with path.open("rb") as file:
-        start = file.read(9)
-    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size
 
 
 def _load_pickled(path: Path) -> Any:

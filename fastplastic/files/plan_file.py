@@ -22,7 +22,6 @@ from torch import Tensor
 from fastplastic import __version__
 from fastplastic.errors import FileError, InputError
 from fastplastic.files.atomic import atomic_write
-from fastplastic.files.checkpoint import is_safetensors
 from fastplastic.files.fields import (
     LIST,
     TEXT,
@@ -36,6 +35,7 @@ from fastplastic.files.fields import (
     parse_object,
     shown,
 )
+from fastplastic.files.formats import is_safetensors
 from fastplastic.files.wiring_json import decode_layers, encode_layer
 from fastplastic.wiring import UnitLayer
 

@@ -20,12 +20,12 @@ from fastplastic.diagnostics import Ranks
 from fastplastic.errors import FileError
 from fastplastic.files.atomic import atomic_write
 from fastplastic.files.fields import FLAG, OBJECT, TEXT, TEXTS, Check, Fields, integer
+from fastplastic.files.profile_json import SCHEMA_VERSION
 from fastplastic.files.wiring_json import decode_layers, encode_layer
 from fastplastic.kernels import DTYPES
 from fastplastic.stats import STATISTICS
 from fastplastic.wiring import UnitLayer
 
-SCHEMA_VERSION = 1
 _KEY = "fastplastic"
 _TABLE = "statistics"
 _GRADIENT, _WEIGHT = "gradient/", "weight/"
