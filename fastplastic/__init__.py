@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fastplastic.comparison import ProfileComparison, compare
     from fastplastic.errors import FastPlasticError
     from fastplastic.measure import LayerProfile, Monitor, Profile, findings, profile
     from fastplastic.planning import Plan, plan
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _NAMES = {
+    "comparison": ("ProfileComparison", "compare"),
     "errors": ("FastPlasticError",),
     "measure": ("LayerProfile", "Monitor", "Profile", "findings", "profile"),
     "planning": ("Plan", "plan"),
@@ -30,12 +32,14 @@ _MODULES = ("criteria", "diagnostics", "integrations", "kernels", "reinit", "tra
 _HOME = {name: package for package, names in _NAMES.items() for name in names}
 __all__ = ["FastPlasticError", "FineTuning", "LayerProfile", "Monitor", "Plan", "Profile"]
 __all__ += [
+    "ProfileComparison",
     "Recycler",
     "ReinitReport",
     "TrainSettings",
     "Trial",
     "__version__",
     "findings",
+    "compare",
     "finetune",
     "plan",
     "profile",

@@ -29,6 +29,10 @@ class FingerprintError(FileError):
     """A plan or profile was made for a model with other parameters."""
 
 
+class GateError(FastPlasticError):
+    """Conditions of --fail-if are met; `args` has a line for each."""
+
+
 def no_such(what: str, name: str, known: Iterable[str]) -> str:
     """Return the text for a name that is not known, with near ones, or else some of those known."""
     names = list(known)

@@ -23,7 +23,8 @@ FOLDERS = {
 # Each room may import those before it, and the kernels.
 ROOMS = [
     "errors", "notebook", "wiring", "randomness", "stats", "criteria", "diagnostics", "model",
-    "files", "graph", "measure", "planning", "initial", "reinit", "training", "trials",
+    "files", "graph", "measure", "comparison", "planning", "initial", "reinit", "training",
+    "trials",
     "sources", "integrations", "cli", "__main__",
 ]  # fmt: skip
 

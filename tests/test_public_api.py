@@ -12,12 +12,14 @@ PUBLIC_NAMES = {
     "Monitor",
     "Plan",
     "Profile",
+    "ProfileComparison",
     "Recycler",
     "ReinitReport",
     "TrainSettings",
     "Trial",
     "__version__",
     "findings",
+    "compare",
     "finetune",
     "plan",
     "profile",
@@ -57,5 +59,5 @@ def test_unknown_name():
 
 def test_errors_share_one_base():
     errors = import_module("fastplastic.errors")
-    for name in ("InputError", "FileError", "FingerprintError"):
+    for name in ("InputError", "FileError", "FingerprintError", "GateError"):
         assert issubclass(getattr(errors, name), fastplastic.FastPlasticError)
