@@ -17,6 +17,8 @@ import typer
 
 import fastplastic
 from fastplastic.cli import (
+    compare,
+    compare_options,
     explain,
     finetune,
     listing,
@@ -28,11 +30,11 @@ from fastplastic.cli import (
     training_options,
     trial,
 )
-from fastplastic.errors import FileError, InputError
+from fastplastic.errors import FileError, GateError, InputError
 
 # Typer carries its own copy of click, whose base class of usage errors has no public name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-_DONE, _UNEXPECTED, _USAGE, _FILE, _INTERRUPTED = 0, 1, 2, 3, 130
+_DONE, _UNEXPECTED, _USAGE, _FILE, _GATE, _INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 _PAIR = re.compile(r"[A-Za-z_]\w*=")
 
@@ -42,6 +44,8 @@ _EXAMPLES = """
 fastplastic profile resnet50
 
 fastplastic profile vit_small_patch16_224 --data DIR --json -
+
+fastplastic compare before.json after.json --fail-if 'dead>5%'
 
 fastplastic plan resnet50 --ratio 0.05 -o plan.json
 
@@ -63,6 +67,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("profile")(parsing.command(options.ProfileOptions, profile.run))
+app.command("compare")(parsing.command(compare_options.CompareOptions, compare.run))
 app.command("plan")(parsing.command(options.PlanOptions, plan.run))
 app.command("reinit")(parsing.command(options.ReinitOptions, reinit.run))
 app.command("trial")(parsing.command(training_options.TrialOptions, trial.run))
@@ -101,19 +106,21 @@ def _spread_model_kwargs(arguments: Sequence[str]) -> Iterator[str]:
             yield argument
 
 
-def _outcome(error: BaseException) -> tuple[int, str]:
-    """Return the exit code for an exception, and the line to print."""
+def _outcome(error: BaseException) -> tuple[int, tuple[str, ...]]:
+    """Return the exit code for an exception, and the lines to print."""
     if isinstance(error, KeyboardInterrupt):
-        return _INTERRUPTED, "interrupted"
+        return _INTERRUPTED, ("interrupted",)
     if isinstance(error, _UsageError):
         message = getattr(error, "format_message", error.__str__)().replace("Value error, ", "")
         program = getattr(getattr(error, "ctx", None), "command_path", "fastplastic")
-        return _USAGE, f"{message.rstrip('.')}: see {program} --help"
+        return _USAGE, (f"{message.rstrip('.')}: see {program} --help",)
+    if isinstance(error, GateError):
+        return _GATE, error.args
     if isinstance(error, InputError):
-        return _USAGE, str(error)
+        return _USAGE, (str(error),)
     if isinstance(error, FileError):
-        return _FILE, str(error)
-    return _UNEXPECTED, f"{type(error).__name__}: {error} (FASTPLASTIC_DEBUG=1 shows where)"
+        return _FILE, (str(error),)
+    return _UNEXPECTED, (f"{type(error).__name__}: {error} (FASTPLASTIC_DEBUG=1 shows where)",)
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -163,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
-        code, message = _outcome(error)
-        print(f"fastplastic: error: {' '.join(message.split())}", file=sys.stderr)
+        code, lines = _outcome(error)
+        for line in lines:
+            print(f"fastplastic: error: {' '.join(line.split())}", file=sys.stderr)
         return code

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from fastplastic.cli.gates import GateOptions
 from fastplastic.cli.outputs import check_outputs, check_suffix
 from fastplastic.cli.parsing import given, option, strings
 from fastplastic.cli.selection_options import LayerChoice, Treatment, UnitSelection
@@ -115,7 +116,7 @@ class DataOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProfileOptions(DataOptions):
+class ProfileOptions(GateOptions, DataOptions):
     """The options of `fastplastic profile`."""
 
     layers: Annotated[

@@ -1,10 +1,12 @@
 """`fastplastic profile`: run data through a model and show where it has lost plasticity."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastplastic.cli.following import after_profile
+from fastplastic.cli.gates import enforce, said
 from fastplastic.cli.options import ProfileOptions
 from fastplastic.cli.outputs import STDOUT, write_csv, write_json
 from fastplastic.cli.parsing import TYPED
@@ -12,6 +14,7 @@ from fastplastic.cli.session import Measured, measure, norms_of_other_data, prec
 from fastplastic.cli.terminal import can_print, console, follow, progress
 
 if TYPE_CHECKING:
+    from fastplastic.comparison import GateResult
     from fastplastic.trials import Advice
 
 
@@ -21,7 +24,11 @@ def run(options: ProfileOptions) -> None:
     Runs batches forward and backward, changes nothing, and tells for every layer how many units
     are dead, frozen or dormant, and how far their activation functions are saturated.
     """
+    from fastplastic.comparison import check_gates, parse_gates
+    from fastplastic.files import figures_of
+
     options.check()
+    gates = parse_gates(options.fail_if, change=False)
     digest = None
     if options.html:
         from fastplastic.cli.page import DataDigest, require_jinja2
@@ -32,24 +39,31 @@ def run(options: ProfileOptions) -> None:
         options, pretrained=options.pretrained, ranks=options.ranks,
         sample_positions=options.sample_positions, watch=digest.watch if digest else None,
     )  # fmt: skip
-    # Nobody sees it otherwise, and it may take more passes.
-    unseen = options.quiet and not (options.json or options.html)
-    advice = None if unseen else _advice(options, measured)
-    _write(options, measured, advice)
-    if digest:
-        _write_page(options, measured, advice, digest.value)
-    if options.quiet or STDOUT in (options.json, options.csv):
-        return
-    _print(options, measured, advice)
-
-
-def _write(options: ProfileOptions, measured: Measured, advice: "Advice | None") -> None:
-    """Write the numbers to the files that are named."""
     schema = measured.profile.to_dict(
         model=options.model, weights=measured.loaded.weights, data=measured.source.name
     )
+    results = check_gates(gates, [figures_of(schema)]) if gates else ()
+    # Nobody sees it otherwise, and it may take more passes.
+    unseen = options.quiet and not (options.json or options.html)
+    advice = None if unseen else _advice(options, measured)
+    _write(options, schema, advice, results)
+    if digest:
+        _write_page(options, measured, advice, digest.value)
+    if not options.quiet and STDOUT not in (options.json, options.csv):
+        _print(options, measured, advice, said(results))
+    enforce(results)
+
+
+def _write(
+    options: ProfileOptions,
+    schema: dict[str, Any],
+    advice: "Advice | None",
+    results: "Sequence[GateResult]",
+) -> None:
+    """Write the numbers to the files that are named."""
     if options.json:
-        values = dict(schema) | ({"advice": asdict(advice)} if advice else {})
+        values = schema | ({"advice": asdict(advice)} if advice else {})
+        values |= {"gates": [result.to_dict() for result in results]} if results else {}
         write_json(options.json, values, force=options.force)
     if options.csv:
         from fastplastic.measure import flat_rows
@@ -73,9 +87,14 @@ def _write_page(
     write_page(view, options.html, force=options.force)
 
 
-def _print(options: ProfileOptions, measured: Measured, advice: "Advice | None") -> None:
-    """Print the report, the advice and the command to type next."""
-    from fastplastic.cli import overview
+def _print(
+    options: ProfileOptions,
+    measured: Measured,
+    advice: "Advice | None",
+    said_last: Sequence[tuple[str, str]],
+) -> None:
+    """Print the report, with these facts at its end and the command to type next."""
+    from fastplastic.cli import overview, render
     from fastplastic.cli.report import report_of
 
     out = console(sys.stdout)
@@ -84,6 +103,9 @@ def _print(options: ProfileOptions, measured: Measured, advice: "Advice | None")
     shown = overview.Shown(table, options.sort, options.top, plain=not can_print("█░", out))
     report = report_of(measured.profile, measured.facts)
     out.print(overview.report(report, out.width, shown, advice.text if advice else ""))
+    if said_last:
+        out.print()
+        out.print(render.facts(said_last))
     follow(out, after_profile(options))
 
 

@@ -229,7 +229,9 @@ def test_public_names_load_no_model_library():
     assert not loaded & {"timm", "triton", "numba", "rich", "typer", "transformers", "pandas"}
 
 
-@pytest.mark.parametrize("arguments", ["--help", "--version", "profile --help", "profile"])
+@pytest.mark.parametrize(
+    "arguments", ["--help", "--version", "profile --help", "compare --help", "profile"]
+)
 def test_help_and_version_do_not_load_torch(arguments):
     code = f"from fastplastic.cli.main import main\nmain({arguments.split()!r})"
     assert not loaded_by(code) & {"torch", "numpy", "timm", "numba", "triton"}

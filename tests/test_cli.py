@@ -11,10 +11,11 @@ from helpers.program import SMALL, refused
 import fastplastic
 from fastplastic.cli import options, parsing, terminal
 from fastplastic.cli import profile as profile_command
+from fastplastic.cli.compare_options import CompareOptions
 from fastplastic.cli.main import main
 from fastplastic.cli.options import DataOptions, PlanOptions, ProfileOptions, ReinitOptions
 from fastplastic.criteria import CRITERIA, WEIGHT_CRITERIA
-from fastplastic.errors import FileError, InputError
+from fastplastic.errors import FileError, GateError, InputError
 from fastplastic.initial import INITIALIZERS
 from fastplastic.kernels import ACTIVATIONS
 from fastplastic.planning import GRANULARITIES
@@ -24,17 +25,25 @@ def test_help_names_the_commands_and_shows_examples(run):
     for arguments in ([], ["--help"], ["-h"]):
         outcome = run(*arguments)
         assert outcome.code == 0
-        for word in ("profile", "plan", "reinit", "Examples", "fastplastic profile resnet50"):
+        for word in (
+            "profile",
+            "compare",
+            "plan",
+            "reinit",
+            "Examples",
+            "fastplastic profile resnet50",
+        ):
             assert word in outcome.output
 
 
-@pytest.mark.parametrize("command", ["profile", "plan", "reinit"])
+@pytest.mark.parametrize("command", ["profile", "compare", "plan", "reinit"])
 def test_help_of_a_command_lists_every_option(run, command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     outcome = run(command, "--help")
     assert outcome.code == 0
     classes = {"profile": ProfileOptions, "plan": PlanOptions, "reinit": ReinitOptions}
-    for name in set(get_type_hints(classes[command])) - {"model"}:
+    classes["compare"] = CompareOptions
+    for name in set(get_type_hints(classes[command])) - {"model", "files"}:
         assert f"--{name.replace('_', '-')}" in outcome.output
 
 
@@ -125,6 +134,7 @@ def test_device_that_is_not_there(run, device):
         (KeyboardInterrupt(), 130, "interrupted"),
         (InputError("a: b"), 2, "error: a: b\n"),
         (FileError("a:\nb"), 3, "error: a: b\n"),
+        (GateError("a\nb"), 4, "error: a b\n"),
         (ZeroDivisionError("by\nzero"), 1, "ZeroDivisionError: by zero (FASTPLASTIC_DEBUG=1"),
     ],
 )

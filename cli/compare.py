@@ -1,0 +1,63 @@
+"""`fastplastic compare`: what changed from one profile to another."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastplastic.cli.compare_options import TOP, CompareOptions
+from fastplastic.cli.gates import enforce
+from fastplastic.cli.outputs import STDOUT, write_json
+from fastplastic.cli.terminal import console
+from fastplastic.errors import FileError
+
+if TYPE_CHECKING:
+    from fastplastic.files import ProfileFigures
+
+
+def run(options: CompareOptions) -> None:
+    """Show what changed between profiles of the same model, or of related ones.
+
+    Before and after fine-tuning, over epochs, or over the sizes of a family: in the model as a
+    whole, then in the layers, the most changed first. Layers are matched by their names.
+
+    For example: fastplastic profile resnet50 --json before.json, then fastplastic profile resnet50
+    --checkpoint tuned.safetensors --json after.json, then fastplastic compare before.json
+    after.json
+
+    In CI: fastplastic compare before.json after.json --quiet --fail-if 'dead>5%' --fail-if
+    'change:layer4.*:dormant>0.1' ends with exit code 4 if more than 5 % of all units are dead in
+    the last profile, or the share of dormant units of a layer in layer4 rose by more than 0.1.
+    """
+    from fastplastic.comparison import check_gates, compare_figures, parse_gates
+
+    options.check()
+    gates = parse_gates(options.fail_if)
+    figures = [_read(file) for file in options.files]
+    names = ["stdin" if file == STDOUT else str(file) for file in options.files]
+    found = compare_figures(figures, names)
+    results = check_gates(gates, figures)
+    if options.json:
+        values = found.to_dict() | {"gates": [result.to_dict() for result in results]}
+        write_json(options.json, values, force=options.force)
+    if not (options.quiet or options.json == STDOUT):
+        from fastplastic.cli import compare_view
+
+        out = console(sys.stdout)
+        top = None if options.layers else options.top or TOP
+        out.print(compare_view.comparison(found, results, width=out.width, top=top))
+    enforce(results)
+
+
+def _read(file: Path) -> "ProfileFigures":
+    from fastplastic.comparison import read_figures
+    from fastplastic.files import parse_profile_json
+
+    if file != STDOUT:
+        return read_figures(file)
+    try:
+        content = sys.stdin.buffer.read()
+    except OSError as error:
+        raise FileError(
+            f"stdin: cannot be read ({error.strerror or error}): expected a profile"
+        ) from None
+    return parse_profile_json(content, "stdin")
