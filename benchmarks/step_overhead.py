@@ -86,7 +86,8 @@ def main() -> None:
         print(f"{name} ...", file=sys.stderr, flush=True)
         same = ["--batch", str(options.batch), "--rounds", str(options.rounds)]
         command = [sys.executable, __file__, str(options.results), "--models", name, "--one", *same]
-        subprocess.run(command, check=True)
+        if subprocess.run(command).returncode:
+            sys.exit(f"{name}: no result, see above")
     summary(read(options.results))
 
 

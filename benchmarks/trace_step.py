@@ -145,9 +145,9 @@ def main() -> None:
     """Trace, then draw."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, required=True, help="FILE.trace.json.gz")
-    parser.add_argument("--model", default="resnet50")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--model", default="resnet50", help="name of a timm model (resnet50)")
+    parser.add_argument("--batch", type=int, default=8, help="images in a step (8)")
+    parser.add_argument("--size", type=int, default=224, help="their side in pixels (224)")
     options = parser.parse_args()
     options.output.parent.mkdir(parents=True, exist_ok=True)
     name_reads()

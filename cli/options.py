@@ -140,7 +140,7 @@ class ProfileOptions(GateOptions, DataOptions):
             panel=_DATA,
             metavar="K",
             min=1,
-            help="Read large tensors at K positions, drawn at random. (default: at all)",
+            help="Read large tensors at K positions, drawn at random. (default: everywhere)",
         ),
     ] = None
     json: Annotated[

@@ -141,7 +141,8 @@ def foreach_activation_stats(
         unit_axes: Dimension of the units of each.
         activations: Name of f for each.
         columns: First column of `out` that the units of each are added to.
-        out: float64 [9, columns], rows as in `ACTIVATION_ROWS`, added to in place; its columns are
+        out: float64 [9, columns], rows as in `ACTIVATION_ROWS`, added to in place (rows of minima
+            and maxima begin with +inf and -inf, all others with 0); its columns are
             adjacent.
         masks: Of each, bool in the order of its positions (all dimensions but that of the units):
             those that count; None for all.

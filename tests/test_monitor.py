@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from helpers.monitored import by_hand, close, inputs, like, net, step
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastplastic
@@ -212,7 +213,7 @@ def test_nothing_measured():
     model = net()
     with Monitor(model, inputs(9, 2)) as monitor:
         pass
-    with pytest.raises(InputError, match=r"none of 3 weight layers was measured \(fc1: it was not"):
+    with pytest.raises(InputError, match=r"none of 3 .* measured \(fc1: no forward pass"):
         monitor.compute()
 
 
@@ -228,3 +229,36 @@ def test_compute_can_be_merged_and_repeated():
 
 def test_public_name():
     assert fastplastic.Monitor is Monitor
+
+
+def test_two_monitors_and_a_profile_of_one_model():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    x, y = torch.randn(8, 4), torch.randint(0, 3, (8,))
+    alone = fastplastic.profile(model, [(x, y)])
+    with fastplastic.Monitor(model, x[:2]) as first:
+        with fastplastic.Monitor(model, x[:2]) as second:
+            model(x).sum().backward()
+        totals = first.compute().totals
+        assert totals == second.compute().totals == alone.totals
+        assert totals.hidden_units == 6
+        assert fastplastic.profile(model, [(x, y)]).totals == alone.totals
+
+
+def test_a_monitor_that_was_made_and_watched_in_inference_mode():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    x = torch.randn(8, 4)
+    with torch.inference_mode(), fastplastic.Monitor(model, x[:2]) as monitor:
+        model(x)
+    assert monitor.compute().samples == 8
+
+
+def test_a_monitor_that_saw_nothing_says_so():
+    model = nn.Sequential(nn.Linear(4, 3)).eval()
+    monitor = fastplastic.Monitor(model, torch.randn(2, 4))
+    model(torch.randn(8, 4))
+    with pytest.raises(fastplastic.FastPlasticError) as error:
+        monitor.compute()
+    assert str(error.value) == (
+        "none of 1 weight layers was measured (0: no forward pass of the model was seen): call "
+        "the model itself on data, a monitor's after attach() or inside its with block"
+    )

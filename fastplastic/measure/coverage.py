@@ -31,7 +31,7 @@ def coverage_of(
     if len(skipped) == found and not gradients:
         raise InputError(
             f"none of {found} weight layers was measured{_example(skipped)}: call the model itself "
-            "on data, and see that it has linear or convolution layers"
+            "on data, a monitor's after attach() or inside its with block"
         )
     return Coverage(found, found - len(skipped), tuple(skipped))
 
@@ -123,6 +123,8 @@ def _reason(layer: LayerProfile, observation: Observation) -> str:
     if not layer.wiring.z_sites:
         why = "; ".join(layer.wiring.unknown) or "no hook can see its pre-activation"
         return f"{why}{_other_figures(layer)}"
+    if not observation.modes:
+        return "no forward pass of the model was seen"
     modes = " and ".join(sorted(observation.modes))
     return observation.problems.get(layer.name, f"it was not run on this data in {modes} mode")
 

@@ -103,7 +103,7 @@ class Observer:
 
     def reset(self) -> None:
         """Forget everything seen, and start counting steps anew."""
-        with self._lock:
+        with self._lock, reading():
             self._total = empty_table(self._units)
             self._weights_seen: set[str] = set()
             self._readers.clear()
@@ -206,7 +206,8 @@ class Observer:
     @untraced
     def _begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Start a step: runs before the forward pass of the model."""
-        if self.paused or self._pace.recomputes():
+        # Another monitor, or a profile, traces the model: nothing runs.
+        if self.paused or torch.compiler.is_exporting() or self._pace.recomputes():
             return
         if self._training and not torch.is_grad_enabled():
             self._running = False
@@ -298,9 +299,8 @@ class Observer:
         self, where: Argument, reads: Sequence[TensorRead],
         attention: nn.MultiheadAttention, args: Any, kwargs: Mapping[str, Any], output: Any,
     ) -> None:  # fmt: skip
-        again = in_backward()
+        again, result = in_backward(), first_tensor(output)
         self._pace.passed = True
-        result = first_tensor(output)
         assert result is not None
         for read in reads if self._reads_now(again) else ():
             found = projection(attention, where, args, kwargs)
@@ -319,9 +319,8 @@ class Observer:
 
     @untraced
     def _see(self, reads: Sequence[TensorRead], values: Any) -> None:
-        again = in_backward()
+        again, tensor = in_backward(), first_tensor(values)
         self._pace.passed = True
-        tensor = first_tensor(values)
         for read in reads if self._reads_now(again) else ():
             if tensor is None or not read.fits(tensor):
                 with self._lock:

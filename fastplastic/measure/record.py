@@ -299,6 +299,7 @@ class Profile:
                 "measured": self.coverage.measured,
                 "skipped": skipped,
             },
+            "notes": list(self.notes),
             "totals": asdict(self.totals),
             "layers": [layer.to_dict() for layer in self.layers],
         }
