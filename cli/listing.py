@@ -54,8 +54,7 @@ def run(what: str, pattern: str | None, as_json: bool) -> None:
     if what == "criteria":
         out.print(render.criteria([_criterion_row(entry) for entry in entries]))
     else:
-        titles = list(entries[0])
-        out.print(render.words_table(titles, [list(entry.values()) for entry in entries]))
+        out.print(render.facts((entry["name"], entry["says"]) for entry in entries))
 
 
 def _fits(name: str, pattern: str) -> bool:
@@ -101,20 +100,20 @@ def _criteria() -> list[Entry]:
 def _initializers() -> list[Entry]:
     from fastplastic.initial import SUMMARIES
 
-    return [{"name": name, "law": text} for name, text in SUMMARIES.items()]
+    return [{"name": name, "says": text} for name, text in SUMMARIES.items()]
 
 
 def _activations() -> list[Entry]:
     from fastplastic.kernels import ACTIVATIONS
 
     return [
-        {"name": name, "flat where |f'(z)| <= 0.01": _intervals(function.flat)}
+        {"name": name, "says": f"|f'(z)| <= 0.01 {_intervals(function.flat)}"}
         for name, function in ACTIVATIONS.items()
     ]
 
 
 def _intervals(intervals: Sequence[tuple[float, float]]) -> str:
-    return ", ".join(f"[{low:.4g}, {high:.4g}]" for low, high in intervals) or "nowhere"
+    return " and ".join(f"in [{low:.4g}, {high:.4g}]" for low, high in intervals) or "nowhere"
 
 
 def _models() -> list[Entry]:

@@ -370,16 +370,6 @@ def _mask_table(rows: Sequence[MaskRow]) -> Table:
     )
 
 
-def words_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Return a table of words."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for index, title in enumerate(titles):
-        table.add_column(title, no_wrap=not index, overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
-
-
 def criteria(rows: Iterable[Sequence[str]]) -> RenderableType:
     """Return the criteria: of what, name, candidates, threshold, formula, source, record."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
