@@ -66,6 +66,8 @@ def test_no_line_is_wider_than_the_terminal(width):
     name = "backbone.layers.3.blocks.1.attention.projection.dense.linear"
     before, after = (a_profile(a_layer(name, 20000, dead=dead)) for dead in (0, 777))
     output = shown(before, after, width=width)
+    # A long name makes no other column go.
+    assert ("units" in table(output, "layer ")[0]) == (width >= 80)
     assert max(map(len, output.splitlines())) <= width
     _, rows = table(output, "layer ")
     assert "".join(line.split(" ")[0] for line in rows) == name

@@ -210,3 +210,16 @@ def test_files_that_are_no_profiles():
         file.write(b"broken")
     with pytest.raises(FileError, match=r"^broken.safetensors: cannot be read \("):
         compare(path, "broken.safetensors")
+
+
+def test_a_saved_profile_whose_table_is_damaged():
+    found = profile(net(), data())
+    found.save("good.safetensors")
+    found.layers[0].stats.table[:] = float("nan")
+    found.save("bad.safetensors")
+    with pytest.raises(FileError) as caught:
+        compare("good.safetensors", "bad.safetensors")
+    assert str(caught.value) == (
+        "bad.safetensors: layer 'conv': 'saturated_fraction' is nan, expected null or a number in "
+        "0..1; the file is damaged: profile the model again"
+    )

@@ -18,6 +18,8 @@ from fastplastic.files import figures_of
     [
         ("dead>0.05", Gate("", "dead", ">", 0.05)),
         ("dead>5%", Gate("", "dead", ">", 0.05)),
+        # In binary 0.7 / 100 is a little less.
+        ("dead>0.7%", Gate("", "dead", ">", 0.007)),
         (" dormant >= .1 % ", Gate("", "dormant", ">=", 0.001)),
         ("frozen<=1", Gate("", "frozen", "<=", 1.0)),
         ("layer4.*:dormant>0.3", Gate("", "dormant", ">", 0.3, "layer4.*")),

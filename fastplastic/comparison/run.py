@@ -64,7 +64,11 @@ def read_figures(path: str | os.PathLike[str]) -> ProfileFigures:
         return read_profile_json(path)
     from fastplastic.measure import Profile
 
-    return figures_of(Profile.load(path).to_dict())
+    values = Profile.load(path).to_dict()
+    try:
+        return figures_of(values)
+    except FileError as error:
+        raise FileError(f"{path}: {error}") from None
 
 
 def _is_saved(path: Path) -> bool:
