@@ -260,7 +260,7 @@ def test_json_schema():
     value = found.to_dict(model="net", weights="random", data="noise")
     assert list(value) == [
         "schema_version", "fastplastic_version", "model", "weights", "data", "device", "dtype",
-        "mode", "samples", "seed", "coverage", "totals", "layers",
+        "mode", "samples", "seed", "coverage", "notes", "totals", "layers",
     ]  # fmt: skip
     assert list(value["coverage"]) == ["found", "measured", "skipped"]
     assert list(value["totals"]) == [
