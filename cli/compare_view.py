@@ -154,7 +154,7 @@ def _table(title: str, lines: Sequence[_Line], labels: Sequence[str], width: int
     if layers:
         columns |= {"units": lambda line: line.units, "share": lambda line: line.figure}
     for place, label in enumerate(labels):
-        columns[label] = lambda line, place=place: line.values[place]  # type: ignore[misc]
+        columns[label] = _value_at(place)
     columns["change"] = lambda line: line.change
     # The profiles between the first and the last make room, the earliest first.
     _make_room(columns, lines, ["units", *labels[1:-1]], width)
@@ -168,6 +168,10 @@ def _table(title: str, lines: Sequence[_Line], labels: Sequence[str], width: int
         style = {1: "yellow", -1: "green", 0: ""}[line.grew]
         table.add_row(*(Text(cell(line)) for cell in columns.values()), style=style)
     return table
+
+
+def _value_at(place: int) -> Callable[[_Line], str]:
+    return lambda line: line.values[place]
 
 
 def _make_room(

@@ -79,14 +79,16 @@ def explanation(layer: "UnitLayer", graph: "UnitGraph") -> list[tuple[str, str]]
     facts.append(("activation", _activation(layer)))
     readers = [f"{own.name} ({_columns(own.unit_of_column)})" for own in layer.consumers]
     facts.append(("read by", "; ".join(readers) or "no weight layer through columns of its own"))
-    feeders = [own.name for own in graph.layers if _reads(own, layer.name)]
-    facts.append(("reads", ", ".join(feeders) or "the input, or values that several layers make"))
+    feeders = [own.name for own in graph.layers if _feeds(own, layer)]
+    facts.append(("reads", ", ".join(feeders) or "no units through columns of its own"))
     if layer.coupled:
         members = ", ".join(member.name for member in layer.coupled)
         facts.append(("together", f"a unit is re-initialised with its rows in {members}"))
     leads = [own.name for own in graph.layers if layer.name in {m.name for m in own.coupled}]
     if leads:
         facts.append(("together", f"units are re-initialised under the name of {', '.join(leads)}"))
+    if layer.transformed:
+        facts.append(("note", "its weight is changed before it is used"))
     hidden = int(layer.hidden.sum())
     facts.append(("can be reset", f"{hidden:,} of {layer.n_units:,} units"))
     facts += [("not reset", f"{number:,} units: {why}") for why, number in layer.reasons.items()]
@@ -118,8 +120,9 @@ def _columns(unit_of_column: Any) -> str:
     return f"{known:,} of its {len(unit_of_column):,} columns"
 
 
-def _reads(layer: "UnitLayer", name: str) -> bool:
-    return any(own.name == name for own in layer.consumers)
+def _feeds(layer: "UnitLayer", reader: "UnitLayer") -> bool:
+    """Tell whether columns of the reader, under any of its names, read units of a layer."""
+    return any(own.name in reader.names for own in layer.consumers)
 
 
 def _plain(facts: list[tuple[str, str]]) -> dict[str, list[str]]:

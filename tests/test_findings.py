@@ -46,7 +46,9 @@ def healthy():
 def test_nothing_found_is_said_too():
     (finding,) = findings(measured(healthy(), samples=512))
     assert finding.severity == "none"
-    assert finding.text == "Nothing stands out: no unit is dead, frozen or dormant."
+    assert (
+        finding.text == "Nothing stands out: no unit that was measured is dead, frozen or dormant."
+    )
     assert finding.evidence == "43 units of 3 layers, 512 samples"
 
 
@@ -153,3 +155,20 @@ def test_at_most_five_and_the_worst_first():
     order = ["high", "medium", "low"]
     ranks = [order.index(finding.severity) for finding in several]
     assert ranks == sorted(ranks) and ranks[0] == 0
+
+
+def test_units_that_were_not_measured_are_not_called_healthy():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            z = self.one(x)
+            # An activation function that is not known.
+            return self.two(z * z.sigmoid())
+
+    profile = measured(Odd(), samples=512)
+    profile = replace(profile, coverage=replace(profile.coverage, skipped=()))
+    (finding,) = findings(profile)
+    assert finding.evidence == "3 of 7 units of 2 layers, 512 samples"

@@ -9,25 +9,19 @@ from fastplastic.errors import FileError
 
 # The counter that torch's AveragedModel keeps beside the weights.
 _COUNTER = "n_averaged"
-# What data-parallel and compiled models put before names.
-_WRAPPERS = ("module.", "_orig_mod.")
 
 
 def without_wrappers(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """Return the weights without what wrappers put before every name, and what that was."""
-    found = dict(state)
-    removed = ""
-    while found and (
-        prefix := next((p for p in _WRAPPERS if all(n.startswith(p) for n in _named(found))), "")
-    ):
-        found = {name.removeprefix(prefix): value for name, value in found.items()}
-        removed += prefix
-    return found, removed
+    """Return the weights without what data-parallel and compiled models put before names.
 
+    Returns:
+        The weights, and what was removed of the first name that was changed; "" for nothing.
+    """
+    from timm.models import clean_state_dict
 
-def _named(state: Mapping[str, Tensor]) -> list[str]:
-    """Return the names that wrappers change; one at least."""
-    return [name for name in state if name != _COUNTER] or [""]
+    found = dict(clean_state_dict(dict(state)))
+    pairs = zip(state, found, strict=False)
+    return found, next((old.removesuffix(new) for old, new in pairs if old != new), "")
 
 
 def fitted(

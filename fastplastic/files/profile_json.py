@@ -40,7 +40,7 @@ _PART = _or_null("a number in 0..1", lambda v: is_number(v) and 0 <= v <= 1)
 _MEAN = _or_null("a number from 0 on", lambda v: is_number(v) and 0 <= v <= _LARGEST)
 # What a layer or a profile may have beside the fields that are always there.
 _MORE_OF_LAYER = {"unknown": OBJECT, "tied": NAMES, "ranks": OBJECT}
-_MORE_OF_PROFILE = {"advice": OBJECT, "gates": LIST}
+_MORE_OF_PROFILE = {"advice": OBJECT, "gates": LIST, "notes": LIST}
 
 
 @dataclass(frozen=True)

@@ -186,10 +186,12 @@ def _few_samples(profile: Profile) -> Iterator[Finding]:
 
 def _nothing(profile: Profile) -> Finding:
     totals = profile.totals
+    seen = sum(int(layer.measured.sum()) for layer in profile)
+    units = f"{totals.units:,}" if seen == totals.units else f"{seen:,} of {totals.units:,}"
     return Finding(
         "none",
-        "Nothing stands out: no unit is dead, frozen or dormant.",
-        f"{totals.units:,} units of {totals.layers} layers, {profile.samples} samples",
+        "Nothing stands out: no unit that was measured is dead, frozen or dormant.",
+        f"{units} units of {totals.layers} layers, {profile.samples} samples",
         "re-initialisation has nothing to restore by these figures",
     )
 
