@@ -125,16 +125,18 @@ class Tokens(nn.Module):
         return self.down(functional.gelu(self.up(x)))
 
 
-def test_a_watched_step_does_not_wait(must_not_wait):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_watched_step_does_not_wait(must_not_wait, scaled):
     model = Tokens().cuda()
+    scaler = torch.amp.GradScaler("cuda", enabled=scaled)
     mask = (torch.arange(16, device="cuda") < 9).expand(8, 16).long()
     inputs = {"x": noise(8, 16, 64), "attention_mask": mask}
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
-    with Monitor(model, inputs) as monitor:
+    with Monitor(model, inputs, grad_scale=scaler if scaled else None) as monitor:
         for step in range(6):
             if step == 3:
                 must_not_wait()
-            model(**inputs).square().mean().backward()
+            scaler.scale(model(**inputs).square().mean()).backward()
             optimizer.step()
             optimizer.zero_grad()
     must_not_wait(False)

@@ -13,6 +13,7 @@ from fastplastic.measure.observer import Observer
 from fastplastic.measure.positions import PositionSample
 from fastplastic.measure.record import Profile
 from fastplastic.measure.run import assemble
+from fastplastic.measure.scale import LossScale
 from fastplastic.model import check_built
 
 
@@ -153,17 +154,19 @@ class Pause:
         self._monitor.resume()
 
 
-def _scale_function(scale: object) -> Callable[[], float] | None:
+def _scale_function(scale: object) -> LossScale | None:
     if scale is None:
         return None
+    if isinstance(scale, torch.amp.GradScaler):
+        # Its factor stays on the device: the host would wait for `get_scale`.
+        return lambda device: scale.scale(torch.ones((), device=device))
     read = getattr(scale, "get_scale", scale)
     if isinstance(read, (int, float)) and not isinstance(read, bool):
-        number = float(read)
-        _check_scale(number)
-        return lambda: number
+        number = _check_scale(float(read))
+        return lambda _: number
     if not callable(read):
         raise InputError(f"grad_scale is {scale!r}, expected a number, a function or a GradScaler")
-    return lambda: _check_scale(float(read()))
+    return lambda _: _check_scale(float(read()))
 
 
 def _check_scale(value: float) -> float:

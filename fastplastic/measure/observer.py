@@ -36,7 +36,7 @@ from fastplastic.measure.padding import Tokens, padding_mask, tokens_of
 from fastplastic.measure.parameters import WeightReader
 from fastplastic.measure.positions import PositionSample
 from fastplastic.measure.reader import Readers
-from fastplastic.measure.scale import nonfinite_gradients, unscaled
+from fastplastic.measure.scale import LossScale
 from fastplastic.measure.slots import TensorRead, TensorReads
 from fastplastic.measure.sums import DeviceSums, add_weights, reading
 from fastplastic.measure.traced import TracedReads
@@ -70,7 +70,7 @@ class Observer:
         gradients: bool = True,
         training: bool = False,
         every: int = 1,
-        scale: Callable[[], float] | None = None,
+        scale: LossScale | None = None,
         sample: Callable[[Sequence[UnitLayer], Tensor, int], None] | None = None,
         positions: PositionSample | None = None,
     ) -> None:
@@ -94,7 +94,7 @@ class Observer:
         self._tokens: Tokens | None = None
         self._mask: Tensor | None = None
         self._traced = TracedReads(gradients, self._positions)
-        self._readers = Readers(self._reads, self._weights, self._positions, self._lock)
+        self._readers = Readers(self._reads, self._weights, self._positions, self._lock, scale)
         self.reset()
 
     def __reduce__(self) -> tuple[Callable[[], "Observer"], tuple[()]]:
@@ -107,7 +107,6 @@ class Observer:
             self._total = empty_table(self._units)
             self._weights_seen: set[str] = set()
             self._readers.clear()
-            self._factor = 1.0
             self._pace.restart()
             self._positions.restart()
             self.calls, self._dropped = CallCount(), 0
@@ -217,13 +216,10 @@ class Observer:
             if not self._measuring:
                 self._site_hooks.take_off()
                 return
-            if self._scale is not None:
-                self._fold()
             self._site_hooks.put_on()
             self._positions.begin()
             self._mask = padding_mask(self.model, kwargs)
             self._count_call(samples_of([*args, *kwargs.values()]), self._mask)
-            self._factor = 1.0 if self._scale is None else self._scale()
             self._readers.begin(self.model.training)
             if self._parameters:
                 self._hook_parameters()
@@ -367,22 +363,20 @@ class Observer:
             self._weights_seen.add(name)
 
     def _fold(self) -> None:
-        """Add the sums since the last time to the total, without the loss scale, and clear them."""
+        """Add the sums since the last time to the total, and clear them."""
         with reading():
-            tables = []
+            self._readers.settle()
+            dropped = 0
             for reader in self._readers:
-                reader.settle()
                 sums = reader.sums
                 table = empty_table(self._units)
                 sums.fold_into(table, self._reads)
+                merge_into(self._total, table)
                 self.calls.add_counted(sums.calls)
+                if sums.scaled is not None:
+                    dropped = max(dropped, int(sums.scaled.dropped))
                 sums.clear()
-                tables.append(table)
-            bad = sum(nonfinite_gradients(table) for table in tables)
-            drop = self._scale is not None and bad > 0
-            self._dropped += drop
-            for table in tables:
-                merge_into(self._total, unscaled(table, self._factor, drop))
+            self._dropped += dropped
 
 
 def _idle_observer() -> Observer:

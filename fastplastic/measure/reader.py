@@ -21,6 +21,7 @@ from fastplastic.measure.late import LateReads, LateWeights, Waiting, at_once
 from fastplastic.measure.padding import Tokens
 from fastplastic.measure.parameters import WeightReader
 from fastplastic.measure.positions import PositionSample
+from fastplastic.measure.scale import LossScale
 from fastplastic.measure.slots import TensorRead, TensorReads
 from fastplastic.measure.sums import DeviceSums, reading
 
@@ -39,6 +40,7 @@ class Reader:
     Attributes:
         sums: The sums.
         late: Whether kernels are launched here, and what is read may wait.
+        factor: The factor on the loss of the step.
     """
 
     def __init__(self, sums: DeviceSums, positions: PositionSample, lock: RLock) -> None:
@@ -53,6 +55,7 @@ class Reader:
         self._gradients = LateReads(self._read_late_gradients, _none, share=1 / 2, keeps=False)
         self._weights = LateWeights(partial(sums.weights.add, sums.parameters))
         self._training: bool | None = None
+        self.factor: float | Tensor = 1.0
         self._backward = -1
         # The stream of the step, and others that read in it.
         self._stream: Any = None
@@ -63,11 +66,12 @@ class Reader:
         """How many tensors had changed before they were read, and were not read."""
         return self._activations.lost + self._gradients.lost + self._weights.lost
 
-    def begin(self, training: bool) -> None:
+    def begin(self, training: bool, scale: LossScale | None) -> None:
         """Begin a step."""
         # What a backward pass left that did not come to its end.
         self._end_backward()
         self._training = training
+        self.factor = 1.0 if scale is None else scale(self._device)
         if self._on_gpu:
             self._stream = torch.cuda.current_stream(self._device)
             self._join()
@@ -202,6 +206,7 @@ class Readers:
         weights: What is read of weights.
         positions: Picks the positions that are read.
         lock: Held by whoever calls; taken at the end of backward passes.
+        scale: Returns the factor on the loss; None when there is none.
     """
 
     def __init__(
@@ -210,8 +215,10 @@ class Readers:
         weights: WeightReader,
         positions: PositionSample,
         lock: RLock,
+        scale: LossScale | None,
     ) -> None:
         self._reads, self._weights, self._positions, self._lock = reads, weights, positions, lock
+        self._scale = scale
         self._own: dict[torch.device, Reader] = {}
         self._training = True
 
@@ -228,21 +235,37 @@ class Readers:
         reader = self._own.get(device)
         if reader is None:
             with reading():
-                sums = DeviceSums.empty(self._reads, self._weights, device)
+                scaled = self._scale is not None
+                sums = DeviceSums.empty(self._reads, self._weights, device, scaled=scaled)
             reader = self._own[device] = Reader(sums, self._positions, self._lock)
-            reader.begin(self._training)
+            reader.begin(self._training, self._scale)
         return reader
 
     def begin(self, training: bool) -> None:
         """Begin a step."""
         self._training = training
+        if self._scale is not None:
+            with reading():
+                self.settle()
         for reader in self:
-            reader.begin(training)
+            reader.begin(training, self._scale)
 
     def end_forward(self) -> None:
         """End a forward pass."""
         for reader in self:
             reader.end_forward()
+
+    def settle(self) -> None:
+        """Read all that waits, and end a step under a factor on the loss."""
+        for reader in self:
+            reader.settle()
+        scaled = [(r.sums.scaled, r.factor) for r in self if r.sums.scaled is not None]
+        counts = [sums.bad(factor) for sums, factor in scaled]
+        for sums, factor in scaled:
+            device = sums.dropped.device
+            # A step is dropped on all devices, or on none.
+            bad = torch.stack([count.to(device, non_blocking=True) for count in counts]).sum()
+            sums.end_step(factor, bad)
 
     def clear(self) -> None:
         """Forget everything seen."""

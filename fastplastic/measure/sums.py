@@ -11,6 +11,7 @@ from torch import Tensor
 from fastplastic.kernels import ACTIVATION_ROWS, GRADIENT_ROWS, parameter_stats
 from fastplastic.measure.operators import MASKED, MODES
 from fastplastic.measure.parameters import WeightPiece, WeightReader
+from fastplastic.measure.scale import ScaledSums
 from fastplastic.measure.slots import SlotMap, TensorReads
 from fastplastic.stats import (
     ACTIVATION_STATISTICS,
@@ -33,6 +34,7 @@ class DeviceSums:
         parameters: float64 [PARAMETER_ROWS, slots] and [PARAMETER_COLUMNS, slots].
         weights: What is read of each weight.
         calls: int64, the calls of the model that compiled code counts, as `add_call` does.
+        scaled: The sums of steps that ended, without the factor on their loss; None for no factor.
     """
 
     activations: Tensor
@@ -40,6 +42,7 @@ class DeviceSums:
     parameters: tuple[Tensor, Tensor]
     weights: WeightReader
     calls: Tensor
+    scaled: ScaledSums | None = None
     # Views of the tables, made once: in a step, where caches are cold, each takes 30 us.
     _activation_views: dict[int, Tensor] = field(default_factory=dict)
     _gradient_views: dict[int, Tensor] = field(default_factory=dict)
@@ -48,14 +51,19 @@ class DeviceSums:
     )
 
     @classmethod
-    def empty(cls, reads: TensorReads, weights: WeightReader, device: torch.device) -> "DeviceSums":
-        """Return the sums of nothing seen."""
+    def empty(
+        cls, reads: TensorReads, weights: WeightReader, device: torch.device, *, scaled: bool
+    ) -> "DeviceSums":
+        """Return the sums of nothing seen, to be told of the factor on the loss or not."""
+        gradients = _table(len(GRADIENT_ROWS), reads.gradients, device)
+        parameters = weights.new_tables(device)
         sums = cls(
             _table(len(ACTIVATION_ROWS), reads.activations, device),
-            _table(len(GRADIENT_ROWS), reads.gradients, device),
-            weights.new_tables(device),
+            gradients,
+            parameters,
             weights,
             torch.empty(3 + len(MODES), dtype=torch.int64, device=device),
+            ScaledSums((gradients, *parameters)) if scaled else None,
         )
         sums.clear()
         return sums
@@ -66,6 +74,8 @@ class DeviceSums:
             table.zero_()
         self.activations[MIN_ROW].fill_(torch.inf)
         self.activations[MIN_ROW + 1].fill_(-torch.inf)
+        if self.scaled is not None:
+            self.scaled.clear()
 
     def note_padding(self, mask: Tensor) -> None:
         """Count a call among those with padding if it has any; the host does not wait.
@@ -101,10 +111,16 @@ class DeviceSums:
             parameter_stats(*given, [piece.groups], out=out)
 
     def fold_into(self, table: Tensor, reads: TensorReads) -> None:
-        """Add all sums to a statistics table on the CPU, float64 [statistics, units]."""
+        """Add all sums to a statistics table on the CPU, float64 [statistics, units].
+
+        Under a factor on the loss, those of gradients are of the steps that ended.
+        """
+        gradients, rows, columns = self.gradients, *self.parameters
+        if self.scaled is not None:
+            gradients, rows, columns = self.scaled.total
         _fold(table, ACTIVATION_STATISTICS, reads.activations, self.activations)
-        _fold(table, GRADIENT_STATISTICS, reads.gradients, self.gradients)
-        fold_weights(table, self.weights, self.parameters)
+        _fold(table, GRADIENT_STATISTICS, reads.gradients, gradients)
+        fold_weights(table, self.weights, (rows, columns))
 
 
 def fold_weights(table: Tensor, weights: WeightReader, sums: tuple[Tensor, Tensor]) -> None:
