@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.monitored import by_hand, close, inputs, like, net, step
 from torch import nn
+from torch.nn.functional import mse_loss
 from torch.utils.checkpoint import checkpoint
 
 import fastplastic
@@ -242,6 +243,32 @@ def test_two_monitors_and_a_profile_of_one_model():
         assert totals == second.compute().totals == alone.totals
         assert totals.hidden_units == 6
         assert fastplastic.profile(model, [(x, y)]).totals == alone.totals
+        # Of a part of the model, too.
+        fastplastic.profile(model[:2], [(x, torch.zeros(8, 6))], loss_fn=mse_loss)
+        assert first.compute()["0"].stats["n_dw"].tolist() == [4] * 6
+        with first.pause():
+            fastplastic.profile(model, [(x, y)])
+            model(x)
+        model(x)
+        assert first.compute().samples == 16
+    model(x)
+    assert first.compute().samples == 16
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_profile_within_a_loop_does_not_count(every):
+    model = net()
+    batches = [(inputs(9), torch.zeros(16, dtype=torch.int64))]
+    with Monitor(model, inputs(9, 2), every=every) as monitor:
+        step(model, 1)
+        fastplastic.profile(model, batches * 3)
+        plan = fastplastic.plan(fastplastic.profile(model, batches), criterion="random", ratio=0.2)
+        step(model, 2)
+        fastplastic.reinit_(copy.deepcopy(model), plan, batches=batches)
+        with pytest.raises(ZeroDivisionError):
+            fastplastic.profile(model, batches, loss_fn=lambda *_: 1 / 0)
+        step(model, 3)
+    close(monitor.compute(), by_hand(model, [1, 2, 3] if every == 1 else [1, 3]))
 
 
 def test_a_monitor_that_was_made_and_watched_in_inference_mode():

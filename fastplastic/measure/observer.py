@@ -40,7 +40,7 @@ from fastplastic.measure.scale import LossScale
 from fastplastic.measure.slots import TensorRead, TensorReads
 from fastplastic.measure.sums import DeviceSums, add_weights, reading
 from fastplastic.measure.traced import TracedReads
-from fastplastic.model import mode_of
+from fastplastic.model import mode_of, note_watcher
 from fastplastic.stats import UnitStats, columns_of, empty_table, merge_into
 from fastplastic.wiring import Argument, UnitGraph, UnitLayer
 
@@ -127,6 +127,7 @@ class Observer:
         if self._parameters:
             self._hook_parameters()
         self._pace.attach(paused=self.paused)
+        note_watcher(self, watches=True)
 
     def _prepare_tables(self) -> None:
         """Make the tables that compiled code adds to: one set, on the device of the model."""
@@ -142,6 +143,7 @@ class Observer:
 
     def detach(self) -> None:
         """Take all hooks off the model; what was seen is kept."""
+        note_watcher(self, watches=False)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -11,6 +11,7 @@ from fastplastic.model.checks import (
 )
 from fastplastic.model.left_as_found import attributes_kept, undisturbed
 from fastplastic.model.lent_head import LentHead, loss_head, output_layers
+from fastplastic.model.watchers import note_watcher
 from fastplastic.model.weights import MeanGradient, Weights, weights_of
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "loss_of",
     "mode_of",
     "nonfinite_tensors",
+    "note_watcher",
     "output_layers",
     "outputs_of",
     "read_batch",

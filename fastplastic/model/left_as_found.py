@@ -10,6 +10,8 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from fastplastic.model.watchers import unwatched
+
 # Where torch keeps hooks on a module.
 _HOOKS = frozenset(name for name in vars(nn.Module()) if "hook" in name)
 # Of these alone it is known that emptying and refilling them brings them back.
@@ -25,7 +27,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     `.grad` (the same tensors; None in between), what a forward pass sets on modules (caches,
     counters), and the random number generators of torch, numpy and Python. Hooks that act when a
     gradient has been accumulated (an optimizer that steps during backward) are off in between.
-    Hooks on modules belong to whoever adds or removes them. Parameters are never written to.
+    Hooks on modules belong to whoever adds or removes them; a `Monitor` counts nothing in between.
+    Parameters are never written to.
     """
     buffers = _Buffers(model)
     modes = [(module, module.training) for module in model.modules()]
@@ -33,7 +36,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     python, numpys = random.getstate(), numpy.random.get_state()
     devices = sorted({p.get_device() for p in model.parameters() if p.is_cuda})
     try:
-        with torch.random.fork_rng(devices), attributes_kept(model, hooks=False):
+        kept = attributes_kept(model, hooks=False)
+        with torch.random.fork_rng(devices), kept, unwatched(model):
             gradients.take_away()
             yield
     finally:
