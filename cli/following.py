@@ -4,7 +4,7 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
-from fastplastic.cli.options import DataOptions, ModelOptions, ProfileOptions, ReinitOptions
+from fastplastic.cli.options import MeasureOptions, ModelOptions, ProfileOptions, ReinitOptions
 from fastplastic.cli.parsing import arguments
 
 # What the plan for a first try looks like.
@@ -16,7 +16,7 @@ _NOT_REAL = ("sample", "noise")
 def after_profile(options: ProfileOptions) -> str:
     """Return a trial on the same data; where they are not the user's, a plan to look at."""
     if options.data in _NOT_REAL:
-        return _joined("plan", *arguments(options, DataOptions), *_PLAN)
+        return _joined("plan", *arguments(options, MeasureOptions), *_PLAN)
     return _joined("trial", *arguments(options, ModelOptions), "--data", options.data)
 
 

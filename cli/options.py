@@ -116,7 +116,23 @@ class DataOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProfileOptions(GateOptions, DataOptions):
+class MeasureOptions(DataOptions):
+    """How a profile is measured."""
+
+    sample_positions: Annotated[
+        int | None,
+        option(
+            "--sample-positions",
+            panel=_DATA,
+            metavar="K",
+            min=1,
+            help="Read large tensors at K positions, drawn at random. (default: everywhere)",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileOptions(GateOptions, MeasureOptions):
     """The options of `fastplastic profile`."""
 
     layers: Annotated[
@@ -133,16 +149,6 @@ class ProfileOptions(GateOptions, DataOptions):
     ranks: Annotated[
         bool, option("--ranks", panel=_OUTPUT, help="Also show how many directions a layer uses.")
     ] = False
-    sample_positions: Annotated[
-        int | None,
-        option(
-            "--sample-positions",
-            panel=_DATA,
-            metavar="K",
-            min=1,
-            help="Read large tensors at K positions, drawn at random. (default: everywhere)",
-        ),
-    ] = None
     json: Annotated[
         Path | None,
         option("--json", panel=_OUTPUT, metavar="FILE|-", help="Write the profile as JSON."),
@@ -167,7 +173,7 @@ class ProfileOptions(GateOptions, DataOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectOptions(LayerChoice, UnitSelection, DataOptions):
+class SelectOptions(LayerChoice, UnitSelection, MeasureOptions):
     """Which units to re-initialise."""
 
     def check(self) -> None:

@@ -37,7 +37,7 @@ def run(options: ProfileOptions) -> None:
         digest = DataDigest()
     measured = measure(
         options, pretrained=options.pretrained, ranks=options.ranks,
-        sample_positions=options.sample_positions, watch=digest.watch if digest else None,
+        watch=digest.watch if digest else None,
     )  # fmt: skip
     schema = measured.profile.to_dict(
         model=options.model, weights=measured.loaded.weights, data=measured.source.name

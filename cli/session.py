@@ -5,7 +5,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fastplastic.cli.options import DataOptions, ModelOptions, ReinitOptions, SelectOptions
+from fastplastic.cli.options import (
+    DataOptions,
+    MeasureOptions,
+    ModelOptions,
+    ReinitOptions,
+    SelectOptions,
+)
 from fastplastic.cli.terminal import progress, say, waiting, warn
 from fastplastic.errors import FileError, InputError
 
@@ -114,12 +120,11 @@ def source_of(options: DataOptions, loaded: "LoadedModel") -> "DataSource":
 
 
 def measure(
-    options: DataOptions,
+    options: MeasureOptions,
     *,
     pretrained: bool | None,
     gradients: bool = False,
     ranks: bool = False,
-    sample_positions: int | None = None,
     watch: "Callable[[DataSource], DataSource] | None" = None,
 ) -> Measured:
     """Load model and data, and profile the one on the other, or on what `watch` makes of it."""
@@ -140,8 +145,8 @@ def measure(
     bar = progress(len(source), quiet=options.quiet, before="tracing the model")
     with head as lent, precision(options), bar as done:
         profile = fastplastic.profile(
-            model, source, gradients=gradients, ranks=ranks, sample_positions=sample_positions,
-            progress=done, lent_head=lent,
+            model, source, gradients=gradients, ranks=ranks, progress=done, lent_head=lent,
+            sample_positions=options.sample_positions,
         )  # fmt: skip
     return Measured(loaded, profile, source, _facts(options, loaded, source, profile))
 
@@ -161,7 +166,7 @@ def _loaded(options: DataOptions, *, pretrained: bool | None) -> "tuple[LoadedMo
 
 
 def _say_compiling() -> None:
-    say("compiling kernels, once on this machine: this run takes some seconds longer")
+    say("compiling kernels that no run here needed before: this one takes some seconds longer")
 
 
 def _facts(

@@ -83,6 +83,7 @@ def test_version(run):
         ("reinit m -o f.safetensors", "neither of --ratio and --threshold given"),
         ("reinit m --plan p --ratio 1 --dry-run", "--ratio beside --plan"),
         ("reinit m --plan p --scope layer --dry-run", "--scope beside --plan"),
+        ("reinit m --plan p --sample-positions 9 --dry-run", "--sample-positions beside --plan"),
     ],
 )
 def test_bad_usage_is_refused_in_one_line_before_anything_slow(run, nothing_slow, arguments, text):

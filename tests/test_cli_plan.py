@@ -40,6 +40,25 @@ def test_plan_passes_every_option_on(run):
     assert all(name.startswith("layer") and name[5] != "1" for name in plan.units)
 
 
+def test_plan_and_reinit_read_some_positions(run):
+    """What reads a part gives other scores, and the plan is that of such a profile."""
+    some = (*SMALL, "--sample-positions", "1")
+    outcome = run("profile", *some)
+    following = outcome.output.partition("next: fastplastic ")[2].split()
+    assert following[following.index("--sample-positions") + 1] == "1"
+    assert run(*following).code == 0
+    assert run("plan", *SMALL, "--ratio", "0.05", "-o", "whole.json").code == 0
+    found, whole = Plan.load("plan.json"), Plan.load("whole.json")
+    assert found.count == whole.count
+    assert {n: u.tolist() for n, u in found.units.items()} != {
+        n: u.tolist() for n, u in whole.units.items()
+    }
+    run("reinit", *SMALL[:4], "--plan", "plan.json", "-o", "one.safetensors")
+    run("reinit", *some, "--ratio", "0.05", "-o", "two.safetensors")
+    one, two = load_file("one.safetensors"), load_file("two.safetensors")
+    assert all(torch.equal(one[name], two[name]) for name in one | two)
+
+
 def test_reinit_writes_a_checkpoint_that_timm_loads(run, plan_file):
     outcome = run("reinit", *SMALL[:4], "--plan", plan_file, "-o", "new.safetensors")
     assert (outcome.code, outcome.error) == (0, "")
