@@ -35,6 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, what in absent.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=f"needs {what}"))
+    # What takes a minute begins at once, or the other processes wait for it at the end.
+    items.sort(key=lambda item: item.path.stem != "test_triton_compile")
 
 
 def pytest_collection_finish() -> None:

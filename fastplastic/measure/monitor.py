@@ -31,7 +31,9 @@ class Monitor:
     `detach`), activations are read in forward passes, gradients of activations and of weights in
     the backward passes that follow. Gradients of weights are those of each single backward pass:
     `.grad`, and what clips, scales or accumulates it, is neither read nor changed. Mean abs(dw) is
-    therefore a mean over steps, where `profile` has abs of the mean gradient.
+    therefore a mean over steps, where `profile` has abs of the mean gradient. With gradient
+    accumulation each micro-batch is a step, and a loss divided by their number has gradients as
+    much smaller.
 
         with Monitor(model, images[:2], every=10) as monitor:
             train_one_epoch(model)

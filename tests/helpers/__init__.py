@@ -32,6 +32,24 @@ FAMILIES = [
     "hgnetv2_b0", "poolformerv2_s12", "mobileone_s0", "repvgg_a0",
 ]  # fmt: skip
 
+# Fewer blocks of the same kinds: most of the time goes into tracing one after another.
+SHORTER: dict[str, dict[str, Any]] = {
+    "swin_tiny_patch4_window7_224": {"depths": (2, 2, 2, 2)},
+    "densenet121": {"block_config": (2, 3, 2, 2)},
+    "hiera_tiny_224": {"stages": (1, 2, 2, 1)},
+    "vit_tiny_patch16_dinov3_qkvb": {"depth": 3},
+    "deit_tiny_patch16_224": {"depth": 3},
+    "vit_tiny_r_s16_p8_224": {"depth": 3},
+    "levit_128s": {"depth": (1, 1, 2)},
+    "tiny_vit_5m_224": {"depths": (1, 1, 2, 1)},
+    "fastvit_t8": {"layers": (1, 1, 2, 1)},
+    "pvt_v2_b0": {"depths": (1, 1, 1, 1)},
+    "pit_ti_224": {"depth": (1, 2, 1)},
+    "inception_next_atto": {"depths": (1, 1, 2, 1)},
+    "repvit_m1": {"depth": (1, 1, 3, 1)},
+    "fasternet_t0": {"depths": (1, 1, 2, 1)},
+}
+
 
 class Net(nn.Module):
     """A model from named layers and a forward function of (self, x)."""
