@@ -3,37 +3,36 @@
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Annotated, Any, Literal
 
 import typer
 
+from fastplastic.cli.parsing import option
 from fastplastic.cli.terminal import console
 from fastplastic.errors import InputError
 
 Entry = dict[str, Any]
 
 
-def command(
+@dataclass(frozen=True, kw_only=True)
+class ListOptions:
+    """The options of `fastplastic list`."""
+
     what: Annotated[
         Literal["criteria", "initializers", "activations", "models"],
         typer.Argument(help="What to list.", metavar="criteria|initializers|activations|models"),
-    ],
+    ]
     pattern: Annotated[
-        str | None, typer.Argument(metavar="[PATTERN]", help="Names like it, as in 'resnet*'.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> Callable[[], None]:
-    """List what there is to choose from: criteria, laws of --init, activation functions, models.
-
-    Examples: fastplastic list criteria; fastplastic list models 'resnet*'
-    """
-    return partial(run, what, pattern, as_json)
+        str | None, typer.Argument(metavar="PATTERN", help="Names like it, as in 'resnet*'.")
+    ] = None
+    json: Annotated[bool, option("--json", panel="Output", help="Print JSON.")] = False
 
 
-def run(what: str, pattern: str | None, as_json: bool) -> None:
-    """Print what has such a name: InputError where nothing has."""
+def run(options: ListOptions) -> None:
+    """List what there is to choose from: criteria, laws of --init, activation functions, models."""
+    what, pattern = options.what, options.pattern
     entries = _LISTS[what]()
     if pattern is not None:
         entries = [entry for entry in entries if _fits(entry["name"], pattern)]
@@ -41,7 +40,7 @@ def run(what: str, pattern: str | None, as_json: bool) -> None:
             raise InputError(
                 f"list {what} {pattern}: none has such a name: fastplastic list {what} shows all"
             )
-    if as_json:
+    if options.json:
         print(json.dumps(entries, indent=2))
         return
     out = console(sys.stdout)

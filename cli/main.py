@@ -8,10 +8,10 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +19,7 @@ import fastplastic
 from fastplastic.cli import (
     compare,
     compare_options,
+    config,
     explain,
     finetune,
     listing,
@@ -66,14 +67,19 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("profile")(parsing.command(options.ProfileOptions, profile.run))
-app.command("compare")(parsing.command(compare_options.CompareOptions, compare.run))
-app.command("plan")(parsing.command(options.PlanOptions, plan.run))
-app.command("reinit")(parsing.command(options.ReinitOptions, reinit.run))
-app.command("trial")(parsing.command(training_options.TrialOptions, trial.run))
-app.command("finetune")(parsing.command(training_options.FinetuneOptions, finetune.run))
-app.command("explain")(parsing.command(explain.ExplainOptions, explain.run))
-app.command("list")(listing.command)
+_COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
+    "profile": (options.ProfileOptions, profile.run),
+    "compare": (compare_options.CompareOptions, compare.run),
+    "plan": (options.PlanOptions, plan.run),
+    "reinit": (options.ReinitOptions, reinit.run),
+    "trial": (training_options.TrialOptions, trial.run),
+    "finetune": (training_options.FinetuneOptions, finetune.run),
+    "explain": (explain.ExplainOptions, explain.run),
+    "list": (listing.ListOptions, listing.run),
+}
+_CONFIG = config.config_option({name: kept for name, (kept, _) in _COMMANDS.items()})
+for _name, (_options, _run_it) in _COMMANDS.items():
+    app.command(_name)(parsing.command(_options, _run_it, _CONFIG))
 
 
 def _print_version(wanted: bool) -> None:
@@ -113,7 +119,8 @@ def _outcome(error: BaseException) -> tuple[int, tuple[str, ...]]:
     if isinstance(error, _UsageError):
         message = getattr(error, "format_message", error.__str__)().replace("Value error, ", "")
         program = getattr(getattr(error, "ctx", None), "command_path", "fastplastic")
-        return _USAGE, (f"{message.rstrip('.')}: see {program} --help",)
+        where = config.origin_of(error)
+        return _USAGE, (f"{message.rstrip('.')}{where}: see {program} --help",)
     if isinstance(error, GateError):
         return _GATE, error.args
     if isinstance(error, InputError):

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import MISSING, fields
 from functools import partial
-from typing import Any, cast, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, cast, get_args, get_type_hints
 
 import typer
+from typer.models import ArgumentInfo
 
 # The arguments as they were typed, for what says how it was made. Options know only their values.
 TYPED: ContextVar[tuple[str, ...]] = ContextVar("TYPED", default=())
@@ -31,16 +33,33 @@ def _default(item: Any) -> Any:
 
 
 def given(options: Any) -> dict[str, Any]:
-    """Return the options that are not at their default, without the model's name."""
+    """Return the options that are not at their default, without the arguments that have no flag."""
     values = {item.name: (getattr(options, item.name), _default(item)) for item in fields(options)}
-    del values["model"]
-    return {name: value for name, (value, default) in values.items() if value != default}
+    without = _positional(type(options))
+    return {
+        name: value
+        for name, (value, default) in values.items()
+        if value != default and name not in without
+    }
+
+
+def _positional(options: type[Any]) -> list[str]:
+    """Return the names of what is typed without a flag."""
+    hints = get_type_hints(options, include_extras=True)
+    return [
+        item.name
+        for item in fields(options)
+        if isinstance(get_args(hints[item.name])[-1], ArgumentInfo)
+    ]
 
 
 def arguments(options: Any, kept: type[Any]) -> list[str]:
     """Return the command line arguments for the options of class `kept` that were given."""
     names = {item.name for item in fields(kept)} - {"quiet"}
-    line = [options.model]
+    line: list[str] = []
+    for name in _positional(kept):
+        value = getattr(options, name)
+        line += map(str, value) if isinstance(value, list) else [str(value)]
     for name, value in given(options).items():
         if name not in names:
             continue
@@ -54,17 +73,34 @@ def arguments(options: Any, kept: type[Any]) -> list[str]:
     return line
 
 
-def command(options: type[Any], run: Callable[[Any], None]) -> Callable[..., Callable[[], None]]:
+def typed(command: str, options: Any) -> tuple[str, ...]:
+    """Return arguments that do the same again, wherever a file of --config may be by then."""
+    now = TYPED.get()
+    if not any(word.partition("=")[0] == "--config" for word in now):
+        return now
+    return command, *arguments(options, type(options))
+
+
+def command(
+    options: type[Any], run: Callable[[Any], None], config: Any
+) -> Callable[..., Callable[[], None]]:
     """Return a function that typer reads the options from, and that returns what is to be run.
 
     Typer only parses: run inside it, a command would have its exceptions handled by typer.
-    """
-    hints = get_type_hints(options, include_extras=True)
 
-    def call(**values: Any) -> Callable[[], None]:
+    Args:
+        options: The class of the options.
+        run: Takes the options.
+        config: What typer needs to know of --config, which gives the others their values.
+    """
+    hints = get_type_hints(options, include_extras=True) | {
+        "config": Annotated[Path | None, config]
+    }
+
+    def call(config: Path | None, **values: Any) -> Callable[[], None]:
         return partial(run, options(**values))
 
-    call.__annotations__ = {item.name: hints[item.name] for item in fields(options)}
+    call.__annotations__ = hints
     # Rich breaks lines where the source does, but for the space between paragraphs.
     paragraphs = (inspect.getdoc(run) or "").split("\n\n")
     call.__doc__ = "\n\n".join(" ".join(part.split()) for part in paragraphs)
@@ -77,6 +113,11 @@ def command(options: type[Any], run: Callable[[Any], None]) -> Callable[..., Cal
                 annotation=hints[item.name],
             )
             for item in fields(options)
+        ]
+        + [
+            inspect.Parameter(
+                "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hints["config"]
+            )
         ]
     )
     return call

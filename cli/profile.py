@@ -9,7 +9,7 @@ from fastplastic.cli.following import after_profile
 from fastplastic.cli.gates import enforce, said
 from fastplastic.cli.options import ProfileOptions
 from fastplastic.cli.outputs import STDOUT, write_csv, write_json
-from fastplastic.cli.parsing import TYPED
+from fastplastic.cli.parsing import typed
 from fastplastic.cli.session import Measured, measure, norms_of_other_data, precision
 from fastplastic.cli.terminal import can_print, console, follow, progress
 
@@ -81,7 +81,7 @@ def _write_page(
     assert options.html is not None
     facts = (*measured.facts, *([("advice", advice.text)] if advice else []))
     report = report_of(measured.profile, facts)
-    origin = Origin.of(TYPED.get(), digest)
+    origin = Origin.of(typed("profile", options), digest)
     found = [(own.severity, own.text, own.evidence, own.action) for own in report.findings]
     view = page_view(measured.profile, options.model, report, origin, found)
     write_page(view, options.html, force=options.force)

@@ -46,6 +46,17 @@ def test_the_same_command_makes_the_same_page(run):
     assert Path("page.html").read_bytes() == before
 
 
+def test_the_page_of_a_file_of_options_tells_all_of_them(run):
+    text = 'pretrained = false\nimg-size = 32\nbatch-size = 4\nbatches = 2\nhtml = "page.html"'
+    Path("exp.toml").write_text(text)
+    assert run("profile", MODEL, "--config", "exp.toml", "--seed", "3", "-q").code == 0
+    page = parsed(Path("page.html").read_text(encoding="utf-8"))
+    command = shlex.split(page.one("section", id="reproduce").one("pre").text)
+    assert command[:3] == ["fastplastic", "profile", MODEL]
+    told = "--no-pretrained --img-size 32 --seed 3 --batches 2 --batch-size 4 --html page.html"
+    assert command[3:] == told.split()
+
+
 def source(seed):
     from fastplastic.sources import create_model
 
