@@ -19,14 +19,6 @@ def run(options: CompareOptions) -> None:
 
     Before and after fine-tuning, over epochs, or over the sizes of a family: in the model as a
     whole, then in the layers, the most changed first. Layers are matched by their names.
-
-    For example: fastplastic profile resnet50 --json before.json, then fastplastic profile resnet50
-    --checkpoint tuned.safetensors --json after.json, then fastplastic compare before.json
-    after.json
-
-    In CI: fastplastic compare before.json after.json --quiet --fail-if 'dead>5%' --fail-if
-    'change:layer4.*:dormant>0.1' ends with exit code 4 if more than 5 % of all units are dead in
-    the last profile, or the share of dormant units of a layer in layer4 rose by more than 0.1.
     """
     from fastplastic.comparison import check_gates, compare_figures, parse_gates
 

@@ -32,8 +32,6 @@ def run(options: ExplainOptions) -> None:
     """Tell how a layer is wired: what makes and reads its units, and why they can be reset or not.
 
     The model is traced, not run on data, and its weights are random unless you ask for others.
-
-    Example: fastplastic explain resnet50 layer1.0.conv3
     """
     options.check()
     with waiting(f"loading and tracing {options.model}", quiet=options.quiet):

@@ -23,9 +23,6 @@ def run(options: FinetuneOptions) -> None:
     --ratio says, and trains. With neither, and no --arm, it takes the arm that fastplastic trial
     takes, dormant@0.3:zero+compensate+recalibrate. --no-reinit only trains, for a fair comparison;
     fastplastic trial makes such comparisons with several seeds.
-
-    For example: fastplastic finetune resnet50 --data DIR --ratio 0.3 --compensate --recalibrate -o
-    resnet50-tuned.safetensors
     """
     options.check()
     from fastplastic.files import save_state_dict

@@ -20,6 +20,7 @@ from fastplastic.cli import (
     compare,
     compare_options,
     config,
+    examples,
     explain,
     finetune,
     listing,
@@ -39,30 +40,9 @@ _DONE, _UNEXPECTED, _USAGE, _FILE, _GATE, _INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 _PAIR = re.compile(r"[A-Za-z_]\w*=")
 
-_EXAMPLES = """
-[bold]Examples[/bold]
-
-fastplastic profile resnet50
-
-fastplastic profile vit_small_patch16_224 --data DIR --json -
-
-fastplastic compare before.json after.json --fail-if 'dead>5%'
-
-fastplastic plan resnet50 --ratio 0.05 -o plan.json
-
-fastplastic reinit resnet50 --plan plan.json -o resnet50-fresh.safetensors
-
-fastplastic trial resnet50 --data DIR
-
-fastplastic finetune resnet50 --data DIR --ratio 0.3 -o resnet50-tuned.safetensors
-
-fastplastic explain resnet50 layer1.0.conv3
-
-fastplastic list criteria
-"""
-
 app = typer.Typer(
     name="fastplastic",
+    cls=examples.ProgramWithExamples,
     add_completion=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -79,7 +59,9 @@ _COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
 }
 _CONFIG = config.config_option({name: kept for name, (kept, _) in _COMMANDS.items()})
 for _name, (_options, _run_it) in _COMMANDS.items():
-    app.command(_name)(parsing.command(_options, _run_it, _CONFIG))
+    app.command(_name, cls=examples.CommandWithExamples)(
+        parsing.command(_options, _run_it, _CONFIG)
+    )
 
 
 def _print_version(wanted: bool) -> None:
@@ -88,7 +70,7 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(invoke_without_command=True, epilog=_EXAMPLES)
+@app.callback(invoke_without_command=True)
 def _program(
     context: typer.Context,
     version: Annotated[

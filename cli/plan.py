@@ -32,11 +32,6 @@ def run(options: PlanOptions) -> None:
 
     Profiles the model, ranks what can be re-initialised, and shows how much would be taken from
     which layer. With -o the plan is written to a file for `reinit --plan`.
-
-    For example: fastplastic plan resnet50 --data DIR --ratio 0.05 -o plan.json
-
-    Of single weights: fastplastic plan resnet50 --data DIR --granularity weight --ratio 0.05 -o
-    plan.safetensors
     """
     options.check()
     measured = measure_for(options, pretrained=options.pretrained)

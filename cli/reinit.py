@@ -88,8 +88,6 @@ def run(options: ReinitOptions) -> None:
 
     Takes them from --plan, or profiles the model and plans on the spot with --ratio or
     --threshold. The file is safetensors and loads into the same timm model with strict=True.
-
-    For example: fastplastic reinit resnet50 --plan plan.json -o resnet50-fresh.safetensors
     """
     options.check()
     from fastplastic.files import UNFITTED, save_state_dict

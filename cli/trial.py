@@ -30,9 +30,6 @@ def run(options: TrialOptions) -> None:
     for each dose as many units at random: each with several seeds, the same batches in the same
     order, and nothing chosen by the test images. Every finished run is kept in a file, so that the
     same command goes on after an interruption.
-
-    For example: fastplastic trial resnet50 --data DIR --arm dormant@0.3:zero+compensate --arm
-    swr@0.05
     """
     options.check()
     if options.plot:

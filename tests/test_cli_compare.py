@@ -237,13 +237,6 @@ def test_gates_of_profile_are_read_before_anything_slow(run, nothing_slow, gate,
     refused(run("profile", "m", "--fail-if", gate), 2, text)
 
 
-def test_help_shows_worked_examples(run, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
-    text = words(run("compare", "--help").output)
-    assert "fastplastic compare before.json after.json --quiet --fail-if 'dead>5%'" in text
-    assert "'change:layer4.*:dormant>0.1' ends with exit code 4" in text
-
-
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_terminals_of_any_width(run, files, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))
