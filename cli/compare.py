@@ -1,16 +1,19 @@
 """`fastplastic compare`: what changed from one profile to another."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastplastic.cli.compare_options import TOP, CompareOptions
 from fastplastic.cli.gates import enforce
 from fastplastic.cli.outputs import STDOUT, write_json
+from fastplastic.cli.parsing import typed
 from fastplastic.cli.terminal import console
 from fastplastic.errors import FileError
 
 if TYPE_CHECKING:
+    from fastplastic.comparison import GateResult, ProfileComparison
     from fastplastic.files import ProfileFigures
 
 
@@ -23,6 +26,10 @@ def run(options: CompareOptions) -> None:
     from fastplastic.comparison import check_gates, compare_figures, parse_gates
 
     options.check()
+    if options.html:
+        from fastplastic.cli.page import require_jinja2
+
+        require_jinja2()
     gates = parse_gates(options.fail_if)
     figures = [_read(file) for file in options.files]
     names = ["stdin" if file == STDOUT else str(file) for file in options.files]
@@ -31,6 +38,8 @@ def run(options: CompareOptions) -> None:
     if options.json:
         values = found.to_dict() | {"gates": [result.to_dict() for result in results]}
         write_json(options.json, values, force=options.force)
+    if options.html:
+        _write_page(options, found, results)
     if not (options.quiet or options.json == STDOUT):
         from fastplastic.cli import compare_view
 
@@ -38,6 +47,17 @@ def run(options: CompareOptions) -> None:
         top = None if options.layers else options.top or TOP
         out.print(compare_view.comparison(found, results, width=out.width, top=top))
     enforce(results)
+
+
+def _write_page(
+    options: CompareOptions, found: "ProfileComparison", results: "Sequence[GateResult]"
+) -> None:
+    """Write the page that --html names."""
+    from fastplastic.cli.page import Origin, changes_view, write_page
+
+    assert options.html is not None
+    origin = Origin.of(typed("compare", options), None)
+    write_page(changes_view(found, results, origin), options.html, force=options.force)
 
 
 def _read(file: Path) -> "ProfileFigures":

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fastplastic.cli.gates import GateOptions
-from fastplastic.cli.outputs import STDOUT, check_outputs
+from fastplastic.cli.outputs import STDOUT, check_outputs, check_suffix
 from fastplastic.cli.parsing import option
 from fastplastic.errors import InputError
 
@@ -41,6 +41,10 @@ class CompareOptions(GateOptions):
         Path | None,
         option("--json", panel=_OUTPUT, metavar="FILE|-", help="Write the comparison as JSON."),
     ] = None
+    html: Annotated[
+        Path | None,
+        option("--html", panel=_OUTPUT, metavar="FILE", help="Write a page to read and pass on."),
+    ] = None
     force: Annotated[
         bool, option("--force", panel=_OUTPUT, help="Overwrite a file that exists.")
     ] = False
@@ -59,9 +63,11 @@ class CompareOptions(GateOptions):
             raise InputError("- stands twice: stdin can be read once, name a file for the other")
         if self.layers and self.top:
             raise InputError(f"--top {self.top} beside --layers, which shows all: drop one")
-        if self.json and self.json != STDOUT and self.json.resolve() in self._inputs():
-            raise InputError(f"--json {self.json} is one of the profiles: name another file")
-        check_outputs([self.json], force=self.force)
+        check_suffix("--html", self.html, ".html", ".htm")
+        for flag, path in (("--json", self.json), ("--html", self.html)):
+            if path and path != STDOUT and path.resolve() in self._inputs():
+                raise InputError(f"{flag} {path} is one of the profiles: name another file")
+        check_outputs([self.json, self.html], force=self.force)
 
     def _inputs(self) -> list[Path]:
         return [file.resolve() for file in self.files if file != STDOUT]

@@ -24,9 +24,9 @@ from fastplastic.comparison import (
 # Longer layer names are folded rather than pushing other columns out; a column needs this between.
 _FOLD, _GAP = 32, 3
 # Half of the last digit shown: what changed less looks the same.
-_VISIBLE = 0.0005
+VISIBLE = 0.0005
 _NAMES = 8
-_SHORT = {"saturated": "sat", "mean_abs_activation": "mean|h|", "mean_abs_gradient": "mean|g|"}
+SHORT = {"saturated": "sat", "mean_abs_activation": "mean|h|", "mean_abs_gradient": "mean|g|"}
 _LEGEND = (
     "Shares of units, of those that were measured; totals are over all layers of a profile. "
     "change: {last} minus {first}, for shares in percentage points. dead: never changes. frozen: "
@@ -37,7 +37,7 @@ _LEGEND = (
 
 
 @dataclass(frozen=True)
-class _Line:
+class Line:
     """A line of a table: what it is about, the figure in every profile, the change.
 
     Attributes:
@@ -62,9 +62,9 @@ def comparison(
     header = [(own.label, _source(own)) for own in found.profiles]
     header += [("note", note) for note in found.notes]
     parts: list[RenderableType] = [facts(header)]
-    parts.append(_table("in all", list(_total_lines(found)), labels, width))
+    parts.append(_table("in all", list(total_lines(found)), labels, width))
     parts += [_table("layer", lines, labels, width)] if lines else []
-    rest = [*_remarks(found, shown), *_unmatched(found, every=top is None), *said(results)]
+    rest = [*_remarks(found, shown), *unmatched(found, every=top is None), *said(results)]
     parts += [facts(rest)] if rest else []
     parts.append(Text(_LEGEND.format(first=labels[0], last=labels[-1]), style="dim"))
     return stacked(*parts)
@@ -87,10 +87,10 @@ def _layers_to_show(found: ProfileComparison, top: int | None) -> Sequence[Layer
     ordered = found.most_changed()
     if top is None:
         return ordered
-    return [layer for layer in ordered[:top] if max(layer.size) >= _VISIBLE]
+    return [layer for layer in ordered[:top] if max(layer.size) >= VISIBLE]
 
 
-def _layer_lines(layer: LayerChange) -> Iterator[_Line]:
+def _layer_lines(layer: LayerChange) -> Iterator[Line]:
     """Yield a line for each share that changed, or one that says that none did."""
     about, units = layer.name, "/".join(map(count, dict.fromkeys(layer.units)))
     for metric in SHARES:
@@ -100,24 +100,25 @@ def _layer_lines(layer: LayerChange) -> Iterator[_Line]:
             # Its name stands in the first line of a layer only.
             about = units = ""
     if about:
-        yield _Line(about, units, "none", ("",) * len(layer.units), "")
+        yield Line(about, units, "none", ("",) * len(layer.units), "")
 
 
 def _differs(figure: FigureChange) -> bool:
     known = [value for value in figure.values if value is not None]
     if 0 < len(known) < len(figure.values):
         return True
-    return bool(known) and max(known) - min(known) >= _VISIBLE
+    return bool(known) and max(known) - min(known) >= VISIBLE
 
 
-def _total_lines(found: ProfileComparison) -> Iterator[_Line]:
+def total_lines(found: ProfileComparison) -> Iterator[Line]:
+    """Yield a line for each figure of the models as a whole."""
     totals = found.totals
     numbers = {"layers": [own.layers for own in found.profiles], "units": totals.units}
     for name, values in numbers.items():
         change = values[-1] - values[0]
-        yield _Line(name, "", "", tuple(map(count, values)), f"{change:+,}" if change else "0")
+        yield Line(name, "", "", tuple(map(count, values)), f"{change:+,}" if change else "0")
     for metric in (*SHARES, *MEANS):
-        yield _line(_SHORT.get(metric, metric), "", metric, _figure(totals, metric))
+        yield _line(SHORT.get(metric, metric), "", metric, _figure(totals, metric))
 
 
 def _figure(own: TotalChange, metric: str) -> FigureChange:
@@ -125,32 +126,33 @@ def _figure(own: TotalChange, metric: str) -> FigureChange:
     return figure
 
 
-def _line(about: str, units: str, metric: str, figure: FigureChange) -> _Line:
+def _line(about: str, units: str, metric: str, figure: FigureChange) -> Line:
     share = metric in SHARES
     shown: Callable[[float | None], str] = percent if share else magnitude
-    change = _points(figure.change) if share else _signed(figure.change)
+    change = points(figure.change) if share else signed(figure.change)
     # Saturation alone is normal in ReLU networks.
     grew = (figure.change or 0.0) if metric in SHARES and metric != "saturated" else 0.0
     values = tuple(map(shown, figure.values))
-    return _Line(about, units, _SHORT.get(metric, metric), values, change, (grew > 0) - (grew < 0))
+    return Line(about, units, SHORT.get(metric, metric), values, change, (grew > 0) - (grew < 0))
 
 
-def _points(change: float | None) -> str:
+def points(change: float | None) -> str:
     """Format a difference of shares in percentage points: +1.2, and +<0.1 for hardly any."""
     if change is None:
         return "-"
-    if 0 < abs(change) < _VISIBLE:
+    if 0 < abs(change) < VISIBLE:
         return "+<0.1" if change > 0 else "-<0.1"
     return f"{100 * change:+.1f}" if change else "0.0"
 
 
-def _signed(change: float | None) -> str:
+def signed(change: float | None) -> str:
+    """Format a difference of means, with its sign."""
     return "-" if change is None else f"{change:+.3g}" if change else "0"
 
 
-def _table(title: str, lines: Sequence[_Line], labels: Sequence[str], width: int) -> Table:
+def _table(title: str, lines: Sequence[Line], labels: Sequence[str], width: int) -> Table:
     layers = title == "layer"
-    columns: dict[str, Callable[[_Line], str]] = {title: lambda line: line.about}
+    columns: dict[str, Callable[[Line], str]] = {title: lambda line: line.about}
     if layers:
         columns |= {"units": lambda line: line.units, "share": lambda line: line.figure}
     for place, label in enumerate(labels):
@@ -170,13 +172,13 @@ def _table(title: str, lines: Sequence[_Line], labels: Sequence[str], width: int
     return table
 
 
-def _value_at(place: int) -> Callable[[_Line], str]:
+def _value_at(place: int) -> Callable[[Line], str]:
     return lambda line: line.values[place]
 
 
 def _make_room(
-    columns: dict[str, Callable[[_Line], str]],
-    lines: Sequence[_Line],
+    columns: dict[str, Callable[[Line], str]],
+    lines: Sequence[Line],
     droppable: Sequence[str],
     width: int,
 ) -> None:
@@ -195,7 +197,7 @@ def _make_room(
 
 def _remarks(found: ProfileComparison, shown: Sequence[LayerChange]) -> list[tuple[str, str]]:
     left = [layer for layer in found.layers if layer not in shown]
-    changed = sum(max(layer.size) >= _VISIBLE for layer in left)
+    changed = sum(max(layer.size) >= VISIBLE for layer in left)
     parts = []
     if changed:
         parts.append(f"{number_of(changed, 'layer')} more changed, --layers shows all")
@@ -205,7 +207,7 @@ def _remarks(found: ProfileComparison, shown: Sequence[LayerChange]) -> list[tup
     return [("not shown", "; ".join(parts))] if parts else []
 
 
-def _unmatched(found: ProfileComparison, *, every: bool) -> list[tuple[str, str]]:
+def unmatched(found: ProfileComparison, *, every: bool) -> list[tuple[str, str]]:
     """Return which layers are only in some profiles."""
     groups: dict[str, list[str]] = {}
     for layer in found.unmatched:

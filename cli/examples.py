@@ -31,8 +31,8 @@ EXAMPLES: Mapping[str, Sequence[Example]] = {
     "compare": (
         ("What changed from one profile (--json) to the other?", "compare before.json after.json"),
         (
-            "Over the epochs of a training, all layers, and as JSON for programs.",
-            "compare epoch1.json epoch2.json epoch3.json --layers --json changes.json",
+            "Over the epochs of a training, all layers, and as a page to pass on.",
+            "compare epoch1.json epoch2.json epoch3.json --layers --html changes.html",
         ),
         (
             "In CI: exit code 4 if more than 5 % of all units are dead in the last.",

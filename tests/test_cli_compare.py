@@ -259,7 +259,7 @@ def loaded(code, folder):
 
 def test_profiles_in_json_are_compared_without_torch(files, tmp_path):
     command = (
-        "['compare', 'before.json', 'after.json', '--json', 'new.json', '--fail-if', 'dead>1']"
+        "['compare', 'before.json', 'after.json', '--html', 'new.html', '--fail-if', 'dead>1']"
     )
     found = loaded(f"from fastplastic.cli.main import main\nassert not main({command})", tmp_path)
     assert not found & {"torch", "numpy", "timm", "numba", "triton", "safetensors"}

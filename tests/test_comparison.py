@@ -172,6 +172,7 @@ def test_the_json_says_all():
     assert values["profiles"][1] == {
         "label": "B", "name": "1.json", "model": "net", "weights": "random", "data": "sample",
         "device": "cpu", "dtype": "float32", "mode": "eval", "samples": 16, "seed": 0, "layers": 2,
+        "fastplastic_version": "0.1.0",
     }  # fmt: skip
     (layer,) = values["layers"]
     assert list(layer) == [

@@ -6,10 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.compared import a_layer, a_profile
 from helpers.pages import parsed, renamed, small_profile
 
 import fastplastic
+from fastplastic.comparison import compare_figures
 from fastplastic.errors import InputError
+from fastplastic.files import figures_of
 from fastplastic.measure import flat_rows
 from fastplastic.reinit import ReinitReport
 from fastplastic.reinit.report import Written
@@ -153,3 +156,26 @@ def test_rows_have_the_same_columns():
         },
     ]  # fmt: skip
     assert len({tuple(row) for row in rows}) == 1
+
+
+def test_a_comparison_shows_the_course_of_every_figure():
+    before = a_profile(a_layer("stem", 10, dead=1), a_layer("conv", 1000))
+    after = a_profile(a_layer("stem", 10, dead=1), a_layer("conv", 2000, dead=500), data=EVIL)
+    found = compare_figures([figures_of(before), figures_of(after)], [None, None])
+    caption, titles, rows, page = table_of(found)
+    assert caption == repr(found)
+    assert titles[:5] == ["layer", "units", "dead", "frozen", "dormant"]
+    assert rows[0][:4] == ["in all", "1,010 → 2,010", "0.00099 → 0.249", "0"]
+    assert rows[1][:3] == ["conv", "1,000 → 2,000", "0 → 0.25"]
+    assert rows[2][:3] == ["stem", "10", "0.1"]
+    assert [p.text for p in page.all("p")[1:]] == list(found.notes)
+
+
+def test_a_long_comparison_shows_what_changed_most():
+    names = [f"l{at:02}" for at in range(25)]
+    before = a_profile(*(a_layer(name, 100) for name in names))
+    after = a_profile(*(a_layer(name, 100, dead=at) for at, name in enumerate(names)))
+    found = compare_figures([figures_of(before), figures_of(after)], [None, None])
+    _, _, rows, page = table_of(found)
+    assert [row[0] for row in rows] == ["in all", *names[:4:-1]]
+    assert page.all("p")[1].text == "5 layers not shown: none changed more"

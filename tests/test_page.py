@@ -57,7 +57,7 @@ def test_values_of_the_table_are_those_of_the_json(page, profile):
             if key != "weak":
                 value = cells[key].attributes["data-v"]
                 assert (json.loads(value) if value else None) == layer[key]
-    weak = [row for row in rows if row.attributes.get("class") == "weak"]
+    weak = [row for row in rows if row.attributes.get("class") == "marked"]
     assert {row.inside[1].text for row in weak} == {
         layer.name for layer in profile if (layer.dead | layer.frozen | layer.dormant).any()
     }
@@ -206,7 +206,7 @@ def test_a_layer_is_weak_too_where_rows_that_belong_to_it_are(profile):
     rows = tuple(replace(row, dead=0, frozen=0, dormant=0, weak=0) for row in report.rows)
     report = replace(report, rows=(replace(rows[0], weak=5), *rows[1:]))
     page = page_view(profile, "net", report, ORIGIN)
-    assert [row.weak for row in page.rows] == [True] + [False] * 6
+    assert [row.marked for row in page.rows] == [True] + [False] * 6
 
 
 def test_long_names_are_broken_behind_dots(profile):

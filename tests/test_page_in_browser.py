@@ -5,9 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.browser import tab
+from helpers.compared import a_layer, a_profile
 from helpers.pages import small_profile, view_of
 
-from fastplastic.cli.page import write_page
+from fastplastic.cli.page import Origin, changes_view, write_page
+from fastplastic.comparison import compare_figures
+from fastplastic.files import figures_of
 
 pytestmark = pytest.mark.chromium
 
@@ -43,6 +46,42 @@ def page(browser, profile, tmp_path):
     yield browser
     assert browser.complaints == []
     assert set(browser.requests) == {path.as_uri()}
+
+
+@pytest.fixture
+def changes(browser, tmp_path):
+    """Open a page of a comparison of three profiles."""
+    path = tmp_path / "changes.html"
+    layers = [[a_layer(name, 20, dead=at * n) for at, name in enumerate("xyz")] for n in (0, 3, 5)]
+    figures = [figures_of(a_profile(*own, samples=n)) for n, own in enumerate(layers)]
+    origin = Origin("fastplastic compare", (("fastplastic", "1"), ("Python", "3")), None)
+    write_page(changes_view(compare_figures(figures, "abc"), (), origin), path, force=False)
+    browser.complaints.clear()
+    browser.requests.clear()
+    browser.show(width=1000, height=800, dark=False)
+    browser.open(path.as_uri())
+    yield browser
+    assert browser.complaints == []
+    assert set(browser.requests) == {path.as_uri()}
+
+
+def test_changes_are_sorted_and_filtered_by_the_same_script(changes):
+    click(changes, "dead")
+    assert changes.evaluate(SHOWN) == ["z", "y", "x"]
+    changes.evaluate("document.getElementById('only').click()")
+    assert changes.evaluate(SHOWN) == ["z", "y"]
+    changes.evaluate("document.getElementById('filter').focus()")
+    changes.press("y", "y")
+    assert changes.evaluate(SHOWN) == ["y"]
+    assert changes.evaluate("document.getElementById('shown').textContent") == "1 of 3 layers"
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [360, 1200])
+def test_every_text_about_changes_can_be_read(changes, width, dark):
+    changes.show(width=width, height=800, dark=dark)
+    assert changes.evaluate("document.documentElement.scrollWidth") <= width
+    assert changes.evaluate(CONTRASTS) == []
 
 
 def click(page, title):
@@ -144,9 +183,9 @@ CONTRASTS = """
     }
   };
   const bad = [];
-  for (const level of [0, 1, 2, 3, 4, 5]) {
-    document.querySelectorAll(".heat td")[level].className = `v${level}`;
-  }
+  [...document.querySelectorAll(".heat td")].slice(0, 6).forEach((cell, level) => {
+    cell.className = `v${level}`;
+  });
   for (const element of document.querySelectorAll("body *:not(script, style, svg, svg *)")) {
     const own = [...element.childNodes].some((x) => x.nodeType === 3 && x.textContent.trim());
     if (!own) continue;

@@ -69,7 +69,10 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         "fastplastic/sources/sample.LICENSE",
         "fastplastic/py.typed",
         "fastplastic/trials/evidence.json",
-        "fastplastic/cli/page/page.html",
+        "fastplastic/cli/page/layout.html",
+        "fastplastic/cli/page/parts.html",
+        "fastplastic/cli/page/profile.html",
+        "fastplastic/cli/page/compare.html",
         "fastplastic/cli/page/page.css",
         "fastplastic/cli/page/page.js",
     } <= packaged

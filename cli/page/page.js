@@ -4,7 +4,7 @@
   const body = table.tBodies[0];
   const heads = [...table.tHead.rows[0].cells];
   const text = document.getElementById("filter");
-  const weak = document.getElementById("weak");
+  const only = document.getElementById("only");
   const shown = document.getElementById("shown");
 
   // Unknown numbers have an empty value, and stand last in either order.
@@ -40,7 +40,7 @@
       const words = heads.map((head, at) =>
         head.classList.contains("text") ? row.cells[at].textContent.toLowerCase() : "");
       const kept = words.some((word) => word.includes(wanted)) &&
-        (!weak.checked || row.classList.contains("weak"));
+        (!only.checked || row.classList.contains("marked"));
       row.hidden = !kept;
       left += kept;
     }
@@ -56,7 +56,7 @@
   heads.forEach((head, column) =>
     head.querySelector("button").addEventListener("click", () => sort(column)));
   text.addEventListener("input", filter);
-  weak.addEventListener("change", filter);
+  only.addEventListener("change", filter);
   addEventListener("hashchange", open);
   document.getElementById("controls").hidden = false;
   // A browser that goes back fills in what was there.

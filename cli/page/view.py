@@ -56,10 +56,17 @@ class TableColumn:
 
 @dataclass(frozen=True)
 class TableCell:
-    """What is printed, and the number itself as in the JSON; "" where it is text or not known."""
+    """What is printed, and the number itself as in the JSON; "" where it is text or not known.
+
+    Attributes:
+        text: What is printed.
+        value: The number, by which rows are sorted.
+        below: What is printed under it, in small letters.
+    """
 
     text: str
     value: str
+    below: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,11 +75,12 @@ class TableRow:
 
     Attributes:
         cells: Its cells.
-        weak: Whether units of it are dead, frozen or dormant, or rows that belong to them are.
+        marked: Whether it is among the fewer that the table can be made to show: in a profile
+            those with units, or rows that belong to units, that are dead, frozen or dormant.
     """
 
     cells: tuple[TableCell, ...]
-    weak: bool
+    marked: bool
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,10 @@ import hashlib
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from fastplastic.cli.page import charts
+from fastplastic.cli.page import charts, tracks
+from fastplastic.cli.page.changes import ChangesView
 from fastplastic.cli.page.view import HEAT, PageView
 from fastplastic.cli.render import count, magnitude, percent
 from fastplastic.errors import InputError
@@ -18,7 +20,7 @@ def require_jinja2() -> None:
         raise InputError("--html needs jinja2: pip install 'fastplastic[report]', or leave it out")
 
 
-def page_text(view: PageView) -> str:
+def page_text(view: PageView | ChangesView) -> str:
     """Return the page, every text of the view escaped.
 
     Style and script are the only ones that a browser takes: the page's policy names their digests.
@@ -27,26 +29,37 @@ def page_text(view: PageView) -> str:
         InputError: jinja2 is not installed.
     """
     require_jinja2()
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
     from markupsafe import Markup
 
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+        loader=FunctionLoader(_part), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     environment.filters |= {
         "count": count, "percent": percent, "magnitude": magnitude, "shortened": charts.shortened,
         "breakable": _breakable,
     }  # fmt: skip
     style, script = _part("page.css"), _part("page.js")
-    return environment.from_string(_part("page.html")).render(
+    template, values = _template(view)
+    return environment.get_template(template).render(
         view=view, style=Markup(style), script=Markup(script),
-        style_digest=_source_digest(style), script_digest=_source_digest(script),
-        heat_titles=HEAT, chart=charts.HistogramFrame(view.report.tau),
-        diagram=charts.DiagramFrame(view.names),
+        style_digest=_source_digest(style), script_digest=_source_digest(script), **values,
     )  # fmt: skip
 
 
-def write_page(view: PageView, path: Path, *, force: bool) -> None:
+def _template(view: PageView | ChangesView) -> tuple[str, dict[str, Any]]:
+    """Return which template shows a view, and what it needs beside it."""
+    if isinstance(view, ChangesView):
+        return "compare.html", {"frame": tracks.TrackFrame()}
+    return "profile.html", {
+        "heat_titles": HEAT,
+        "chart": charts.HistogramFrame(view.report.tau),
+        "diagram": charts.DiagramFrame(view.names),
+    }
+
+
+def write_page(view: PageView | ChangesView, path: Path, *, force: bool) -> None:
     """Write the page to a file.
 
     Raises:

@@ -1,13 +1,17 @@
 """What changed between profiles: plain values, which are the schema of the JSON too."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastplastic import __version__
-from fastplastic.comparison.metrics import SHARES
+from fastplastic.comparison.metrics import METRICS, SHARES
 from fastplastic.errors import InputError, no_such
 from fastplastic.files import SCHEMA_VERSION
+from fastplastic.notebook import html_table
+
+# Layers that a notebook shows.
+_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class ComparedProfile:
         samples: Number of samples.
         seed: Seed of the random numbers.
         layers: Number of weight layers.
+        fastplastic_version: Version of the program that measured it.
     """
 
     label: str
@@ -39,6 +44,7 @@ class ComparedProfile:
     samples: int
     seed: int
     layers: int
+    fastplastic_version: str
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,15 @@ class ProfileComparison:
             f"dormant {self.totals.dormant.change})"
         )
 
+    def _repr_html_(self) -> str:
+        """Return a table for notebooks: of many layers those that changed most."""
+        first = self.most_changed()[:_SHOWN]
+        titles = ("layer", "units", *METRICS)
+        rows = [_cells("in all", self.totals), *(_cells(layer.name, layer) for layer in first)]
+        left_out = len(self.layers) - len(first)
+        more = [f"{left_out} layers not shown: none changed more"] * (left_out > 0)
+        return html_table(repr(self), titles, rows, (*more, *self.notes))
+
     def __iter__(self) -> Iterator[LayerChange]:
         return iter(self.layers)
 
@@ -167,3 +182,19 @@ class ProfileComparison:
             "layers": [layer.to_dict() for layer in self.layers],
             "unmatched": [asdict(layer) for layer in self.unmatched],
         }
+
+
+def _cells(name: str, own: TotalChange) -> list[str]:
+    """Return a row for notebooks: each figure over the profiles."""
+    figures: list[FigureChange] = [getattr(own, metric) for metric in METRICS]
+    courses = [
+        [None if value is None else f"{value:.3g}" for value in figure.values] for figure in figures
+    ]
+    units = _course([f"{number:,}" for number in own.units])
+    return [name, units, *map(_course, courses)]
+
+
+def _course(texts: Sequence[str | None]) -> str:
+    """Return what stood in each profile; once where it was the same in all."""
+    shown = [text or "-" for text in texts]
+    return " → ".join(shown) if len(set(shown)) > 1 else shown[0]

@@ -117,7 +117,7 @@ def _compared(label: str, name: str | None, own: ProfileFigures) -> ComparedProf
     return ComparedProfile(
         label=label, name=name, model=own.model, weights=own.weights, data=own.data,
         device=own.device, dtype=own.dtype, mode=own.mode, samples=own.samples, seed=own.seed,
-        layers=len(own.layers),
+        layers=len(own.layers), fastplastic_version=own.fastplastic_version,
     )  # fmt: skip
 
 

@@ -76,6 +76,7 @@ class ProfileFigures:
     mode: str
     samples: int
     seed: int
+    fastplastic_version: str
     layers: tuple[LayerFigures, ...]
     by_name: Mapping[str, LayerFigures] = field(init=False, repr=False, compare=False)
 
@@ -129,14 +130,13 @@ def figures_of(values: Mapping[str, Any]) -> ProfileFigures:
             f"fastplastic {values.get('fastplastic_version')!s:.20}, or profile the model again"
         )
     top = Fields(values, _WAY_OUT)
-    top.get("fastplastic_version", TEXT)
     _check_more(top, _MORE_OF_PROFILE)
     _check_coverage(top.inside(top.get("coverage", OBJECT), "coverage"))
     layers = _layers(top)
     _check_totals(top.inside(top.get("totals", OBJECT), "totals"), layers)
     return ProfileFigures(
         **{key: top.get(key, NAME_OR_NULL) for key in ("model", "weights", "data")},
-        **{key: top.get(key, TEXT) for key in ("device", "dtype", "mode")},
+        **{key: top.get(key, TEXT) for key in ("device", "dtype", "mode", "fastplastic_version")},
         samples=top.get("samples", integer(0)),
         seed=top.get("seed", integer()),
         layers=layers,

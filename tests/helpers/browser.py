@@ -148,8 +148,12 @@ def tab(folder: Path) -> Iterator[Tab]:
 
 
 def take_pictures(page: Path, folder: Path) -> None:
-    """Write pictures of the whole page: light, dark and narrow; complaints go to the screen."""
-    views = {"light": (1200, False), "dark": (1200, True), "narrow": (390, False)}
+    """Write pictures of the whole page, wide and narrow, light and dark; print complaints."""
+    views = {
+        f"{name}-{'dark' if dark else 'light'}": (width, dark)
+        for name, width in {"wide": 1200, "narrow": 360}.items()
+        for dark in (False, True)
+    }
     with tempfile.TemporaryDirectory() as profile, tab(Path(profile)) as browser:
         for name, (width, dark) in views.items():
             browser.show(width=width, height=900, dark=dark)
