@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from fastplastic.errors import FileError
-from fastplastic.files import atomic_write
+from fastplastic.files import atomic_write, backup_of, keep_backup
 
 
 def test_an_existing_file_stays_without_force(tmp_path):
@@ -36,6 +36,62 @@ def test_a_file_that_appears_meanwhile_stays(tmp_path):
         path.write_text("theirs")
     assert path.read_text() == "theirs"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_of_two_programs_at_once_the_first_wins(tmp_path, monkeypatch):
+    """The other file is there after the last look, a moment before ours gets its name."""
+    path, link = tmp_path / "a.json", os.link
+
+    def late(old, new):
+        path.write_text("theirs")
+        link(old, new)
+
+    monkeypatch.setattr(os, "link", late)
+    with pytest.raises(FileError, match="exists already"), atomic_write(path) as temporary:
+        temporary.write_text("ours")
+    assert path.read_text() == "theirs" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_longest_name(tmp_path):
+    with atomic_write(tmp_path / ("x" * 255)) as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / ("x" * 255)).read_text() == "new"
+
+
+def test_file_systems_without_second_names(tmp_path, monkeypatch):
+    def none(old, new):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", none)
+    with atomic_write(tmp_path / "a.json") as temporary:
+        temporary.write_text("new")
+    assert [(x.name, x.read_text()) for x in tmp_path.iterdir()] == [("a.json", "new")]
+
+
+def test_writers_at_once_leave_one_whole_file(tmp_path):
+    """With force the last one wins."""
+    path = tmp_path / "a.json"
+    with atomic_write(path, force=True) as first:
+        first.write_text("first")
+        with atomic_write(path, force=True) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_kept_file_is_complete_and_as_private_as_the_old_one(tmp_path):
+    path, backup = tmp_path / "a.json", tmp_path / "a.json.bak"
+    path.write_text("old")
+    path.chmod(0o600)
+    (tmp_path / "link").symlink_to("a.json")
+    assert keep_backup(tmp_path / "link") == backup == backup_of(path)
+    assert backup.read_text() == "old" and stat.S_IMODE(backup.stat().st_mode) == 0o600
+    path.write_text("new")
+    with pytest.raises(FileError, match=r"a\.json\.bak: exists already"):
+        keep_backup(path)
+    assert backup.read_text() == "old"
+    keep_backup(path, force=True)
+    assert backup.read_text() == "new"
 
 
 @pytest.mark.parametrize(
@@ -82,22 +138,23 @@ def test_a_kill_leaves_the_old_file(tmp_path, fsync, inside):
     assert path.read_text() == "old"
 
 
-def test_file_and_folder_are_synced_around_the_rename(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("force", "by"), [(True, "replace"), (False, "link")])
+def test_file_and_folder_are_synced_around_the_rename(tmp_path, monkeypatch, force, by):
     path, done = tmp_path / "a.json", []
-    fsync, replace = os.fsync, os.replace
+    fsync, rename = os.fsync, getattr(os, by)
 
     def spy_fsync(descriptor):
         kind = "folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file"
         done.append(kind)
         fsync(descriptor)
 
-    def spy_replace(old, new):
+    def spy_rename(old, new):
         done.append("rename")
-        replace(old, new)
+        rename(old, new)
 
     monkeypatch.setattr(os, "fsync", spy_fsync)
-    monkeypatch.setattr(os, "replace", spy_replace)
-    with atomic_write(path) as temporary:
+    monkeypatch.setattr(os, by, spy_rename)
+    with atomic_write(path, force) as temporary:
         assert temporary.parent == tmp_path
         temporary.write_text("new")
     assert done == ["file", "rename", "folder"]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fastplastic.files.atomic import atomic_write
+    from fastplastic.files.backup import backup_of, keep_backup
     from fastplastic.files.checkpoint import (
         UNFITTED,
         Loaded,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "atomic": ("atomic_write",),
+    "backup": ("backup_of", "keep_backup"),
     "checkpoint": (
         "UNFITTED", "Loaded", "load_into", "load_state_dict", "read_metadata", "save_state_dict",
     ),
@@ -58,11 +60,13 @@ __all__ = [
     "StoredPlan",
     "StoredProfile",
     "atomic_write",
+    "backup_of",
     "figures_of",
     "integer",
     "is_number",
     "is_safetensors",
     "is_share",
+    "keep_backup",
     "load_into",
     "load_state_dict",
     "one_of",
