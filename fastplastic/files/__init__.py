@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         parse_profile_json,
         read_profile_json,
     )
+    from fastplastic.files.training_file import TrainingFile, save_torch
 
 _NAMES = {
     "atomic": ("atomic_write",),
@@ -46,6 +47,7 @@ _NAMES = {
         "SCHEMA_VERSION", "LayerFigures", "ProfileFigures", "figures_of", "parse_profile_json",
         "read_profile_json",
     ),
+    "training_file": ("TrainingFile", "save_torch"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
@@ -59,6 +61,7 @@ __all__ = [
     "ProfileFigures",
     "StoredPlan",
     "StoredProfile",
+    "TrainingFile",
     "atomic_write",
     "backup_of",
     "figures_of",
@@ -77,6 +80,7 @@ __all__ = [
     "read_profile",
     "read_profile_json",
     "save_state_dict",
+    "save_torch",
     "write_plan",
     "write_profile",
 ]

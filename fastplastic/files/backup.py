@@ -11,7 +11,7 @@ from fastplastic.files.atomic import atomic_write
 def backup_of(path: str | os.PathLike[str]) -> Path:
     """Return the name under which the old file is kept: with .bak after it, beside the file."""
     # A link stays what it is: the file behind it is replaced.
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(path)) if Path(path).is_symlink() else Path(path)
     return target.with_name(f"{target.name}.bak")
 
 

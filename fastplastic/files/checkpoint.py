@@ -9,7 +9,7 @@ import os
 import pickletools
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastplastic.errors import FileError, InputError
 from fastplastic.files.atomic import atomic_write
-from fastplastic.files.formats import is_safetensors
+from fastplastic.files.formats import check_names, is_safetensors
 from fastplastic.files.names import fitted, without_wrappers
 from fastplastic.model import fingerprint, output_layers
 
@@ -32,7 +32,7 @@ _WRAPPERS = (*_AVERAGED, "state_dict", "model_state_dict", "model")
 # Operations of a pickle that call something.
 _CALLS = {"GLOBAL", "STACK_GLOBAL", "REDUCE", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX"}
 _EXPECTED = "expected a state dict in safetensors or PyTorch format"
-_SHOWN = 3
+_SHOWN, _LONGEST = 3, 120
 # What the metadata say of weights whose head was never trained.
 UNFITTED = {"head": "not fitted"}
 
@@ -51,21 +51,28 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return _read(Path(path))[0]
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the weights in a file, and what was chosen or changed of them."""
+def _read(path: Path) -> tuple[dict[str, Tensor], list[str], tuple[str, ...]]:
+    """Return the weights in a file, what was chosen or changed of them, and what is beside them."""
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "no such file"
         raise FileError(f"{path}: {what}; {_EXPECTED}: check the path")
     try:
-        checkpoint = load_file(path) if is_safetensors(path) else _load_pickled(path)
+        checkpoint = _load_safetensors(path) if is_safetensors(path) else load_pickled(path)
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror or error}): check it") from error
     except SafetensorError as error:
         raise FileError(f"{path}: corrupt safetensors ({_line(error)}): get it anew") from error
     state, key = _unwrap(checkpoint, path)
-    state, removed = without_wrappers(state)
+    state, removed = without_wrappers(state, path)
     said = [f"averaged weights, {key}"] if key in _AVERAGED else []
-    return state, said + ([f"prefix {removed!r} removed"] if removed else [])
+    said += [f"prefix {removed!r} removed"] if removed else []
+    return state, said, tuple(str(name) for name in checkpoint if key and name != key)
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    state = load_file(path)
+    check_names(path)
+    return state
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,7 @@ class Loaded:
         classes: Number of classes of the file's head, where it does not fit; None without one.
         unfitted: Whether the file says of its head that it was never fitted.
         remark: Which weights of the file these are, where that is not plain; or "".
+        beside: What a training checkpoint holds beside these weights.
     """
 
     dtypes: Mapping[str, torch.dtype]
@@ -85,6 +93,7 @@ class Loaded:
     classes: int | None = None
     unfitted: bool = False
     remark: str = ""
+    beside: tuple[str, ...] = ()
 
 
 def load_into(model: nn.Module, path: str | os.PathLike[str], *, own_head: bool = False) -> Loaded:
@@ -104,7 +113,7 @@ def load_into(model: nn.Module, path: str | os.PathLike[str], *, own_head: bool 
         FileError: As in `load_state_dict`, or tensors are missing, unexpected or of another shape;
             the first of each kind are named. The model is then as before.
     """
-    state, said = _read(Path(path))
+    state, said, beside = _read(Path(path))
     own = model.state_dict()
     state, done = fitted(state, own, path)
     remark = "; ".join([*said, *([done] if done else [])])
@@ -115,15 +124,15 @@ def load_into(model: nn.Module, path: str | os.PathLike[str], *, own_head: bool 
         kept, classes = _unfit_head(model, own, state)
         state = {name: value for name, value in state.items() if name not in kept}
         state |= {name: own[name] for name in kept if name in own}
-    _check_fit(model, own, state, path)
+    check_fit(model, own, state, path)
     # Names were compared above: what strict loading would still refuse is tied or a counter.
     model.load_state_dict(state, strict=False)
     kept = tuple(name for name in kept if name in own)
     unfitted = UNFITTED.items() <= read_metadata(path).items()
-    return Loaded(dtypes, kept, classes, unfitted, remark)
+    return Loaded(dtypes, kept, classes, unfitted, remark, beside)
 
 
-def _check_fit(
+def check_fit(
     model: nn.Module,
     own: Mapping[str, Tensor],
     state: Mapping[str, Tensor],
@@ -186,6 +195,7 @@ def save_state_dict(
     force: bool = False,
     metadata: Mapping[str, str] | None = None,
     dtypes: Mapping[str, torch.dtype] | None = None,
+    replacing: Callable[[], object] = lambda: None,
 ) -> None:
     """Write the model's weights and buffers as safetensors, under every name of its state dict.
 
@@ -199,6 +209,7 @@ def save_state_dict(
         metadata: More text to store with the weights.
         dtypes: {name: dtype} to write tensors in, such as those of the file that was loaded; others
             are written as they are.
+        replacing: Called when the new file is complete, before it takes the place of an old one.
 
     Raises:
         FileError: The file exists and `force` is not set, or cannot be written.
@@ -211,9 +222,11 @@ def save_state_dict(
             save_file(tensors, temporary, header)
         except SafetensorError as error:
             raise FileError(f"{path}: cannot be written ({_line(error)}): free space?") from error
+        replacing()
 
 
-def _load_pickled(path: Path) -> Any:
+def load_pickled(path: Path) -> Any:
+    """Return what a PyTorch file holds; FileError where it is corrupt or has code in it."""
     try:
         # timm's training script stores its arguments beside the weights; a Namespace runs no code.
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
@@ -245,11 +258,15 @@ def _code_in(path: Path, error: str) -> str:
     return "a pickle that calls functions" if found & _CALLS else ""
 
 
+def keys_of_weights(checkpoint: Mapping[Any, Any]) -> list[str]:
+    """Return under which keys a training checkpoint may have weights, the ones to take first."""
+    return [key for key in _WRAPPERS if isinstance(checkpoint.get(key), Mapping)]
+
+
 def _unwrap(checkpoint: Any, path: Path) -> tuple[dict[str, Tensor], str]:
     """Return the weights in what a file holds, and their key in it; FileError without any."""
     if isinstance(checkpoint, Mapping):
-        keys = (key for key in _WRAPPERS if isinstance(checkpoint.get(key), Mapping))
-        key = next(keys, "")
+        key = next(iter(keys_of_weights(checkpoint)), "")
         state = checkpoint[key] if key else checkpoint
         others = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
         if others:
@@ -314,7 +331,8 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _first(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    shown = (name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..." for name in names[:_SHOWN])
+    return ", ".join(shown) + (", ..." if len(names) > _SHOWN else "")
 
 
 def _line(error: BaseException) -> str:

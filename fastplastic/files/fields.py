@@ -80,7 +80,7 @@ def parse_object(text: str, what: str) -> dict[str, Any]:
         FileError: It is no JSON, or no object.
     """
     try:
-        values = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse)
+        values = load_json(text)
     # Too many digits in a number is a ValueError, too deep nesting a RecursionError.
     except (ValueError, RecursionError) as error:
         reason = str(error).partition("\n")[0]
@@ -88,6 +88,11 @@ def parse_object(text: str, what: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise FileError(f"is JSON but not {what}: check the file name")
     return values
+
+
+def load_json(text: str | bytes) -> Any:
+    """Return what JSON holds; ValueError where a key stands twice or a number is not finite."""
+    return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,15 +11,25 @@ from fastplastic.errors import FileError
 _COUNTER = "n_averaged"
 
 
-def without_wrappers(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+def without_wrappers(
+    state: Mapping[str, Tensor], path: str | os.PathLike[str]
+) -> tuple[dict[str, Tensor], str]:
     """Return the weights without what data-parallel and compiled models put before names.
 
     Returns:
         The weights, and what was removed of the first name that was changed; "" for nothing.
+
+    Raises:
+        FileError: Two names would become one.
     """
     from timm.models import clean_state_dict
 
     found = dict(clean_state_dict(dict(state)))
+    if len(found) < len(state):
+        raise FileError(
+            f"{path}: holds the same weights with and without a prefix such as 'module.': save the "
+            "ones that you want by themselves"
+        )
     pairs = zip(state, found, strict=False)
     return found, next((old.removesuffix(new) for old, new in pairs if old != new), "")
 

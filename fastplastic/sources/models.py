@@ -31,6 +31,7 @@ class LoadedModel:
         warning: One line that the user must see, or None: the weights are not what is expected.
         dtypes: {name: dtype} of the tensors in the checkpoint file; empty without one.
         head: "" where the head is that of the weights, or what is to be said of a fresh one.
+        beside: What the checkpoint file holds beside these weights.
     """
 
     model: nn.Module
@@ -39,6 +40,7 @@ class LoadedModel:
     warning: str | None = None
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     head: str = ""
+    beside: tuple[str, ...] = ()
 
 
 def create_model(
@@ -103,7 +105,9 @@ def create_model(
         weights = f"checkpoint: {checkpoint}"
         if loaded.remark:
             weights += f" ({loaded.remark})"
-        return LoadedModel(model, name, weights, dtypes=loaded.dtypes, head=head)
+        return LoadedModel(
+            model, name, weights, dtypes=loaded.dtypes, head=head, beside=loaded.beside
+        )
 
 
 def _try_pretrained(
