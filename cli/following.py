@@ -22,8 +22,8 @@ def after_profile(options: ProfileOptions) -> str:
 
 def after_reinit(options: ReinitOptions) -> str:
     """Return fine-tuning of what was written, as it is."""
-    assert options.output is not None
-    written = replace(options, checkpoint=options.output, pretrained=None)
+    assert options.target is not None
+    written = replace(options, checkpoint=options.target, pretrained=None)
     data = "DIR" if options.data in _NOT_REAL else options.data
     return _joined(
         "finetune", *arguments(written, ModelOptions), "--data", data, "--no-reinit",

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from fastplastic.cli.gates import GateOptions
-from fastplastic.cli.outputs import check_outputs, check_suffix
+from fastplastic.cli.outputs import TORCH, check_in_place, check_outputs, check_suffix, is_same
 from fastplastic.cli.parsing import given, option, strings
 from fastplastic.cli.selection_options import LayerChoice, Treatment, UnitSelection
 from fastplastic.errors import FileError, InputError
@@ -169,7 +169,8 @@ class ProfileOptions(GateOptions, MeasureOptions):
         """Refuse what needs no model to be refused: InputError or FileError."""
         super().check()
         check_suffix("--html", self.html, ".html", ".htm")
-        check_outputs([self.json, self.csv, self.html], force=self.force)
+        inputs = [self.checkpoint]
+        check_outputs([self.json, self.csv, self.html], force=self.force, inputs=inputs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +206,7 @@ class PlanOptions(SelectOptions):
                     f"-o {self.output}: expected plan.json for units, plan.safetensors for single "
                     "weights, or other names that end so"
                 )
-            check_outputs([self.output], force=self.force)
+            check_outputs([self.output], force=self.force, inputs=[self.checkpoint])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,8 +221,20 @@ class ReinitOptions(Treatment, SelectOptions):
     ] = None
     output: Annotated[
         Path | None,
-        option("-o", "--output", panel=_OUTPUT, metavar="FILE", help="Write safetensors weights."),
+        option(
+            "-o",
+            "--output",
+            panel=_OUTPUT,
+            metavar="FILE",
+            help="Write FILE.safetensors, or FILE.pth with all that --checkpoint holds.",
+        ),
     ] = None
+    in_place: Annotated[
+        bool,
+        option(
+            "--in-place", panel=_OUTPUT, help="Write --checkpoint; the old one is kept as FILE.bak."
+        ),
+    ] = False
     dry_run: Annotated[
         bool, option("--dry-run", panel=_OUTPUT, help="Show what would be done; write nothing.")
     ] = False
@@ -232,14 +245,24 @@ class ReinitOptions(Treatment, SelectOptions):
     def check(self) -> None:
         """Refuse what needs no model to be refused: InputError or FileError."""
         super().check()
-        if self.output is None and not self.dry_run:
+        if self.in_place:
+            check_in_place(self.checkpoint, self.output, force=self.force)
+        elif self.output is None and not self.dry_run:
             raise InputError("no -o/--output: name a .safetensors file, or add --dry-run")
         self.check_treatment(self.granularity)
-        if self.output and self.checkpoint and self.output.resolve() == self.checkpoint.resolve():
-            raise InputError(f"-o {self.output} is the checkpoint itself: name another file")
-        check_suffix("-o", self.output, ".safetensors")
+        if self.output and is_same(self.output, self.checkpoint):
+            raise InputError(
+                f"-o {self.output} is the checkpoint itself: name another file, or pass --in-place "
+                "instead, which keeps the old one"
+            )
+        check_suffix("-o", self.output, ".safetensors", *TORCH)
         if not self.dry_run:
-            check_outputs([self.output], force=self.force)
+            check_outputs([self.output], force=self.force, inputs=[self.plan])
+
+    @property
+    def target(self) -> Path | None:
+        """The file to write, if any."""
+        return self.checkpoint if self.in_place else self.output
 
     def check_selection(self) -> None:
         """Refuse a selection that no model can fulfil, or two of them: InputError."""

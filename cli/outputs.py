@@ -9,25 +9,56 @@ from pathlib import Path
 from typing import Any
 
 from fastplastic.cli.terminal import require_writable
-from fastplastic.errors import InputError
+from fastplastic.errors import FileError, InputError
 
 STDOUT = Path("-")
+# How the names of PyTorch files end.
+TORCH = (".pth", ".pt", ".pth.tar", ".ckpt")
 
 
-def check_outputs(paths: Iterable[Path | None], *, force: bool) -> None:
-    """Raise FileError unless each file can be written, InputError where one is named twice."""
+def check_outputs(
+    paths: Iterable[Path | None], *, force: bool, inputs: Iterable[Path | None] = ()
+) -> None:
+    """Raise FileError unless each file can be written; InputError for one twice, or an input."""
     named = [path for path in paths if path]
     places = [path if path == STDOUT else path.resolve() for path in named]
     for at, path in enumerate(named):
         if places[at] in places[:at]:
             raise InputError(f"two outputs are {path}: give each of them another name")
-        if path != STDOUT:
-            require_writable(path, force=force)
+        if path == STDOUT:
+            continue
+        if any(is_same(path, other) for other in inputs):
+            raise InputError(f"{path} is read here, and would be overwritten: name another file")
+        require_writable(path, force=force)
+
+
+def is_same(one: Path, other: Path | None) -> bool:
+    """Tell whether two names are of the same file, also by links."""
+    if other is None:
+        return False
+    there = one.exists() and other.exists()
+    return one.samefile(other) if there else one.resolve() == other.resolve()
+
+
+def check_in_place(checkpoint: Path | None, output: Path | None, *, force: bool) -> None:
+    """Refuse to write a checkpoint in place where it cannot be, or not be kept as well."""
+    from fastplastic.files import backup_of
+
+    if output:
+        raise InputError("-o beside --in-place: both say where to write: drop one")
+    if checkpoint is None:
+        raise InputError("--in-place: expected --checkpoint FILE, which is the file to write")
+    require_writable(checkpoint.resolve(), force=True)
+    backup = backup_of(checkpoint)
+    if backup.exists() and not force:
+        raise FileError(
+            f"{backup} exists, an older copy of the file: move it away, or replace it with --force"
+        )
 
 
 def check_suffix(flag: str, path: Path | None, *suffixes: str) -> None:
     """Raise InputError unless the name of a file, if there is one, ends as it should."""
-    if path and path.suffix not in suffixes:
+    if path and not path.name.endswith(suffixes):
         expected = " or ".join(suffixes)
         raise InputError(f"{flag} {path}: expected a name that ends in {expected}")
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fastplastic import Plan, ReinitReport
+    from fastplastic.cli.reinit_output import WeightFile
     from fastplastic.sources import DataSource, LoadedModel
 
 
@@ -50,7 +51,7 @@ def _job(options: ReinitOptions) -> _Job:
     return _Job(loaded, plan, source, tuple(facts))
 
 
-def _apply(options: ReinitOptions, job: _Job) -> "ReinitReport":
+def _apply(options: ReinitOptions, job: _Job, file: "WeightFile") -> "ReinitReport":
     """Re-initialise the model, and measure the loss if its head is for these classes."""
     from torch.nn.functional import cross_entropy
 
@@ -69,6 +70,7 @@ def _apply(options: ReinitOptions, job: _Job) -> "ReinitReport":
             compensate=options.compensate, recalibrate=options.recalibrate,
             batches=None if batches is None else Counted(batches, done),
             loss_fn=cross_entropy if known else _no_loss, seed=options.seed,
+            copies=file.copies, optimizer=file.optimizer,
         )  # fmt: skip
 
 
@@ -87,24 +89,23 @@ def run(options: ReinitOptions) -> None:
     """Re-initialise units or single weights, and write the weights to a new file.
 
     Takes them from --plan, or profiles the model and plans on the spot with --ratio or
-    --threshold. The file is safetensors and loads into the same timm model with strict=True.
+    --threshold. A .safetensors file loads into the same timm model with strict=True. A .pth file
+    keeps all else that a training checkpoint holds, such as its optimizer, to train on.
     """
     options.check()
-    from fastplastic.files import UNFITTED, save_state_dict
+    from fastplastic.cli.reinit_output import WeightFile
 
     job = _job(options)
-    report = _apply(options, job)
-    if options.output and not options.dry_run:
-        save_state_dict(
-            options.output, job.loaded.model, options.force, dtypes=job.loaded.dtypes,
-            metadata=UNFITTED if job.loaded.head else None,
-        )  # fmt: skip
+    file = WeightFile(options, job.loaded)
+    report = _apply(options, job, file)
+    if not options.dry_run:
+        file.write()
     if options.quiet:
         return
     from fastplastic.cli import render
     from fastplastic.cli.report import plan_facts, plan_view
 
-    shown = (*job.facts, *plan_facts(job.plan), *_written(options, job, report))
+    shown = (*job.facts, *plan_facts(job.plan), *_written(options, job, report, file))
     view = plan_view(job.plan, shown, report.notes)
     out = console(sys.stdout)
     out.print(render.plan(view))
@@ -112,17 +113,17 @@ def run(options: ReinitOptions) -> None:
 
 
 def _written(
-    options: ReinitOptions, job: _Job, report: "ReinitReport"
+    options: ReinitOptions, job: _Job, report: "ReinitReport", file: "WeightFile"
 ) -> tuple[tuple[str, str], ...]:
-    elements = sum(written.elements for written in report.written)
-    change = f"{elements:,} numbers in {len(report.written)} tensors"
-    where = "nothing was written" if options.dry_run else str(options.output)
+    weights = [written for written in report.written if written.kind != "optimizer state"]
+    elements = sum(written.elements for written in weights)
+    change = f"{elements:,} numbers in {len(weights)} tensors"
     outgoing = f", outgoing {report.outgoing}" if job.plan.granularity == "unit" else ""
     outgoing += ", compensated" * options.compensate + ", recalibrated" * options.recalibrate
     return (
         ("reset", f"{change}: init {report.init}{outgoing}, seed {report.seed}"),
         *_loss(job, report),
-        ("file", where),
+        *(file.facts() if not options.dry_run else (("file", "nothing was written"),)),
     )
 
 

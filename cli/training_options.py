@@ -252,7 +252,8 @@ class TrialOptions(LayerChoice, TrainingOptions):
             )
         check_suffix("--plot", self.plot, ".png", ".svg")
         check_suffix("-o", self.output, ".safetensors")
-        check_outputs([self.json, self.plot, self.output], force=self.force)
+        inputs = [self.checkpoint, self.results_file]
+        check_outputs([self.json, self.plot, self.output], force=self.force, inputs=inputs)
         if not self.results_file.exists():
             check_outputs([self.results_file], force=False)
 
@@ -322,7 +323,8 @@ class FinetuneOptions(Treatment, LayerChoice, UnitSelection, TrainingOptions):
         if self.shrink is not None and not 0 <= self.shrink < 1:
             raise InputError(f"--shrink {self.shrink:g}: expected from 0 to less than 1, as 0.5")
         check_suffix("-o", self.output, ".safetensors")
-        check_outputs([self.output, self.json], force=self.force)
+        inputs = [self.checkpoint, self.plan]
+        check_outputs([self.output, self.json], force=self.force, inputs=inputs)
 
     @property
     def _selected(self) -> list[str]:

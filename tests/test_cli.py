@@ -79,7 +79,7 @@ def test_version(run):
         ),
         ("plan m --ratio 0.1 --granularity layer", "'layer' is not"),
         ("reinit m --ratio 0.1", "no -o/--output: name a .safetensors file, or add --dry-run"),
-        ("reinit m --ratio 0.1 -o f.pth", "-o f.pth: expected a name that ends in .safetensors"),
+        ("reinit m --ratio 0.1 -o f.tar", "-o f.tar: expected a name that ends in .safetensors or"),
         ("reinit m -o f.safetensors", "neither of --ratio and --threshold given"),
         ("reinit m --plan p --ratio 1 --dry-run", "--ratio beside --plan"),
         ("reinit m --plan p --scope layer --dry-run", "--scope beside --plan"),
