@@ -17,7 +17,16 @@ if TYPE_CHECKING:
         read_metadata,
         save_state_dict,
     )
-    from fastplastic.files.fields import SHARE, Check, integer, is_number, is_share, one_of
+    from fastplastic.files.fields import (
+        SHARE,
+        Check,
+        Fields,
+        integer,
+        is_number,
+        is_share,
+        load_json,
+        one_of,
+    )
     from fastplastic.files.formats import is_safetensors
     from fastplastic.files.jsonable import plain
     from fastplastic.files.plan_file import StoredPlan, read_plan, write_plan
@@ -38,7 +47,9 @@ _NAMES = {
     "checkpoint": (
         "UNFITTED", "Loaded", "load_into", "load_state_dict", "read_metadata", "save_state_dict",
     ),
-    "fields": ("SHARE", "Check", "integer", "is_number", "is_share", "one_of"),
+    "fields": (
+        "SHARE", "Check", "Fields", "integer", "is_number", "is_share", "load_json", "one_of",
+    ),
     "formats": ("is_safetensors",),
     "jsonable": ("plain",),
     "plan_file": ("StoredPlan", "read_plan", "write_plan"),
@@ -56,6 +67,7 @@ __all__ = [
     "SHARE",
     "UNFITTED",
     "Check",
+    "Fields",
     "LayerFigures",
     "Loaded",
     "ProfileFigures",
@@ -71,6 +83,7 @@ __all__ = [
     "is_share",
     "keep_backup",
     "load_into",
+    "load_json",
     "load_state_dict",
     "one_of",
     "parse_profile_json",

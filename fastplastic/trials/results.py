@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fastplastic.errors import FileError
 from fastplastic.files import plain
+from fastplastic.trials.lines import check_run, entry_of
 from fastplastic.trials.settings import differences
 
 _VERSION = 1
@@ -77,18 +78,25 @@ class Results:
         self.runs: list[TrialRun] = []
         self.note = ""
         # As it comes back from a file: tuples are lists there.
-        header = json.loads(json.dumps({_KEY: _VERSION, **settings}))
-        if path is None:
-            return
+        self._header = json.loads(json.dumps({_KEY: _VERSION, **settings}))
+        self._size = -1
+        if path is not None:
+            with self._alone(path):
+                self._open(path)
+
+    def _open(self, path: Path) -> None:
+        """Read the runs that are there; begin the file where nothing is, or half of a line."""
+        self.runs = []
         with _writing(path):
-            content = path.read_bytes() if path.exists() else b""
-        if _line(header).startswith(content):
+            content = path.read_bytes()
+        if _line(self._header).startswith(content):
             # Nothing is there yet, or the very first line was cut off.
             with _writing(path):
-                path.write_bytes(b"")
-            self._append(header)
+                os.truncate(path, 0)
+            self._append(self._header)
         else:
-            self._take(path, content, header)
+            self._take(path, content, self._header)
+        self._size = path.stat().st_size
 
     @classmethod
     def read(cls, path: Path) -> list[TrialRun]:
@@ -106,19 +114,22 @@ class Results:
         Raises:
             FileError: Another trial is writing to it.
         """
-        if self.path is None or os.name != "posix":
+        if self.path is None:
             yield
             return
-        import fcntl
+        with self._alone(self.path):
+            # What another trial has written since it was read.
+            if self.path.stat().st_size != self._size:
+                self._open(self.path)
+            yield
 
-        with self.path.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise FileError(
-                    f"{self.path}: another trial is writing to it: wait for its end, or give "
-                    "another file"
-                ) from None
+    @contextmanager
+    def _alone(self, path: Path) -> Iterator[None]:
+        with _writing(path):
+            file = path.open("ab")
+        with file:
+            if os.name == "posix":
+                _lock(path, file)
             yield
 
     def find(self, arm: str, seed: int) -> TrialRun | None:
@@ -150,7 +161,7 @@ class Results:
     def _take(self, path: Path, content: bytes, header: Mapping[str, Any] | None) -> None:
         """Take the runs of a file's content; without a header, whatever its settings."""
         whole, newline, rest = content.rpartition(b"\n")
-        lines = [_entry(path, number, line) for number, line in enumerate(whole.split(b"\n"), 1)]
+        lines = [entry_of(path, number, line) for number, line in enumerate(whole.split(b"\n"), 1)]
         if not newline or _KEY not in lines[0]:
             raise FileError(f"{path}: not a file of trial results: give another name")
         found = list(differences(lines[0], lines[0] if header is None else header))
@@ -159,7 +170,9 @@ class Results:
                 f"{path}: has results of other settings ({'; '.join(found[:3])}): repeat those, or "
                 "give another file"
             )
-        runs = [_run(path, number, line) for number, line in enumerate(lines[1:], 2)]
+        for number, line in enumerate(lines[1:], 2):
+            check_run(path, number, line)
+        runs = [TrialRun(**line) for line in lines[1:]]
         # The first of two, as of files that were put together.
         self.runs = list({(run.arm, run.seed): run for run in reversed(runs)}.values())[::-1]
         if rest and header is not None:
@@ -168,31 +181,18 @@ class Results:
             self.note = f"{path}: the last line was cut off and is taken away; {_KEPT}"
 
 
-def _entry(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        entry = None
-    if not isinstance(entry, dict):
-        raise FileError(
-            f"{path}: line {number} is no JSON object, expected results of a trial: repair that "
-            "line or give another file"
-        )
-    return entry
+def _lock(path: Path, file: IO[bytes]) -> None:
+    """Lock a file until it is closed; FileError where another trial has it."""
+    import fcntl
 
-
-def _run(path: Path, number: int, entry: dict[str, Any]) -> TrialRun:
     try:
-        run = TrialRun(**entry)
-        # What the comparison reads has to be there in this form.
-        assert run.accuracy and len(run.accuracy) == len(run.steps) == len(run.loss)
-        assert all(isinstance(value, (int, float)) for value in (*run.accuracy, run.total))
-    except (TypeError, AssertionError) as error:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         raise FileError(
-            f"{path}: line {number} is no run of a trial ({error or 'curves do not fit'}): repair "
-            "or remove that line"
-        ) from error
-    return run
+            f"{path}: another trial is writing to it: wait for its end, or give another file"
+        ) from None
+    except OSError:  # some network file systems have no locks
+        return
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:
