@@ -10,7 +10,7 @@ from fastplastic.model.checks import (
     nonfinite_tensors,
 )
 from fastplastic.model.left_as_found import attributes_kept, undisturbed
-from fastplastic.model.lent_head import LentHead, loss_head, output_layers
+from fastplastic.model.lent_head import LentHead, give_head, loss_head, output_layers
 from fastplastic.model.watchers import note_watcher
 from fastplastic.model.weights import MeanGradient, Weights, weights_of
 
@@ -24,6 +24,7 @@ __all__ = [
     "device_of",
     "dtype_of",
     "fingerprint",
+    "give_head",
     "loss_head",
     "loss_of",
     "mode_of",

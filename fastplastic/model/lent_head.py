@@ -43,23 +43,36 @@ def loss_head(model: nn.Module, num_classes: int, seed: int = 0) -> Iterator[Len
     Raises:
         InputError: The model has no classifier that can be replaced.
     """
-    heads = output_layers(model)
-    # A head can stand in two places: it is replaced in both.
-    modules = model.named_modules(remove_duplicate=False)
-    names = [name for name, module in modules if any(module is head for head in heads)]
-    if not names:
-        raise _no_classifier(model)
-    generator = torch.Generator().manual_seed(seed)
-    fresh = {id(head): _fresh(head, num_classes, generator) for head in heads}
+    fresh = _fresh_heads(model, num_classes, seed)
+    names = list(fresh)
     lent = LentHead(tuple(names), fingerprint(model))
     old = {name: model.get_submodule(name) for name in names}
     try:
-        for name, head in old.items():
-            _place(model, name, fresh[id(head)])
+        for name in old:
+            _place(model, name, fresh[name])
         yield lent
     finally:
         for name, head in old.items():
             _place(model, name, head)
+
+
+def give_head(model: nn.Module, num_classes: int, seed: int = 0) -> None:
+    """Put fresh classifiers into a model for good, as `loss_head` does for a time; InputError."""
+    for name, head in _fresh_heads(model, num_classes, seed).items():
+        _place(model, name, head)
+
+
+def _fresh_heads(model: nn.Module, num_classes: int, seed: int) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Return a fresh layer for each name of a classifier; InputError where there is none."""
+    heads = output_layers(model)
+    # A head can stand in two places: it is replaced in both.
+    modules = model.named_modules(remove_duplicate=False)
+    names = {name: id(module) for name, module in modules if any(module is x for x in heads)}
+    if not names:
+        raise _no_classifier(model)
+    generator = torch.Generator().manual_seed(seed)
+    fresh = {id(head): _fresh(head, num_classes, generator) for head in heads}
+    return {name: fresh[head] for name, head in names.items()}
 
 
 def output_layers(model: nn.Module, batch: Batch | None = None) -> list[nn.Linear | nn.Conv2d]:
