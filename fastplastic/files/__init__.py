@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         load_state_dict,
         read_metadata,
         save_state_dict,
+        save_tensors,
     )
     from fastplastic.files.fields import (
         SHARE,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         load_json,
         one_of,
     )
+    from fastplastic.files.folder import save_folder
     from fastplastic.files.formats import is_safetensors
     from fastplastic.files.jsonable import plain
     from fastplastic.files.plan_file import StoredPlan, read_plan, write_plan
@@ -46,10 +48,12 @@ _NAMES = {
     "backup": ("backup_of", "keep_backup"),
     "checkpoint": (
         "UNFITTED", "Loaded", "load_into", "load_state_dict", "read_metadata", "save_state_dict",
+        "save_tensors",
     ),
     "fields": (
         "SHARE", "Check", "Fields", "integer", "is_number", "is_share", "load_json", "one_of",
     ),
+    "folder": ("save_folder",),
     "formats": ("is_safetensors",),
     "jsonable": ("plain",),
     "plan_file": ("StoredPlan", "read_plan", "write_plan"),
@@ -92,8 +96,10 @@ __all__ = [
     "read_plan",
     "read_profile",
     "read_profile_json",
+    "save_folder",
     "save_state_dict",
     "save_torch",
+    "save_tensors",
     "write_plan",
     "write_profile",
 ]

@@ -217,9 +217,16 @@ def save_state_dict(
     """
     tensors = _separate(model.state_dict(), dtypes or {})
     header = {"format": "pt", "fingerprint": fingerprint(model), **(metadata or {})}
+    save_tensors(path, tensors, force, header)
+
+
+def save_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], force: bool, header: dict[str, str]
+) -> None:
+    """Write tensors, each with memory of its own, as safetensors; FileError where it cannot be."""
     with atomic_write(path, force) as temporary:
         try:
-            save_file(tensors, temporary, header)
+            save_file(dict(tensors), temporary, header)
         except SafetensorError as error:
             raise FileError(f"{path}: cannot be written ({_line(error)}): free space?") from error
         replacing()
