@@ -75,9 +75,9 @@ def test_sizes(name, sizes, channels):
         ("", "unknown model '': expected the name of a timm model"),
         (
             "timm/resnet18",
-            "unknown model 'timm/resnet18': expected a timm model name or hf-hub:OWN",
+            "unknown model 'timm/resnet18': expected NAME, torchvision:NAME, hf:FOLDER, pa",
         ),
-        ("hub:resnet18", "unknown model 'hub:resnet18': expected a timm model name or hf-hub:OWN"),
+        ("hub:res/net", "unknown model 'hub:res/net': expected NAME, torchvision:NAME, hf:FOLDER"),
         ("hf-hub:", "unknown model 'hf-hub:': expected"),
         ("hf-hub:a/b/c", "hf-hub:a/b/c: no name of a repository: expected hf-hub:OWNER/NAME"),
         (

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset
 
 from fastplastic.errors import FileError, InputError
@@ -36,15 +37,20 @@ class DataSource:
     """Batches that can be iterated over any number of times, each time the same.
 
     Iterating yields (images, labels): float32 [batch, channels, height, width], normalised, and
-    int64 [batch] in 0 .. num_classes - 1, both on the CPU. The last batch may be smaller.
+    int64 [batch] in 0 .. num_classes - 1, both on the CPU. The last batch may be smaller. Of texts
+    it yields mappings of the model's arguments.
 
     Attributes:
         name: The data as they were asked for.
         num_classes: Number of classes.
         class_names: Their names in the order of the labels, or None where unknown.
-        samples: Number of images that one iteration yields (at most, for a stream).
-        batch_size: Images in a batch.
+        samples: Number of images or texts that one iteration yields (at most, for a stream).
+        batch_size: Of them in a batch.
         make: Starts one iteration.
+        labelled: Whether there is anything to compute a loss from.
+        head: What is to be said of a head that the loss brings along, or "".
+        loss_fn: (output, targets) -> loss.
+        detail: What the data are, in words; by default the number of classes.
     """
 
     name: str
@@ -53,6 +59,15 @@ class DataSource:
     samples: int
     batch_size: int
     make: Callable[[], Iterator[Batch]]
+    labelled: bool = True
+    head: str = ""
+    loss_fn: Callable[[Any, Any], Tensor] = cross_entropy
+    detail: str = ""
+
+    @property
+    def says(self) -> str:
+        """What the data are, in words."""
+        return f"{self.name} ({self.detail or f'{self.num_classes} classes'})"
 
     def __len__(self) -> int:
         """Return the number of batches."""

@@ -65,7 +65,7 @@ def find_weights(name: str) -> Source:
     if cfg is None:  # a former name: timm itself knows which weights it stands for
         from huggingface_hub.constants import ENDPOINT
 
-        return Source(name, lack=_unanswered(lambda: _ask(ENDPOINT)))
+        return Source(name, lack=answers_not(ENDPOINT))
     if not (cfg.has_weights or cfg.state_dict):
         return Source(name, lack="timm offers none for this model", offered=False)
     if cfg.file or cfg.state_dict:
@@ -75,7 +75,7 @@ def find_weights(name: str) -> Source:
     address = str(cfg.url if isinstance(cfg.url, str) else cfg.url[0])
     file = address.rpartition("/")[2] if isinstance(cfg.url, str) else cfg.url[1]
     kept = Path(torch.hub.get_dir(), "checkpoints", file)
-    return Source(name, lack=None if kept.is_file() else _unanswered(lambda: _ask(address)))
+    return Source(name, lack=None if kept.is_file() else answers_not(address))
 
 
 def _find_on_hub(name: str, cfg: Any) -> Source:
@@ -130,6 +130,11 @@ def _ask_hub(repository: str, file: str, revision: str) -> None:
 def _ask(address: str) -> None:
     with urlopen(Request(address, method="HEAD"), timeout=HUB_SECONDS):
         pass
+
+
+def answers_not(address: str) -> str | None:
+    """Return why a server does not answer for an address in time, or None when it does."""
+    return _unanswered(lambda: _ask(address))
 
 
 def _unanswered(ask: Callable[[], None]) -> str | None:
