@@ -9,7 +9,7 @@ import typer
 
 from fastplastic.cli.options import ModelOptions
 from fastplastic.cli.parsing import option
-from fastplastic.cli.session import load
+from fastplastic.cli.session import device_of, load
 from fastplastic.cli.terminal import console, waiting
 from fastplastic.errors import InputError, no_such
 
@@ -62,11 +62,16 @@ def _graph(options: ExplainOptions) -> "UnitGraph":
 
     # Weights do not change the wiring.
     pretrained = options.pretrained or False
-    model = load(options, pretrained=None if options.checkpoint else pretrained).model
+    loaded = load(options, pretrained=None if options.checkpoint else pretrained)
+    model, device = loaded.model, device_of(options.device)
+    if loaded.texts is not None:
+        texts = {name: tensor.to(device) for name, tensor in loaded.texts.example().items()}
+        with undisturbed(model):
+            return build_graph(model, texts)
     shape = InputShape.of(model, options.img_size, options.in_chans, options.input_size)
     example = torch.zeros(2, shape.channels, *shape.config["input_size"][1:])
     with undisturbed(model):
-        return build_graph(model, example.to(next(model.parameters()).device))
+        return build_graph(model, example.to(device))
 
 
 def explanation(layer: "UnitLayer", graph: "UnitGraph") -> list[tuple[str, str]]:

@@ -2,10 +2,10 @@
 
 import shlex
 from dataclasses import replace
-from pathlib import Path
 
 from fastplastic.cli.options import MeasureOptions, ModelOptions, ProfileOptions, ReinitOptions
 from fastplastic.cli.parsing import arguments
+from fastplastic.naming import ModelName
 
 # What the plan for a first try looks like.
 _PLAN = ("--ratio", "0.05", "-o", "plan.json")
@@ -13,17 +13,21 @@ _PLAN = ("--ratio", "0.05", "-o", "plan.json")
 _NOT_REAL = ("sample", "noise")
 
 
-def after_profile(options: ProfileOptions) -> str:
-    """Return a trial on the same data; where they are not the user's, a plan to look at."""
-    if options.data in _NOT_REAL:
+def after_profile(options: ProfileOptions, *, trains: bool) -> str:
+    """Return a trial on the same data; where there can be none, a plan to look at."""
+    if options.data in _NOT_REAL or not trains:
         return _joined("plan", *arguments(options, MeasureOptions), *_PLAN)
     return _joined("trial", *arguments(options, ModelOptions), "--data", options.data)
 
 
-def after_reinit(options: ReinitOptions) -> str:
-    """Return fine-tuning of what was written, as it is."""
+def after_reinit(options: ReinitOptions, *, trains: bool) -> str:
+    """Return fine-tuning of what was written, as it is; "" where `finetune` takes no such model."""
     assert options.target is not None
+    if not trains:
+        return ""
     written = replace(options, checkpoint=options.target, pretrained=None)
+    if options.writes_folder:
+        written = replace(options, model=f"hf:{options.output}", checkpoint=None, pretrained=None)
     data = "DIR" if options.data in _NOT_REAL else options.data
     return _joined(
         "finetune", *arguments(written, ModelOptions), "--data", data, "--no-reinit",
@@ -33,7 +37,13 @@ def after_reinit(options: ReinitOptions) -> str:
 
 def tuned_file(model: str) -> str:
     """Return a name for the weights of a fine-tuned model."""
-    return f"{Path(model).name}-tuned.safetensors"
+    return f"{ModelName.of(model).stem}-tuned.safetensors"
+
+
+def fresh_output(model: str) -> list[str]:
+    """Return -o for a re-initialised model: a file, or a folder for the model of a folder."""
+    name = ModelName.of(model)
+    return ["-o", f"{name.stem}-fresh{'.safetensors' * (name.kind != 'folder')}"]
 
 
 def _joined(*words: str) -> str:

@@ -10,10 +10,13 @@ from typing import Annotated, Any, Literal
 import typer
 
 from fastplastic.cli.parsing import option
-from fastplastic.cli.terminal import console
+from fastplastic.cli.terminal import console, say
 from fastplastic.errors import InputError
+from fastplastic.naming import MODEL_FORMS
 
 Entry = dict[str, Any]
+# Forms of a model's name whose names are listed.
+_LISTED = ("NAME", "torchvision:NAME")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,9 @@ def run(options: ListOptions) -> None:
     out = console(sys.stdout)
     if what == "models":
         # One name a line and nothing else, for pipes.
-        print(*(entry["name"] for entry in entries), sep="\n")
+        print(*(entry["name"] for entry in entries), sep="\n", flush=True)
+        others = ", ".join(form for form, _ in MODEL_FORMS if form not in _LISTED)
+        say(f"MODEL can also be {others}")
         return
     from fastplastic.cli import render
 
@@ -122,7 +127,17 @@ def _models() -> list[Entry]:
     known = {name.partition(".")[0] for name in tagged}
     # A name alone takes the first of its weights; NAME.TAG asks for one of them.
     plain = [{"name": name, "pretrained": name in known} for name in timm.list_models()]
-    return plain + [{"name": name, "pretrained": True} for name in tagged if "." in name]
+    plain += [{"name": name, "pretrained": True} for name in tagged if "." in name]
+    return [*plain, *_of_torchvision()]
+
+
+def _of_torchvision() -> list[Entry]:
+    from fastplastic.sources import torchvision_names, torchvision_tags
+
+    tags = {f"torchvision:{name}": torchvision_tags(name) for name in torchvision_names()}
+    plain = [{"name": name, "pretrained": bool(own)} for name, own in tags.items()]
+    tagged = [f"{name}.{tag}" for name, own in tags.items() for tag in own]
+    return plain + [{"name": name, "pretrained": True} for name in tagged]
 
 
 _LISTS: Mapping[str, Callable[[], list[Entry]]] = {

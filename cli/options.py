@@ -11,10 +11,18 @@ from typing import Annotated, Any, Literal
 import typer
 
 from fastplastic.cli.gates import GateOptions
-from fastplastic.cli.outputs import TORCH, check_in_place, check_outputs, check_suffix, is_same
+from fastplastic.cli.outputs import (
+    TORCH,
+    check_in_place,
+    check_outputs,
+    check_suffix,
+    is_same,
+    require_folder,
+)
 from fastplastic.cli.parsing import given, option, strings
 from fastplastic.cli.selection_options import LayerChoice, Treatment, UnitSelection
 from fastplastic.errors import FileError, InputError
+from fastplastic.naming import ModelName
 
 SortColumn = Literal["units", "reset", "dead", "frozen", "dormant", "sat", "h", "g"]
 _MODEL, _DATA, _SELECT, _OUTPUT = "Model", "Data and device", "Selection", "Output"
@@ -24,7 +32,13 @@ _MODEL, _DATA, _SELECT, _OUTPUT = "Model", "Data and device", "Selection", "Outp
 class ModelOptions:
     """Which model, with which weights, on which device."""
 
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Name of a timm model.")]
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="timm name, torchvision:NAME, hf:FOLDER or package.module:factory.",
+        ),
+    ]
     pretrained: Annotated[
         bool | None,
         option(
@@ -72,6 +86,7 @@ class ModelOptions:
         if self.input_size and min(self.input_size) < 1:
             size = " ".join(map(str, self.input_size))
             raise InputError(f"--input-size {size}: expected three numbers above 0: C H W")
+        ModelName.of(self.model)
         self.keywords()
 
     def keywords(self) -> dict[str, Any]:
@@ -93,9 +108,14 @@ class DataOptions(ModelOptions):
             "--data",
             panel=_DATA,
             metavar="DATA",
-            help="Folder of class folders, timm dataset, 'sample' (Fashion-MNIST) or 'noise'.",
+            help="Folder of class folders, timm dataset, 'sample' (Fashion-MNIST) or 'noise'; for "
+            "texts a file.",
         ),
     ] = "sample"
+    max_length: Annotated[
+        int | None,
+        option("--max-length", panel=_DATA, min=2, help="Tokens of a text. (default: 128)"),
+    ] = None
     batches: Annotated[
         int, option("--batches", panel=_DATA, min=1, help="Run at most this many batches.")
     ] = 16
@@ -255,6 +275,9 @@ class ReinitOptions(Treatment, SelectOptions):
                 f"-o {self.output} is the checkpoint itself: name another file, or pass --in-place "
                 "instead, which keeps the old one"
             )
+        if self.writes_folder:
+            assert self.output is not None
+            return require_folder(self.output, force=self.force or self.dry_run)
         check_suffix("-o", self.output, ".safetensors", *TORCH)
         if not self.dry_run:
             check_outputs([self.output], force=self.force, inputs=[self.plan])
@@ -263,6 +286,14 @@ class ReinitOptions(Treatment, SelectOptions):
     def target(self) -> Path | None:
         """The file to write, if any."""
         return self.checkpoint if self.in_place else self.output
+
+    @property
+    def writes_folder(self) -> bool:
+        """Whether the output is a folder like that of the model."""
+        folder = ModelName.of(self.model).kind == "folder"
+        return folder and self.output is not None and self.output.suffix not in (
+            ".safetensors", *TORCH
+        )  # fmt: skip
 
     def check_selection(self) -> None:
         """Refuse a selection that no model can fulfil, or two of them: InputError."""

@@ -85,3 +85,12 @@ def _write(path: Path, text: str, *, force: bool) -> None:
         return
     with atomic_write(path, force) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def require_folder(path: Path, *, force: bool) -> None:
+    """Raise FileError unless a folder can be made, or filled, at `path`."""
+    if path.is_dir():
+        if any(path.iterdir()) and not force:
+            raise FileError(f"{path} has files in it: give another name, or --force to overwrite")
+        return
+    require_writable(path, force=False)

@@ -4,6 +4,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
+from fastplastic.cli.following import fresh_output
 from fastplastic.cli.options import DataOptions, PlanOptions
 from fastplastic.cli.parsing import arguments
 from fastplastic.cli.session import Measured, choose, measure_for
@@ -19,7 +20,7 @@ def _following(options: PlanOptions, measured: Measured, plan: "Plan") -> str:
     if not plan.count or accidental:
         return ""
     program = ["fastplastic"]
-    fresh = ["-o", f"{options.model.rpartition('/')[2]}-fresh.safetensors"]
+    fresh = fresh_output(options.model)
     if options.output:
         applied = ["reinit", *arguments(options, DataOptions), "--plan", str(options.output)]
         return shlex.join([*program, *applied, *fresh])

@@ -106,18 +106,19 @@ def _print(
     if said_last:
         out.print()
         out.print(render.facts(said_last))
-    follow(out, after_profile(options))
+    follow(out, after_profile(options, trains=measured.loaded.texts is None))
 
 
 def _advice(options: ProfileOptions, measured: Measured) -> "Advice | None":
-    """Return whether re-initialisation is likely to help; None for weights that are not trained.
+    """Return whether re-initialisation is likely to help; None where nothing is known of it.
 
     Where fine-tuning would begin by measuring the norms anew, the advice is by what is dead then.
     """
     import fastplastic
     from fastplastic.trials import advise, recalibrate_norms
 
-    if measured.loaded.weights == "random":
+    # The limit was set by trials on images.
+    if measured.loaded.weights == "random" or measured.loaded.texts is not None:
         return None
     model, source = measured.loaded.model, measured.source
     if not norms_of_other_data(measured.loaded, source):

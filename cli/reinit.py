@@ -47,7 +47,7 @@ def _job(options: ReinitOptions) -> _Job:
     facts = [("model", options.model), ("weights", loaded.weights)]
     facts += [("head", loaded.head)] if loaded.head else []
     if source is not None:
-        facts.append(("data", f"{source.name} ({source.num_classes} classes)"))
+        facts.append(("data", source.says))
     return _Job(loaded, plan, source, tuple(facts))
 
 
@@ -75,7 +75,12 @@ def _apply(options: ReinitOptions, job: _Job, file: "WeightFile") -> "ReinitRepo
 
 
 def _has_its_head(job: _Job) -> bool:
-    return job.source is not None and job.source.num_classes == job.loaded.model.num_classes
+    source = job.source
+    return (
+        source is not None
+        and source.labelled
+        and source.num_classes == job.loaded.model.num_classes
+    )
 
 
 def _no_loss(output: object, targets: object) -> "Tensor":
@@ -89,8 +94,9 @@ def run(options: ReinitOptions) -> None:
     """Re-initialise units or single weights, and write the weights to a new file.
 
     Takes them from --plan, or profiles the model and plans on the spot with --ratio or
-    --threshold. A .safetensors file loads into the same timm model with strict=True. A .pth file
-    keeps all else that a training checkpoint holds, such as its optimizer, to train on.
+    --threshold. A .safetensors file loads into the same model with strict=True. A .pth file keeps
+    all else that a training checkpoint holds, such as its optimizer, to train on. Of a model
+    hf:FOLDER, -o can also name a folder, which gets all that from_pretrained reads.
     """
     options.check()
     from fastplastic.cli.reinit_output import WeightFile
@@ -109,7 +115,11 @@ def run(options: ReinitOptions) -> None:
     view = plan_view(job.plan, shown, report.notes)
     out = console(sys.stdout)
     out.print(render.plan(view))
-    follow(out, "" if options.dry_run else after_reinit(options))
+    follow(out, "" if options.dry_run else _following(options, job))
+
+
+def _following(options: ReinitOptions, job: _Job) -> str:
+    return after_reinit(options, trains=job.loaded.texts is None)
 
 
 def _written(
@@ -133,13 +143,10 @@ def _loss(job: _Job, report: "ReinitReport") -> tuple[tuple[str, str], ...]:
     classes = job.source.num_classes
     if not _has_its_head(job):
         head = job.loaded.model.num_classes
-        return (
-            (
-                "loss",
-                f"not measured: the model has {head} classes, the data {classes}; it needs a head "
-                "that was fitted to them",
-            ),
-        )
+        why = f"the model has {head} classes, the data {classes}"
+        if not job.source.labelled:
+            return (("loss", "not measured: the texts have no labels"),)
+        return (("loss", f"not measured: {why}; it needs a head that was fitted to them"),)
     return (("loss", f"{_number(report.loss_before)} before, {_number(report.loss_after)} after"),)
 
 

@@ -59,7 +59,8 @@ class WeightFile:
 
     def write(self) -> None:
         """Write the file, and keep the old one where it is the same."""
-        from fastplastic.files import keep_backup, save_state_dict, save_torch
+        from fastplastic.files import keep_backup, save_torch
+        from fastplastic.sources import save_model
 
         target, force = self._options.target, self._options.force
         assert target is not None
@@ -70,10 +71,9 @@ class WeightFile:
         elif self._torch:
             save_torch(target, self._state(), force, replacing)
         else:
-            save_state_dict(
-                target, self._loaded.model, force, dtypes=self._loaded.dtypes,
-                metadata=self._metadata(), replacing=replacing,
-            )  # fmt: skip
+            save_model(
+                target, self._loaded, force=force, metadata=self._metadata(), replacing=replacing
+            )
 
     def facts(self) -> tuple[tuple[str, str], ...]:
         """Return the name of the file, and what became of all else in the checkpoint."""
@@ -120,7 +120,7 @@ def _is_torch(options: ReinitOptions) -> bool:
     target = options.target
     if options.in_place and target:
         return not _is_safetensors(target)
-    return target is not None and target.suffix != ".safetensors"
+    return target is not None and target.suffix != ".safetensors" and not options.writes_folder
 
 
 def _is_safetensors(path: Path) -> bool:

@@ -104,8 +104,18 @@ def precision(options: DataOptions) -> AbstractContextManager[object]:
 
 def source_of(options: DataOptions, loaded: "LoadedModel") -> "DataSource":
     """Return the data that the options name, in the form that the model takes."""
-    from fastplastic.sources import batches
+    from fastplastic.sources import batches, text_batches
 
+    if loaded.texts is not None:
+        return text_batches(
+            options.data, model=loaded.model, texts=loaded.texts, batch_size=options.batch_size,
+            max_batches=options.batches, max_length=options.max_length, seed=options.seed,
+        )  # fmt: skip
+    if options.max_length is not None:
+        raise InputError(
+            f"--max-length {options.max_length}: {options.model} takes images, expected a model of "
+            "texts (hf:FOLDER): leave it out"
+        )
     return batches(
         options.data,
         model=loaded.model,
@@ -136,9 +146,14 @@ def measure(
 
         loaded, source = _loaded(options, pretrained=pretrained)
         source = source if watch is None else watch(source)
+    if gradients and not source.labelled:
+        raise InputError(
+            f"--granularity weight: the texts in {options.data} have no labels, expected some to "
+            "compute gradients from: pass a .jsonl file with labels, or choose units"
+        )
     model = loaded.model
     head: AbstractContextManager[LentHead | None] = nullcontext()
-    if source.num_classes != model.num_classes:
+    if loaded.texts is None and source.num_classes != model.num_classes:
         head = loss_head(model, source.num_classes, options.seed)
     # Random units of the model itself, such as dropout, draw from torch's own generator.
     torch.manual_seed(options.seed)
@@ -146,7 +161,8 @@ def measure(
     with head as lent, precision(options), bar as done:
         profile = fastplastic.profile(
             model, source, gradients=gradients, ranks=ranks, progress=done, lent_head=lent,
-            sample_positions=options.sample_positions,
+            sample_positions=options.sample_positions, backward=source.labelled,
+            loss_fn=source.loss_fn,
         )  # fmt: skip
     return Measured(loaded, profile, source, _facts(options, loaded, source, profile))
 
@@ -157,7 +173,7 @@ def _loaded(options: DataOptions, *, pretrained: bool | None) -> "tuple[LoadedMo
     if not options.quiet and device_of(options.device).type == "cpu":
         tell_of_compiling(_say_compiling)
     loaded = load(options, pretrained=pretrained)
-    if options.checkpoint and options.data == "sample":
+    if options.checkpoint and options.data == "sample" and loaded.texts is None:
         warn(
             "the images are the Fashion-MNIST sample of the package, not those of your task: units "
             "that are dead there may be needed here. Pass --data"
@@ -170,7 +186,10 @@ def _say_compiling() -> None:
 
 
 def _facts(
-    options: DataOptions, loaded: "LoadedModel", source: "DataSource", profile: "Profile"
+    options: DataOptions,
+    loaded: "LoadedModel",
+    source: "DataSource",
+    profile: "Profile",
 ) -> tuple[tuple[str, str], ...]:
     head = loaded.model.num_classes
     batches = f"{profile.batches} batch{'es' * (profile.batches != 1)}"
@@ -178,7 +197,7 @@ def _facts(
     pairs = [
         ("model", options.model),
         ("weights", loaded.weights),
-        ("data", f"{source.name} ({source.num_classes} classes)"),
+        ("data", source.says),
         ("samples", f"{profile.samples} in {batches}, seed {options.seed}"),
         ("mode", f"{profile.mode}, {profile.dtype}{amp} on {profile.device}"),
     ]
@@ -190,6 +209,8 @@ def _facts(
         pairs.append(("note", text))
     if loaded.head:
         pairs.append(("head", f"{loaded.head}; gradients say little until it is fitted"))
+    elif source.head:
+        pairs.append(("head", source.head))
     elif head != source.num_classes:
         text = (
             f"the model has {head} classes: a fresh head of {source.num_classes} was used for the "

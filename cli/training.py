@@ -10,6 +10,7 @@ from fastplastic.cli.session import device_of, load
 from fastplastic.cli.terminal import warn
 from fastplastic.cli.training_options import TrainingOptions
 from fastplastic.errors import InputError
+from fastplastic.naming import ModelName
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +27,7 @@ class Learner:
     Attributes:
         model: The model on its device, with a head for the classes.
         splits: The data.
-        fresh: Seed -> the same architecture with random weights.
+        fresh: Seed -> the same architecture with random weights; None where nobody knows how.
         settings: The budget.
         facts: (label, value) pairs of the header.
         digest: Of the weights.
@@ -36,7 +37,7 @@ class Learner:
 
     model: "nn.Module"
     splits: "Splits"
-    fresh: "Callable[[int], nn.Module]"
+    fresh: "Callable[[int], nn.Module] | None"
     settings: "TrainSettings"
     facts: tuple[tuple[str, str], ...]
     digest: str
@@ -61,9 +62,15 @@ def learner(options: TrainingOptions, *, validation_share: float = 0.0) -> Learn
         InputError: The options do not suit the model or the data.
         FileError: The model or the data cannot be had.
     """
-    from fastplastic.sources import split_data
+    from fastplastic.sources import split_data, takes_texts
     from fastplastic.trials import digest_of
 
+    if takes_texts(options.model):
+        raise InputError(
+            f"{options.model}: takes texts, expected a model of images: fine-tune it with a "
+            "Trainer of transformers and fastplastic.integrations.transformers.PlasticityCallback; "
+            "fastplastic profile, plan and reinit take it"
+        )
     # Random weights are not worth fine-tuning: they have to be asked for.
     pretrained = options.pretrained
     if pretrained is None and not options.checkpoint:
@@ -80,7 +87,10 @@ def learner(options: TrainingOptions, *, validation_share: float = 0.0) -> Learn
     return Learner(
         model=loaded.model,
         splits=splits,
-        fresh=_fresh(options, splits.num_classes),
+        # What a function of the user's makes need not be random.
+        fresh=None
+        if ModelName.of(options.model).kind == "factory"
+        else _fresh(options, splits.num_classes),
         settings=settings,
         facts=_facts(options, loaded, splits, head, settings),
         digest=digest_of(loaded.model),
@@ -91,9 +101,7 @@ def learner(options: TrainingOptions, *, validation_share: float = 0.0) -> Learn
 
 def _fit_classes(options: TrainingOptions, loaded: "LoadedModel", classes: int) -> str:
     """Give the model a fresh head where it has none for these classes; return words for it."""
-    import torch
-
-    from fastplastic.sources import fresh_head
+    from fastplastic.sources import fresh_head, put_head
 
     model: Any = loaded.model
     if model.num_classes == classes:
@@ -103,9 +111,7 @@ def _fit_classes(options: TrainingOptions, loaded: "LoadedModel", classes: int) 
             f"--num-classes {options.num_classes}: the data have {classes} classes: leave it out"
         )
     had, device = model.num_classes, next(model.parameters()).device
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(options.seed)
-        model.reset_classifier(classes)
+    put_head(model, classes, options.seed)
     model.to(device).eval()
     return fresh_head(classes, had or None)
 

@@ -9,6 +9,7 @@ from fastplastic.cli.outputs import check_outputs, check_suffix
 from fastplastic.cli.parsing import given, option, strings
 from fastplastic.cli.selection_options import LayerChoice, Treatment, UnitSelection
 from fastplastic.errors import FileError, InputError
+from fastplastic.naming import ModelName
 
 if TYPE_CHECKING:
     from fastplastic.sources import WantedSplits
@@ -260,8 +261,7 @@ class TrialOptions(LayerChoice, TrainingOptions):
     @property
     def results_file(self) -> Path:
         """Return where finished runs are kept."""
-        name = self.model.rpartition("/")[2].replace(":", "-")
-        return self.results or Path(f"trial-{name}.jsonl")
+        return self.results or Path(f"trial-{ModelName.of(self.model).stem}.jsonl")
 
     def common(self) -> dict[str, object]:
         """Return what holds for every dose."""

@@ -13,7 +13,6 @@ from fastplastic.cli.main import app
 from fastplastic.criteria import CRITERIA, WEIGHT_CRITERIA, Criterion, WeightCriterion
 from fastplastic.trials import better_than_random
 
-
 _TRIALS = "better than random units in the project's own trials"
 
 

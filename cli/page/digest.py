@@ -30,9 +30,11 @@ class DataDigest:
         return replace(source, make=make)
 
     def _hashed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        from torch.utils._pytree import tree_leaves
+
         found = hashlib.sha256()
         for batch in batches:
-            for tensor in batch:
+            for tensor in tree_leaves(batch):
                 _add(found, tensor)
             yield batch
         self.value = found.hexdigest()

@@ -98,8 +98,8 @@ __all__ = [
     "read_profile_json",
     "save_folder",
     "save_state_dict",
-    "save_torch",
     "save_tensors",
+    "save_torch",
     "write_plan",
     "write_profile",
 ]

@@ -217,13 +217,17 @@ def save_state_dict(
     """
     tensors = _separate(model.state_dict(), dtypes or {})
     header = {"format": "pt", "fingerprint": fingerprint(model), **(metadata or {})}
-    save_tensors(path, tensors, force, header)
+    save_tensors(path, tensors, force, header, replacing)
 
 
 def save_tensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], force: bool, header: dict[str, str]
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    force: bool,
+    header: dict[str, str],
+    replacing: Callable[[], object] = lambda: None,
 ) -> None:
-    """Write tensors, each with memory of its own, as safetensors; FileError where it cannot be."""
+    """Write tensors, each with memory of its own, as safetensors, like `save_state_dict`."""
     with atomic_write(path, force) as temporary:
         try:
             save_file(dict(tensors), temporary, header)

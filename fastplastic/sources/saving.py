@@ -1,6 +1,6 @@
 """Write a model as it can be read again: a weight file, or a folder like that of the model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -8,7 +8,6 @@ from torch import Tensor
 
 from fastplastic.errors import FileError
 from fastplastic.files import (
-    UNFITTED,
     load_state_dict,
     save_folder,
     save_state_dict,
@@ -19,23 +18,38 @@ from fastplastic.sources.folders import ModelFolder
 from fastplastic.sources.loaded import LoadedModel
 
 
-def save_model(path: Path, loaded: LoadedModel, *, force: bool) -> None:
+def save_model(
+    path: Path,
+    loaded: LoadedModel,
+    *,
+    force: bool,
+    metadata: Mapping[str, str],
+    replacing: Callable[[], object],
+) -> None:
     """Write the weights of a model to a .safetensors file, or to a folder where it is of one.
 
     The file of a Hugging Face model has the names and dtypes of its folder's weights, so that it
     can take their place; a new folder also gets the other files of the model's.
 
+    Args:
+        path: The file or folder.
+        loaded: The model.
+        force: Replace what there is.
+        metadata: More text to store with the weights.
+        replacing: Called when a new file is complete, before it takes the place of an old one.
+
     Raises:
         FileError: There is such a file and `force` is not set, it is the model's own folder, or it
             cannot be written.
     """
-    metadata = UNFITTED if loaded.head else {}
     if loaded.folder is None:
-        save_state_dict(path, loaded.model, force, dtypes=loaded.dtypes, metadata=metadata)
+        save_state_dict(
+            path, loaded.model, force, dtypes=loaded.dtypes, metadata=metadata, replacing=replacing
+        )
         return
     tensors = _named_as_in(loaded.folder, loaded)
     if path.suffix == ".safetensors":
-        save_tensors(path, tensors, force, {"format": "pt", **metadata})
+        save_tensors(path, tensors, force, {"format": "pt", **metadata}, replacing)
         return
     if path.resolve() == loaded.folder.path.resolve():
         raise FileError(f"-o {path}: is the folder of the model itself: name another")
