@@ -1,7 +1,7 @@
-"""Draw what the program printed on a terminal, as the picture of the README.
+r"""Draw what the program printed on a terminal, as the picture of the README.
 
-FORCE_COLOR=1 COLUMNS=100 fastplastic profile tf_efficientnet_lite0 --checkpoint lite0.safetensors \\
-        --img-size 96 | python docs/picture.py docs/images/profile.svg
+FORCE_COLOR=1 COLUMNS=100 fastplastic profile tf_efficientnet_lite0 \
+    --checkpoint lite0.safetensors --img-size 96 | python docs/picture.py docs/images/profile.svg
 """
 
 import io
