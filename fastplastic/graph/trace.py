@@ -17,6 +17,7 @@ from torch.fx import Node
 
 from fastplastic.graph.module_run import ALWAYS_EVAL
 from fastplastic.graph.nodes import module_calls, op_name
+from fastplastic.graph.stand_ins import lend_stand_ins
 from fastplastic.model import attributes_kept
 
 _SHAPE_OPS = ("sym_size", "size", "sym_numel", "dim")
@@ -65,6 +66,7 @@ def export_program(model: nn.Module, example_inputs: Any, mode: str) -> Exported
         if "_original_forward" in vars(model):
             # Mixed precision of Accelerate, which would hide all operators in one. It is put back.
             model.forward = vars(model)["_original_forward"]
+        args, kwargs = lend_stand_ins(model, (args, kwargs))
         return torch.export.export(model, args, kwargs, strict=False)
 
 

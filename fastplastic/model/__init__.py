@@ -11,6 +11,7 @@ from fastplastic.model.checks import (
 )
 from fastplastic.model.left_as_found import attributes_kept, undisturbed
 from fastplastic.model.lent_head import LentHead, give_head, loss_head, output_layers
+from fastplastic.model.spread import Part, is_spread, local_of, part_of
 from fastplastic.model.watchers import note_watcher
 from fastplastic.model.weights import MeanGradient, Weights, weights_of
 
@@ -18,6 +19,7 @@ __all__ = [
     "Batch",
     "LentHead",
     "MeanGradient",
+    "Part",
     "Weights",
     "attributes_kept",
     "check_built",
@@ -25,6 +27,8 @@ __all__ = [
     "dtype_of",
     "fingerprint",
     "give_head",
+    "is_spread",
+    "local_of",
     "loss_head",
     "loss_of",
     "mode_of",
@@ -32,6 +36,7 @@ __all__ = [
     "note_watcher",
     "output_layers",
     "outputs_of",
+    "part_of",
     "read_batch",
     "read_batches",
     "undisturbed",

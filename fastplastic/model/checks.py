@@ -7,10 +7,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fastplastic.errors import InputError
+from fastplastic.model.spread import is_spread
 
 
 def check_built(model: nn.Module) -> None:
-    """Refuse a model with a parameter or buffer that has no values yet.
+    """Refuse a model with a parameter or buffer that has no values yet, or has a part of them.
 
     Raises:
         InputError: Names the first such tensor and says what to do.
@@ -27,6 +28,12 @@ def check_built(model: nn.Module) -> None:
         if tensor.is_meta:
             raise InputError(
                 f"{name!r} is on the meta device, expected real values: load the weights first"
+            )
+        if is_spread(tensor):
+            raise InputError(
+                f"{name!r} is spread over processes (a DTensor, as of fully_shard or "
+                "parallelize_module), expected a whole tensor in each: call this before the model "
+                "is spread"
             )
 
 

@@ -1,0 +1,76 @@
+"""Tensors that several processes hold parts of: the DTensors of FSDP2 and tensor parallelism."""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fastplastic.errors import InputError
+
+
+def is_spread(tensor: Tensor) -> bool:
+    """Tell whether several processes hold parts of a tensor, or copies, as one DTensor."""
+    # Whoever made one has loaded this.
+    module: Any = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The part of a tensor that this process holds.
+
+    Attributes:
+        shape: Of the whole tensor.
+        offsets: Where the part begins, in each dimension.
+        sizes: Its shape.
+        first: Whether no process before this one holds the same part.
+    """
+
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    first: bool = True
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of the tensor."""
+        return self.sizes == self.shape
+
+
+def part_of(name: str, tensor: Tensor) -> Part:
+    """Return which part of a tensor this process holds.
+
+    Args:
+        name: What errors call it.
+        tensor: Any tensor; one that is not spread is whole.
+
+    Raises:
+        InputError: It is placed in a way that is not understood: as sums to be made, or in parts
+            that are no block of it.
+    """
+    if not is_spread(tensor):
+        shape = tuple(tensor.shape)
+        return Part(shape, (0,) * len(shape), shape)
+    spread: Any = tensor
+    placements, mesh = spread.placements, spread.device_mesh
+    chunks = [] if any(p.is_partial() for p in placements) else spread.__create_chunk_list__()
+    local = tuple(local_of(tensor).shape)
+    if len(chunks) != 1 or tuple(chunks[0].sizes) != local:
+        raise InputError(
+            f"{name!r} is placed as {tuple(map(str, placements))} on a mesh of {mesh.shape}: "
+            "expected a block of it in each process (Shard, Replicate): re-initialise before it is "
+            "placed so"
+        )
+    where = mesh.get_coordinate() or ()
+    first = all(at == 0 for p, at in zip(placements, where, strict=True) if p.is_replicate())
+    return Part(tuple(tensor.shape), tuple(chunks[0].offsets), local, first)
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """Return the part that this process holds, in the same memory."""
+    if not is_spread(tensor):
+        return tensor
+    spread: Any = tensor.detach()
+    local: Tensor = spread.to_local()
+    return local
