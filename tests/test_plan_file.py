@@ -132,6 +132,22 @@ def test_units_can_be_taken_out_by_hand(path):
     values["layers"][0] |= {"units": [], "scores": []}
     loaded = reload(path, values)
     assert list(loaded.units) == ["fc"] and loaded.count == 1
+    assert loaded.notes[1:] == ("the plan says count 3, its layers have 1: those are taken",)
+
+
+def test_what_was_added_by_hand_and_is_not_read_is_named(path):
+    values = encoded(path)
+    assert reload(path, values).notes == example().notes
+    values["treshold"] = 3
+    values["layers"][0]["unit"] = [5]
+    assert reload(path, values).notes[1:] == (
+        "the plan has keys that are not read: 'treshold', 'unit' of 'conv'",
+    )
+    # Of another granularity, and so never looked at.
+    values["masks"] = 3
+    for key in "abc":
+        values[key * 99] = 0
+    assert reload(path, values).notes[1].endswith(", ...")
 
 
 def encoded(path) -> dict:
@@ -202,6 +218,9 @@ def edit(*keys):
         (edit("threshold", "low"), "'threshold' is 'low', expected null or a number"),
         (edit("max_layer_fraction", 0), "'max_layer_fraction' is 0, expected in (0, 1]"),
         (edit("eligible", 2), "'eligible' is 2, expected an integer from 3 on"),
+        (edit("count", -1), "'count' is -1, expected an integer from 0 on"),
+        (edit("count", "3"), "'count' is '3', expected an integer from 0 on"),
+        (edit("beyond", 0.5), "'beyond' is 0.5, expected null or a count"),
         (edit("seed", 1.5), "'seed' is 1.5, expected an integer"),
         (edit("notes", [1]), "'notes' is [1], expected a list of strings"),
         (lambda values: values.pop("seed"), "'seed' is 'missing', expected an integer"),

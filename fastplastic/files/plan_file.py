@@ -36,6 +36,7 @@ from fastplastic.files.fields import (
     shown,
 )
 from fastplastic.files.formats import is_safetensors
+from fastplastic.files.plan_edits import notes_of_edits
 from fastplastic.files.wiring_json import decode_layers, encode_layer
 from fastplastic.wiring import UnitLayer
 
@@ -250,7 +251,7 @@ def _decode_head(values: Fields, count: int, checks: Mapping[str, Check]) -> dic
         "eligible": values.get("eligible", integer(count)),
         "request": {name: values.get(name, check) for name, check in checks.items()},
         "fingerprint": values.get("fingerprint", TEXT),
-        "notes": values.get("notes", TEXTS),
+        "notes": (*values.get("notes", TEXTS), *notes_of_edits(values, checks, count)),
     }
 
 
