@@ -32,6 +32,7 @@ from fastplastic.cli import (
     training_options,
     trial,
 )
+from fastplastic.cli.terminal import printable
 from fastplastic.errors import FileError, GateError, InputError
 
 # Typer carries its own copy of click, whose base class of usage errors has no public name.
@@ -161,5 +162,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         code, lines = _outcome(error)
         for line in lines:
-            print(f"fastplastic: error: {' '.join(line.split())}", file=sys.stderr)
+            print(f"fastplastic: error: {printable(line)}", file=sys.stderr)
         return code

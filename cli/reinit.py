@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from fastplastic.cli.following import after_reinit
 from fastplastic.cli.options import ReinitOptions
-from fastplastic.cli.session import choose, load, measure_for, precision, source_of
+from fastplastic.cli.session import (
+    choose,
+    load,
+    measure_for,
+    precision,
+    source_of,
+    warn_of_left_out,
+)
 from fastplastic.cli.terminal import Counted, console, follow, progress
 
 if TYPE_CHECKING:
@@ -104,6 +111,8 @@ def run(options: ReinitOptions) -> None:
     job = _job(options)
     file = WeightFile(options, job.loaded)
     report = _apply(options, job, file)
+    if options.plan and job.source is not None:
+        warn_of_left_out(job.source)
     if not options.dry_run:
         file.write()
     if options.quiet:

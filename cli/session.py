@@ -116,7 +116,7 @@ def source_of(options: DataOptions, loaded: "LoadedModel") -> "DataSource":
             f"--max-length {options.max_length}: {options.model} takes images, expected a model of "
             "texts (hf:FOLDER): leave it out"
         )
-    return batches(
+    source = batches(
         options.data,
         model=loaded.model,
         batch_size=options.batch_size,
@@ -126,6 +126,22 @@ def source_of(options: DataOptions, loaded: "LoadedModel") -> "DataSource":
         input_size=options.input_size,
         workers=options.workers,
         seed=options.seed,
+    )
+    for warning in source.warnings:
+        warn(warning)
+    return source
+
+
+def warn_of_left_out(source: "DataSource") -> None:
+    """Say on stderr how many images could not be read, and name the first."""
+    if not source.left_out:
+        return
+    first = list(source.left_out.items())[:3]
+    names = ", ".join(f"{name} ({why})" for name, why in first)
+    many = len(source.left_out)
+    warn(
+        f"{many} of {source.samples} images cannot be read and {'are' if many > 1 else 'is'} left "
+        f"out: {names}{', ...' * (many > len(first))}"
     )
 
 
@@ -164,6 +180,7 @@ def measure(
             sample_positions=options.sample_positions, backward=source.labelled,
             loss_fn=source.loss_fn,
         )  # fmt: skip
+    warn_of_left_out(source)
     return Measured(loaded, profile, source, _facts(options, loaded, source, profile))
 
 

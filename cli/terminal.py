@@ -40,11 +40,17 @@ def can_print(text: str, out: "Console") -> bool:
     return True
 
 
+def printable(text: str) -> str:
+    """Return a text in one line, without what a terminal would obey: names of files may have it."""
+    line = " ".join(text.split())
+    return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in line)
+
+
 def warn(message: str) -> None:
     """Print one line on stderr that cannot be missed."""
     from rich.text import Text
 
-    text = Text.assemble(("fastplastic: warning: ", "bold"), message, style="red")
+    text = Text.assemble(("fastplastic: warning: ", "bold"), printable(message), style="red")
     console(sys.stderr).print(text, soft_wrap=True)
 
 

@@ -5,8 +5,8 @@ gives the same batches, as often as they are asked for, and the global RNG is no
 """
 
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Any
 
@@ -21,11 +21,14 @@ from fastplastic.sources.hub import reason
 from fastplastic.sources.images import (
     ChosenImages,
     ImageSet,
+    Item,
     Pipeline,
     Sample,
+    Unreadable,
     balanced,
     checked,
     collate,
+    collate_readable,
 )
 from fastplastic.sources.shape import InputShape
 
@@ -37,8 +40,8 @@ class DataSource:
     """Batches that can be iterated over any number of times, each time the same.
 
     Iterating yields (images, labels): float32 [batch, channels, height, width], normalised, and
-    int64 [batch] in 0 .. num_classes - 1, both on the CPU. The last batch may be smaller. Of texts
-    it yields mappings of the model's arguments.
+    int64 [batch] in 0 .. num_classes - 1, both on the CPU. The last batch may be smaller, and those
+    with images that cannot be read. Of texts it yields mappings of the model's arguments.
 
     Attributes:
         name: The data as they were asked for.
@@ -51,6 +54,8 @@ class DataSource:
         head: What is to be said of a head that the loss brings along, or "".
         loss_fn: (output, targets) -> loss.
         detail: What the data are, in words; by default the number of classes.
+        warnings: What a user must know of the images.
+        left_out: {name: reason} of the images that could not be read, so far.
     """
 
     name: str
@@ -63,6 +68,8 @@ class DataSource:
     head: str = ""
     loss_fn: Callable[[Any, Any], Tensor] = cross_entropy
     detail: str = ""
+    warnings: tuple[str, ...] = ()
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @property
     def says(self) -> str:
@@ -74,7 +81,7 @@ class DataSource:
         return -(-self.samples // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Start again. Raises FileError, with the file's name, when an image cannot be read."""
+        """Start again. Raises FileError when no image can be read."""
         return self.make()
 
 
@@ -148,19 +155,19 @@ def _image_source(
     samples = wanted.samples(len(image_set))
     indices = balanced(image_set.labels, len(image_set), samples, wanted.seed)
     chosen = ChosenImages(image_set, indices, shape.pipeline(), len(class_names))
+    left_out: dict[str, str] = {}
 
     def make() -> Iterator[Batch]:
         loader = DataLoader(
             chosen,
             batch_size=wanted.batch_size,
             num_workers=min(wanted.workers, os.cpu_count() or 1),
-            collate_fn=collate,
+            collate_fn=collate_readable,
             # Without one, the loader draws the seeds of its workers from the global RNG.
             generator=torch.Generator().manual_seed(wanted.seed),
         )
         try:
-            for batch in loader:
-                yield _raised(batch)
+            yield from _readable(loader, wanted.name, left_out)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -169,7 +176,31 @@ def _image_source(
                 "(shared) memory for all: pass --workers 0"
             ) from error
 
-    return DataSource(wanted.name, len(class_names), class_names, samples, wanted.batch_size, make)
+    return DataSource(
+        wanted.name, len(class_names), class_names, samples, wanted.batch_size, make,
+        image_set.warnings, left_out,
+    )  # fmt: skip
+
+
+def _readable(
+    loader: Iterable[tuple[Batch | FileError, list[Unreadable]]],
+    name: str,
+    left_out: dict[str, str],
+) -> Iterator[Batch]:
+    """Yield the batches with an image that can be read, and note the others."""
+    read = 0
+    for found, unreadable in loader:
+        batch = _raised(found)
+        left_out |= {image.name: image.reason for image in unreadable}
+        if len(batch[1]):
+            read += len(batch[1])
+            yield batch
+    if left_out and not read:
+        first, why = next(iter(left_out.items()))
+        raise FileError(
+            f"{name}: none of {len(left_out)} images can be read, expected some: the first is "
+            f"{first} ({why})"
+        )
 
 
 def _noise(wanted: _Wanted, shape: InputShape, model: nn.Module) -> DataSource:
@@ -191,10 +222,10 @@ def _noise(wanted: _Wanted, shape: InputShape, model: nn.Module) -> DataSource:
 
 def _from_timm(wanted: _Wanted, shape: InputShape, model: nn.Module) -> DataSource:
     """Return the source for everything that `timm.data.create_dataset` opens."""
-    dataset = open_dataset(wanted.name, "validation", wanted.batch_size)
-    if isinstance(dataset, IterableDataset):
-        return _streamed(wanted, shape, dataset, model)
-    image_set, names = image_set_of(wanted.name, dataset)
+    opened = open_dataset(wanted.name, "validation", wanted.batch_size)
+    if isinstance(opened.dataset, IterableDataset):
+        return _streamed(wanted, shape, opened.dataset, model)
+    image_set, names = image_set_of(opened)
     return _image_source(wanted, shape, image_set, names)
 
 
@@ -215,9 +246,7 @@ def _streamed(wanted: _Wanted, shape: InputShape, dataset: Any, model: nn.Module
     return DataSource(wanted.name, num_classes, names, samples, wanted.batch_size, make)
 
 
-def _tensors(
-    dataset: Any, name: str, pipeline: Pipeline, num_classes: int
-) -> Iterator[tuple[Tensor, int] | FileError]:
+def _tensors(dataset: Any, name: str, pipeline: Pipeline, num_classes: int) -> Iterator[Item]:
     pairs = iter(dataset)
     for position in count():
         try:

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from fastplastic.errors import FileError, InputError
 from fastplastic.sources.hub import quiet, reason
+from fastplastic.sources.image_folders import Folder, look_into, notes_of
 from fastplastic.sources.images import Files, ImageSet, Indexed
 from fastplastic.sources.shape import timm_data
 
@@ -20,7 +22,22 @@ _SMALL = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
 _CHOICES = "expected a folder of class folders, 'sample', 'noise' or a name such as hfds/NAME"
 
 
-def open_dataset(spec: str, split: str, batch_size: int) -> Any:
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A dataset of timm.
+
+    Attributes:
+        name: How it was asked for.
+        dataset: The dataset.
+        warnings: What a user must know of its folder.
+    """
+
+    name: str
+    dataset: Any
+    warnings: tuple[str, ...] = ()
+
+
+def open_dataset(spec: str, split: str, batch_size: int) -> Opened:
     """Return the dataset of timm for a folder, a tar file or a name with prefix.
 
     Args:
@@ -31,11 +48,12 @@ def open_dataset(spec: str, split: str, batch_size: int) -> Any:
 
     Raises:
         InputError: The library that a name needs is not installed.
-        FileError: There are no images, or it cannot be opened.
+        FileError: There are no images, or it cannot be opened or read in full.
     """
     prefix, slash, rest = spec.partition("/")
     library = prefix.lower() if slash and prefix.lower() in _LIBRARIES else None
     options: dict[str, Any] = {"split": split, "batch_size": batch_size}
+    folders: dict[str, Folder] = {}
     if library and not Path(spec).exists():
         name, _, root = spec.partition("@")
         options |= {"name": name, "root": root or None}
@@ -44,11 +62,12 @@ def open_dataset(spec: str, split: str, batch_size: int) -> Any:
             options["download"] = rest.partition("@")[0].lower() in _SMALL
     else:
         options |= {"name": "", "root": _existing(spec)}
+        folders = look_into(options["root"]) if Path(spec).is_dir() else {}
         if options["root"].endswith(".tar"):
             options["cache_tarinfo"] = False  # timm would unpickle the cache, with all code in it
     try:
         with quiet(), redirect_stdout(io.StringIO()):
-            return timm_data().create_dataset(**options)
+            dataset = timm_data().create_dataset(**options)
     except ImportError as error:
         raise InputError(f"{spec}: needs a library ({reason(error)}): install it") from error
     except Exception as error:  # many libraries stand behind this call, each with its own errors
@@ -60,6 +79,7 @@ def open_dataset(spec: str, split: str, batch_size: int) -> Any:
         raise FileError(
             f"{spec}: cannot be opened ({reason(error)}), {_CHOICES}: check the name"
         ) from error
+    return Opened(spec, dataset, notes_of(folders, dataset.reader.root) if folders else ())
 
 
 def _existing(name: str) -> str:
@@ -81,20 +101,25 @@ def class_names_of(holder: Any) -> tuple[str, ...] | None:
     return None
 
 
-def image_set_of(name: str, dataset: Any) -> tuple[ImageSet, tuple[str, ...]]:
+def image_set_of(opened: Opened) -> tuple[ImageSet, tuple[str, ...]]:
     """Return the images of a dataset, which are read by index, and the names of its classes.
 
     Raises:
-        FileError: There are fewer than two classes.
+        FileError: There are fewer than two classes, or images in no class.
     """
+    name, dataset = opened.name, opened.dataset
     reader = getattr(dataset, "reader", None)
     names = class_names_of(reader or dataset)
-    image_set = Files(reader) if reader is not None else Indexed(dataset)
+    image_set = Files(reader, opened.warnings) if reader is not None else Indexed(dataset)
     found = names or tuple(str(label) for label in range(1 + max(image_set.labels or [-1])))
     if len(found) < 2:
         raise FileError(
             f"{name}: has {_classes(found)}, expected at least two class folders with images in "
             "each: rearrange the images, or name the folder that holds the class folders"
+        )
+    if "" in found:
+        raise FileError(
+            f"{name}: images lie beside the class folders, expected all in one of them: move them"
         )
     return image_set, found
 

@@ -23,9 +23,11 @@ class ImageSet(Protocol):
 
     Attributes:
         labels: The label of each, or None where they are not known before the image is read.
+        warnings: What a user must know of all of them.
     """
 
     labels: Sequence[int] | None
+    warnings: tuple[str, ...]
 
     def __len__(self) -> int: ...
 
@@ -36,10 +38,13 @@ class ImageSet(Protocol):
         """Return what to call the image in an error."""
 
     def size(self, index: int) -> int:
-        """Return a number that the same images share, if possible without reading them."""
+        """Return a number that the same images share, if possible without reading them.
+
+        Raises FileError when the image cannot be read.
+        """
 
     def content(self, index: int) -> bytes:
-        """Return what makes the image: the bytes of its file, or its pixels."""
+        """Return what makes the image: the bytes of its file, or its pixels; or FileError."""
 
 
 class Sample:
@@ -50,6 +55,7 @@ class Sample:
         "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
         "Ankle boot",
     )  # fmt: skip
+    warnings: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         import numpy as np
@@ -81,10 +87,15 @@ class Sample:
 
 
 class Files:
-    """What a reader of timm finds: folders, tar files, Hugging Face datasets."""
+    """What a reader of timm finds: folders, tar files, Hugging Face datasets.
 
-    def __init__(self, reader: Any) -> None:
-        self.reader = reader
+    Args:
+        reader: The reader.
+        warnings: What a user must know of the images.
+    """
+
+    def __init__(self, reader: Any, warnings: tuple[str, ...] = ()) -> None:
+        self.reader, self.warnings = reader, warnings
         self.labels: Sequence[int] | None = _labels(reader)
 
     def __len__(self) -> int:
@@ -94,8 +105,7 @@ class Files:
         """Return a decoded image and its label."""
         from PIL import Image
 
-        # Not through timm's dataset, which takes the next image in place of one it cannot read.
-        file, label, *_ = self.reader[index]
+        file, label = self._open(index)
         with file:
             image = Image.open(file)
             image.load()
@@ -112,13 +122,27 @@ class Files:
 
     def content(self, index: int) -> bytes:
         """Return the bytes of the file."""
-        file, *_ = self.reader[index]
-        with file:
-            return bytes(file.read())
+        try:
+            file, _ = self._open(index)
+            with file:
+                return bytes(file.read())
+        except OSError as error:
+            raise Unreadable(self.describe(index), reason(error)).error() from error
+
+    def _open(self, index: int) -> tuple[Any, Any]:
+        """Return a file and its label; OSError for what would never end, such as a pipe."""
+        path = Path(self.describe(index))
+        if path.exists() and not path.is_file():
+            raise OSError("not a regular file")
+        # Not through timm's dataset, which takes the next image in place of one it cannot read.
+        file, label, *_ = self.reader[index]
+        return file, label
 
 
 class Indexed:
     """A dataset of torchvision."""
+
+    warnings: tuple[str, ...] = ()
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -166,6 +190,29 @@ class Pipeline:
         return tensor.expand(self.channels, -1, -1)
 
 
+@dataclass(frozen=True)
+class Unreadable:
+    """An image that cannot be read.
+
+    Attributes:
+        name: What it is called.
+        reason: Why.
+    """
+
+    name: str
+    reason: str
+
+    def error(self) -> FileError:
+        """Return what to raise where each image is needed."""
+        return FileError(
+            f"{self.name}: cannot be read as an image ({self.reason}): repair or remove the file"
+        )
+
+
+# What a dataset gives for an image: an error where a label is none of the classes.
+Item = tuple[Tensor, int] | Unreadable | FileError
+
+
 @dataclass(frozen=True, eq=False)
 class ChosenImages(Dataset[Any]):
     """The chosen images as (tensor, label), in order; an error is returned in place of a pair.
@@ -181,7 +228,7 @@ class ChosenImages(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, int] | FileError:
+    def __getitem__(self, position: int) -> Item:
         index = self.indices[position]
         try:
             with warnings.catch_warnings():
@@ -189,11 +236,15 @@ class ChosenImages(Dataset[Any]):
                 image, label = self.image_set.read(index)
                 tensor = self.pipeline.tensor(image)
         except Exception as error:  # decoders answer corrupt bytes with exceptions of every kind
-            return FileError(
-                f"{self.image_set.describe(index)}: cannot be read as an image ({reason(error)}): "
-                "repair or remove the file"
-            )
+            return Unreadable(self.image_set.describe(index), _why(error))
         return checked(tensor, label, self.num_classes, self.image_set.describe(index))
+
+
+def _why(error: Exception) -> str:
+    from PIL import UnidentifiedImageError
+
+    # Its own text is mostly the name of the file once more.
+    return "no image" if isinstance(error, UnidentifiedImageError) else reason(error)
 
 
 def checked(
@@ -207,15 +258,27 @@ def checked(
     return tensor, int(label)
 
 
-def collate(items: list[tuple[Tensor, int] | FileError]) -> tuple[Tensor, Tensor] | FileError:
+def collate(items: list[Item]) -> tuple[Tensor, Tensor] | FileError:
     """Return images [batch, channels, height, width] and int64 [batch], or the first error."""
-    images, labels = [], []
+    found, unreadable = collate_readable(items)
+    return unreadable[0].error() if unreadable else found
+
+
+def collate_readable(
+    items: list[Item],
+) -> tuple[tuple[Tensor, Tensor] | FileError, list[Unreadable]]:
+    """Return the batch of those that can be read, of 0 images perhaps, and the others."""
+    images, labels, unreadable = [], [], []
     for item in items:
         if isinstance(item, FileError):
-            return item
-        images.append(item[0])
-        labels.append(item[1])
-    return torch.stack(images), torch.tensor(labels)
+            return item, []
+        if isinstance(item, Unreadable):
+            unreadable.append(item)
+        else:
+            images.append(item[0])
+            labels.append(item[1])
+    stacked = torch.stack(images) if images else torch.empty(0)
+    return (stacked, torch.tensor(labels)), unreadable
 
 
 def balanced(labels: Sequence[int] | None, available: int, count: int, seed: int) -> list[int]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastplastic.errors import FileError
-from fastplastic.sources.images import ChosenImages, ImageSet, Pipeline, collate
+from fastplastic.sources.images import ChosenImages, ImageSet, Item, Pipeline, collate
 from fastplastic.sources.shape import InputShape, timm_data
 
 _EVAL_BATCH = 64
@@ -126,7 +126,7 @@ class _Loadable(Dataset[Any]):
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, int] | FileError:
+    def __getitem__(self, position: int) -> Item:
         pipeline = Pipeline(self.transform, self._channels)
         chosen = ChosenImages(self._images, self._indices, pipeline, self._num_classes)
         return chosen[position]

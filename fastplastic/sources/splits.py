@@ -141,7 +141,15 @@ def split_data(
         input_config=shape.config,
         sizes={key: len(part.indices) for key, part in parts.items()},
         tested_on=tested_on,
-        warnings=_duplicates(train, test, name),
+        warnings=tuple(
+            dict.fromkeys(
+                (
+                    *train.images.warnings,
+                    *test.images.warnings,
+                    *_duplicates(train, test, name),
+                )
+            )
+        ),
         digest=_digest(parts, classes),
     )
 
@@ -203,13 +211,13 @@ def _held_out(name: str, wanted: WantedSplits) -> str | None:
 def _image_set(name: str, split: str, wanted: WantedSplits) -> tuple[ImageSet, tuple[str, ...]]:
     # timm looks for the folder of a split under some names only.
     folder = Path(name, split)
-    dataset = open_dataset(str(folder) if folder.is_dir() else name, split, wanted.batch_size)
-    if isinstance(dataset, IterableDataset):
+    opened = open_dataset(str(folder) if folder.is_dir() else name, split, wanted.batch_size)
+    if isinstance(opened.dataset, IterableDataset):
         raise InputError(
             f"{name}: a stream, which cannot be shuffled or split: expected images that can be "
             "read by index: take a folder"
         )
-    return image_set_of(name, dataset)
+    return image_set_of(opened)
 
 
 def _check_labels(name: str, images: ImageSet) -> None:
