@@ -134,6 +134,7 @@ def test_what_is_left_out_of_a_folder_is_said(folder, tmp_path):
     for name in ("cat/a.gif", "cat/b.gif", "bee/c.WEBP", "bee/notes.txt"):
         (folder / name).touch()
     (folder / "dog" / "pup").mkdir(parents=True)
+    (folder / ".git" / "objects").mkdir(parents=True)
     (folder / ".old").mkdir()
     Image.new("RGB", (4, 4)).save(folder / ".old" / "1.png")
     expected = (

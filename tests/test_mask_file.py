@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 from helpers import made_plan
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fastplastic.errors import FileError, InputError
+from fastplastic.errors import FastPlasticError, FileError, InputError
 from fastplastic.planning import Plan
 from fastplastic.wiring import UnitLayer
 
@@ -136,3 +138,22 @@ def test_other_safetensors_are_no_plan(tmp_path):
         Plan.load(path)
     with pytest.raises(FileError, match=r"cannot be read \(.*expected a plan file"):
         Plan.load(tmp_path / "none.safetensors")
+
+
+@settings(max_examples=60)
+@given(source=st.data())
+def test_nothing_but_our_errors_from_damaged_bytes(tmp_path_factory, source):
+    path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
+    mask_plan().save(path, force=True)
+    found = bytearray(path.read_bytes())
+    if source.draw(st.booleans()):
+        del found[source.draw(st.integers(0, len(found) - 1)) :]
+    for _ in range(source.draw(st.integers(1, 3)) if found else 0):
+        found[source.draw(st.integers(0, len(found) - 1))] = source.draw(st.integers(0, 255))
+    path.write_bytes(found)
+    try:
+        made = Plan.load(path)
+    except FastPlasticError as error:
+        assert "\n" not in str(error)
+    else:
+        assert made.count == sum(int(mask.count_nonzero()) for mask in made.masks.values())

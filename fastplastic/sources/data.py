@@ -178,7 +178,7 @@ def _image_source(
 
     return DataSource(
         wanted.name, len(class_names), class_names, samples, wanted.batch_size, make,
-        image_set.warnings, left_out,
+        warnings=image_set.warnings, left_out=left_out,
     )  # fmt: skip
 
 

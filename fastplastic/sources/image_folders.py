@@ -64,7 +64,8 @@ def notes_of(found: dict[str, Folder], root: str) -> tuple[str, ...]:
         notes.append(f"{root}: {some} left out, as only .jpg, .jpeg and .png are read: {kinds}")
     without = inside.keys() - _around_images(inside)
     # Of an empty folder in an empty one, the outer one says all.
-    empty = sorted(path for path in without if os.path.dirname(path) not in without)
+    outer = [path for path in without if os.path.dirname(path) not in without]
+    empty = sorted(path for path in outer if not _is_hidden(path))
     if empty:
         some = f"{len(empty)} folder{'s' * (len(empty) > 1)} without images"
         notes.append(f"{root}: {some}, so no class of that name: {_some(empty)}")
