@@ -32,12 +32,13 @@ from fastplastic.cli import (
     training_options,
     trial,
 )
+from fastplastic.cli.interrupts import Terminated, terminate
 from fastplastic.cli.terminal import printable
 from fastplastic.errors import FileError, GateError, InputError
 
 # Typer carries its own copy of click, whose base class of usage errors has no public name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-_DONE, _UNEXPECTED, _USAGE, _FILE, _GATE, _INTERRUPTED = 0, 1, 2, 3, 4, 130
+_DONE, _UNEXPECTED, _USAGE, _FILE, _GATE, _INTERRUPTED, _TERMINATED = 0, 1, 2, 3, 4, 130, 143
 
 _PAIR = re.compile(r"[A-Za-z_]\w*=")
 
@@ -98,7 +99,7 @@ def _spread_model_kwargs(arguments: Sequence[str]) -> Iterator[str]:
 def _outcome(error: BaseException) -> tuple[int, tuple[str, ...]]:
     """Return the exit code for an exception, and the lines to print."""
     if isinstance(error, KeyboardInterrupt):
-        return _INTERRUPTED, ("interrupted",)
+        return _TERMINATED if isinstance(error, Terminated) else _INTERRUPTED, ("interrupted",)
     if isinstance(error, _UsageError):
         message = getattr(error, "format_message", error.__str__)().replace("Value error, ", "")
         program = getattr(getattr(error, "ctx", None), "command_path", "fastplastic")
@@ -118,6 +119,8 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         action = app(list(_spread_model_kwargs(arguments)), "fastplastic", standalone_mode=False)
         # --help and --version are done by now, and leave the exit code in place of a command.
+        if action == _INTERRUPTED:
+            raise KeyboardInterrupt  # which typer has taken while it read the arguments
         if callable(action):
             action()
         sys.stdout.flush()
@@ -136,7 +139,7 @@ def _terminable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     finally:

@@ -1,7 +1,23 @@
-"""Run the command line with `python -m fastplastic`."""
+"""Run the command line, as `python -m fastplastic` and as the program `fastplastic`."""
 
 import sys
+from typing import NoReturn
 
-from fastplastic.cli.main import main
 
-sys.exit(main())
+def run() -> NoReturn:
+    """Run the program, and answer Ctrl-C from the first moment on."""
+    from fastplastic.cli.interrupts import TEXT, Watch
+
+    watch = Watch()
+    try:
+        from fastplastic.cli.main import main
+
+        code = main()
+    except KeyboardInterrupt:  # while it is loading, or has ended
+        print(TEXT, file=sys.stderr)
+        code = 130
+    watch.leave(code)
+
+
+if __name__ == "__main__":
+    run()

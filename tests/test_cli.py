@@ -12,6 +12,7 @@ import fastplastic
 from fastplastic.cli import options, parsing, terminal
 from fastplastic.cli import profile as profile_command
 from fastplastic.cli.compare_options import CompareOptions
+from fastplastic.cli.interrupts import Terminated
 from fastplastic.cli.main import main
 from fastplastic.cli.options import DataOptions, PlanOptions, ProfileOptions, ReinitOptions
 from fastplastic.criteria import CRITERIA, WEIGHT_CRITERIA
@@ -133,6 +134,8 @@ def test_device_that_is_not_there(run, device):
     ("error", "code", "text"),
     [
         (KeyboardInterrupt(), 130, "interrupted"),
+        (Terminated(), 143, "interrupted"),
+        (FileError("a\x1b[31m\udcff"), 3, r"a\x1b[31m\udcff"),
         (InputError("a: b"), 2, "error: a: b\n"),
         (FileError("a:\nb"), 3, "error: a: b\n"),
         (GateError("a\nb"), 4, "error: a b\n"),

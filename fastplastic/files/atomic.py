@@ -9,6 +9,8 @@ from pathlib import Path
 
 from fastplastic.errors import FileError
 
+_UNFINISHED = set[Path]()
+
 
 @contextmanager
 def atomic_write(
@@ -37,6 +39,7 @@ def atomic_write(
         old = _mode_of_old(path, target, force)
         bits = old if mode is None else mode
         try:
+            _UNFINISHED.add(temporary)
             _create(temporary, 0o666 if bits is None else 0o600)
             bits = stat.S_IMODE(temporary.stat().st_mode) if bits is None else bits
             yield temporary
@@ -48,10 +51,18 @@ def atomic_write(
         finally:  # also after Ctrl-C: no temporary file may stay
             with suppress(OSError):
                 temporary.unlink()
+            _UNFINISHED.discard(temporary)
         _sync(target.parent)
     except OSError as error:
         reason = error.strerror or error
         raise FileError(f"{path}: cannot be written ({reason}): choose another place") from error
+
+
+def remove_unfinished() -> None:
+    """Remove all temporary files, where the process is about to end."""
+    for temporary in list(_UNFINISHED):
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def _create(path: Path, mode: int) -> None:
