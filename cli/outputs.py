@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -49,6 +50,8 @@ def check_in_place(checkpoint: Path | None, output: Path | None, *, force: bool)
     if checkpoint is None:
         raise InputError("--in-place: expected --checkpoint FILE, which is the file to write")
     require_writable(checkpoint.resolve(), force=True)
+    if not os.access(checkpoint, os.W_OK):
+        raise FileError(f"{checkpoint}: is read-only: allow writing, or pass -o instead")
     backup = backup_of(checkpoint)
     if backup.exists() and not force:
         raise FileError(

@@ -197,6 +197,16 @@ def test_nothing_that_is_read_is_overwritten(run, nothing_slow, safe, arguments)
     assert safe.read_bytes() == before
 
 
+def test_a_read_only_file_is_not_written_in_place(run, nothing_slow, safe, monkeypatch):
+    """As root may write everything, the answer of the system is replaced."""
+    monkeypatch.setattr(os, "access", lambda path, mode: path != safe or mode != os.W_OK)
+    outcome = run("reinit", MODEL, "--ratio", "0.1", "--checkpoint", safe, "--in-place")
+    assert outcome.code == 3
+    assert outcome.error == (
+        f"fastplastic: error: {safe}: is read-only: allow writing, or pass -o instead\n"
+    )
+
+
 def test_a_plan_that_is_applied_is_not_overwritten(run, nothing_slow, tmp_path):
     file = tmp_path / "plan.safetensors"
     file.write_text(json.dumps({}))

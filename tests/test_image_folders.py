@@ -160,3 +160,23 @@ def test_images_beside_the_class_folders(folder):
     assert str(error.value) == (
         f"{folder}: images lie beside the class folders, expected all in one of them: move them"
     )
+
+
+def test_the_program_counts_and_names_what_it_left_out(run, folder):
+    for number in range(4):
+        (folder / "ape" / f"{number}.png").write_text("text")
+    (folder / "ape" / "4.png").rename(folder / "ape" / "4\n\x1b[31m.png")
+    (folder / "ape" / "4\n\x1b[31m.png").write_text("text")
+    (folder / "dog").mkdir()
+    small = ("--no-pretrained", "--num-classes", 3, "--img-size", 32, "--data", folder)
+    outcome = run("profile", "test_resnet", *small, "--seed", 1)
+    assert outcome.code == 0 and re.search(r"samples +13 in 2 batches", outcome.output)
+    empty, left_out = outcome.error.splitlines()
+    assert empty.endswith(": 1 folder without images, so no class of that name: dog")
+    assert left_out.startswith("fastplastic: warning: 5 of 18 images cannot be read and are left")
+    assert left_out.count(".png (no image)") == 3 and left_out.endswith(", ...")
+    # Beside a plan the images are read for the loss.
+    more = (*small, "-q", "--criterion", "random", "--ratio", "0.1", "-o", "plan.json")
+    assert run("plan", "test_resnet", *more).code == 0
+    outcome = run("reinit", "test_resnet", *small, "--plan", "plan.json", "--dry-run", "-q")
+    assert outcome.code == 0 and outcome.error.count("5 of 18 images cannot be read") == 1

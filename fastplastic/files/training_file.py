@@ -133,10 +133,13 @@ def save_torch(
     """Write a PyTorch file; the arguments are those of `TrainingFile.save`."""
     with atomic_write(path, force) as temporary:
         try:
-            torch.save(content, temporary)
-        except RuntimeError as error:  # torch's own writer, as of a full disk
-            reason = str(error).partition("\n")[0][:200]
-            raise FileError(f"{path}: cannot be written ({reason}): free space?") from error
+            with temporary.open("wb") as file:
+                torch.save(content, file)
+        except RuntimeError as error:
+            # What torch's own writer makes of a full disk; it leaves out why.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
         replacing()
 
 
