@@ -35,11 +35,12 @@ class Watch:
     def __init__(self) -> None:
         self.received = 0
         signal.signal(signal.SIGTERM, terminate)
+        if os.name != "posix":
+            return  # there only sockets can be woken
         self._read, write = os.pipe()
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=_forget)
+        os.register_at_fork(after_in_child=_forget)
         threading.Thread(target=self._wait, daemon=True).start()
 
     def leave(self, code: int) -> NoReturn:

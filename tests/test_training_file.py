@@ -176,13 +176,18 @@ def test_a_full_disk(tmp_path, monkeypatch):
     file, opened = TrainingFile(tmp_path / "a.pth", model), Path.open
 
     class Full(io.RawIOBase):
-        """Takes nothing."""
+        """Takes a few bytes."""
+
+        left = 500
 
         def writable(self):
             return True
 
         def write(self, content):
-            raise OSError(28, "No space left on device")
+            if self.left < len(content):
+                raise OSError(28, "No space left on device")
+            self.left -= len(content)
+            return len(content)
 
     monkeypatch.setattr(
         Path, "open", lambda path, mode="r": Full() if mode == "wb" else opened(path, mode)
