@@ -220,8 +220,8 @@ def _facts(
     ]
     if loaded.weights == "random":
         text = (
-            "the weights are not trained; where timm starts the last norm of a block at zero, its "
-            "layer shows as dead and the layers before it get no gradient"
+            "the weights are not trained; where the last norm of a block starts at zero, as in "
+            "timm, its layer shows as dead and the layers before it get no gradient"
         )
         pairs.append(("note", text))
     if loaded.head:

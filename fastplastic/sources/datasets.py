@@ -87,6 +87,8 @@ def _existing(name: str) -> str:
     if path.is_dir() or (path.is_file() and path.suffix == ".tar"):
         return str(path)
     what = "is a file" if path.exists() else "no such folder"
+    if path.suffix.lower() in (".txt", ".jsonl", ".ndjson"):
+        what += ", and the model takes images, no texts"
     raise FileError(f"{name}: {what}, {_CHOICES}: check the path")
 
 

@@ -39,7 +39,7 @@ def from_folder(request: ModelRequest) -> LoadedModel:
     _check_arguments(request, folder)
     with hf.quiet_transformers():
         config = _changed(request, folder, hf.config_of(folder))
-        texts = None if folder.task == "images" else _texts(folder, config)
+        texts = None if folder.task == "images" else _texts(request, folder, config)
         automatic = hf.model_class(folder, config)
         if request.wants_pretrained:
             loaded = _pretrained(request, folder, automatic, config)
@@ -121,8 +121,7 @@ def _pretrained(
     lacking = sorted(found.fresh)
     if request.num_classes is not None and lacking:
         lacking = [name for name in lacking if not _of_head(found.model, name)]
-        had = len(folder.config.get("id2label") or {}) or 2
-        head = fresh_head(request.num_classes, None if folder.is_headless else had)
+        head = fresh_head(request.num_classes, _classes(folder))
     elif folder.task == "encoder" and all("pooler" in name for name in lacking):
         head, lacking = "" if not lacking else "the pooler is random: the weights have none", []
     if lacking:
@@ -134,13 +133,31 @@ def _pretrained(
     return LoadedModel(found.model, request.name, "pretrained", head=head)
 
 
+def _labels(config: Any) -> dict[str, int]:
+    """Return {name of a class: number}; where only one of the two mappings was written, by that."""
+    found = {str(name): int(number) for number, name in (config.id2label or {}).items()}
+    written = {str(name): int(number) for name, number in (config.label2id or {}).items()}
+    plain = all(name == f"LABEL_{number}" for name, number in found.items())
+    if plain and sorted(written.values()) == list(range(config.num_labels)):
+        found = written
+    return dict(sorted(found.items(), key=lambda pair: pair[1]))
+
+
+def _classes(folder: ModelFolder) -> int | None:
+    """Return the number of classes that the weights of a folder have, or None without a head."""
+    if not folder.architecture.endswith("Classification"):
+        return None
+    # Two are not written down.
+    return len(folder.config.get("id2label") or "ab")
+
+
 def _of_head(model: nn.Module, name: str) -> bool:
     """Tell whether a parameter is of what stands on the base of a model."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     return not name.startswith(prefix) or "pooler" in name
 
 
-def _texts(folder: ModelFolder, config: Any) -> TextTask:
+def _texts(request: ModelRequest, folder: ModelFolder, config: Any) -> TextTask:
     tokenizer = hf.tokenizer_of(folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -158,11 +175,9 @@ def _texts(folder: ModelFolder, config: Any) -> TextTask:
         )
     limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
     longest = min((x for x in limits if x is not None and 0 < x < _NO_LIMIT), default=_NO_LIMIT)
-    labels: dict[str, int] = {}
-    if folder.task == "texts":
-        names = dict(config.id2label)
-        labels = {str(names.get(i, i)): i for i in range(config.num_labels)}
-    return TextTask(folder.name, folder.task, tokenizer, labels, longest)
+    labels = _labels(config) if folder.task == "texts" else {}
+    named = request.num_classes is None or _classes(folder) == request.num_classes
+    return TextTask(folder.name, folder.task, tokenizer, labels, named, longest)
 
 
 def _image_config(request: ModelRequest, folder: ModelFolder, config: Any) -> dict[str, Any]:

@@ -55,11 +55,6 @@ class ModelFolder:
         return tuple(self.path / str(name) for name in sorted(set(parts.values())))
 
     @property
-    def is_headless(self) -> bool:
-        """Whether the weights have no classifier of texts or images."""
-        return not self.architecture.partition("For")[1]
-
-    @property
     def architecture(self) -> str:
         """The class of the model."""
         return str(self.config["architectures"][0])

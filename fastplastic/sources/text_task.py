@@ -30,6 +30,7 @@ class TextTask:
         task: "texts" for classes, "causal" for the next token, "encoder" for features alone.
         tokenizer: Of the model's folder.
         labels: {name of a class: number}, in order.
+        named: Whether these names are those of the classes; those of a fresh head stand for none.
         longest: Tokens of a text that the model takes at most.
     """
 
@@ -37,12 +38,12 @@ class TextTask:
     task: FolderTask
     tokenizer: Any
     labels: Mapping[str, int]
+    named: bool
     longest: int
 
     def example(self) -> dict[str, Tensor]:
         """Return two short texts, to trace the model with."""
-        encoded = self.encode(["one text", "another text, which is longer"], self.longest)
-        return encoded
+        return self.encode(["one text", "another text, which is longer"], self.longest)
 
     def encode(self, texts: Sequence[str], length: int) -> dict[str, Tensor]:
         """Return the model's arguments [texts, tokens], padded to the longest of the texts."""
@@ -51,9 +52,19 @@ class TextTask:
         )
         return {key: found[key] for key in self.tokenizer.model_input_names if key in found}
 
-    def number_of(self, line: TextLine) -> int:
-        """Return the number of a text's class; FileError where the model has none such."""
-        known = self.labels.get(line.label) if isinstance(line.label, str) else line.label
+    def numbers_of(self, lines: Sequence[TextLine]) -> list[int]:
+        """Return the number of each text's class; FileError where the model has none such.
+
+        The outputs of a fresh head are given to the names that are found, in alphabetical order.
+        """
+        names = sorted({line.label for line in lines if isinstance(line.label, str)})
+        own = self.labels
+        if not self.named and 0 < len(names) <= len(own):
+            own = {name: number for number, name in enumerate(names)}
+        return [self._number_of(line, own) for line in lines]
+
+    def _number_of(self, line: TextLine, own: Mapping[str, int]) -> int:
+        known = own.get(line.label) if isinstance(line.label, str) else line.label
         if known is None or not 0 <= known < len(self.labels):
             names = ", ".join(list(self.labels)[:5]) + ", ..." * (len(self.labels) > 5)
             raise FileError(
@@ -126,7 +137,7 @@ class _TextJob:
     def classes(self, lines: list[TextLine]) -> DataSource:
         """Return the source for a classifier."""
         labelled, classes = lines[0].label is not None, len(self.texts.labels)
-        numbers = [self.texts.number_of(line) for line in lines] if labelled else None
+        numbers = self.texts.numbers_of(lines) if labelled else None
         chosen = self._chosen(lines, numbers)
 
         def make() -> Iterator[Any]:
@@ -187,7 +198,7 @@ class _TextJob:
                 mask = torch.ones_like(block)
                 yield {"input_ids": block, "attention_mask": mask, "labels": block}
 
-        says = f"blocks of {length} tokens from its begin"
+        says = f"{number} block{'s' * (number > 1)} of {length} tokens, from its beginning"
         return self._source(number, 0, labelled=True, make=make, says=says)
 
     def _chosen(self, lines: list[TextLine], numbers: list[int] | None) -> list[int]:

@@ -134,12 +134,21 @@ def tokenizer_of(folder: ModelFolder) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder.path, **_LOCAL)
+        found = AutoTokenizer.from_pretrained(folder.path, **_LOCAL)
     except Exception as error:  # of many kinds, by what is missing
-        raise FileError(
-            f"{folder.name}: has no tokenizer that can be loaded ({reason(error)}), expected "
-            "tokenizer.json and tokenizer_config.json beside the model: add them"
-        ) from error
+        raise _no_tokenizer(folder, reason(error)) from error
+    own = set(found.vocab_files_names.values())
+    # Without its files some make one that knows no word.
+    if own and not any((folder.path / name).is_file() for name in own | {"tokenizer.json"}):
+        raise _no_tokenizer(folder, "none of its files is there")
+    return found
+
+
+def _no_tokenizer(folder: ModelFolder, why: str) -> FileError:
+    return FileError(
+        f"{folder.name}: has no tokenizer that can be loaded ({why}), expected tokenizer.json and "
+        "tokenizer_config.json beside the model: add them"
+    )
 
 
 @contextmanager
