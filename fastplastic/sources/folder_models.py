@@ -133,13 +133,13 @@ def _pretrained(
     return LoadedModel(found.model, request.name, "pretrained", head=head)
 
 
-def _labels(config: Any) -> dict[str, int]:
-    """Return {name of a class: number}; where only one of the two mappings was written, by that."""
-    found = {str(name): int(number) for number, name in (config.id2label or {}).items()}
-    written = {str(name): int(number) for name, number in (config.label2id or {}).items()}
-    plain = all(name == f"LABEL_{number}" for name, number in found.items())
-    if plain and sorted(written.values()) == list(range(config.num_labels)):
-        found = written
+def _labels(folder: ModelFolder, config: Any) -> dict[str, int]:
+    """Return {name of a class: number}, by whichever of the two mappings is written down."""
+    found = {str(config.id2label.get(i, i)): i for i in range(config.num_labels)}
+    written = folder.config.get("label2id")
+    if "id2label" not in folder.config and isinstance(written, dict):
+        if sorted(written.values()) == list(found.values()):
+            found = {str(name): int(number) for name, number in written.items()}
     return dict(sorted(found.items(), key=lambda pair: pair[1]))
 
 
@@ -175,7 +175,7 @@ def _texts(request: ModelRequest, folder: ModelFolder, config: Any) -> TextTask:
         )
     limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
     longest = min((x for x in limits if x is not None and 0 < x < _NO_LIMIT), default=_NO_LIMIT)
-    labels = _labels(config) if folder.task == "texts" else {}
+    labels = _labels(folder, config) if folder.task == "texts" else {}
     named = request.num_classes is None or _classes(folder) == request.num_classes
     return TextTask(folder.name, folder.task, tokenizer, labels, named, longest)
 
