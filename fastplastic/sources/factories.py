@@ -35,7 +35,8 @@ def from_factory(request: ModelRequest) -> LoadedModel:
             model does not run on images.
         FileError: The checkpoint does not fit.
     """
-    factory = _find(request.name)
+    with seeded(request.seed):  # modules may draw too, when they are imported
+        factory = _find(request.name)
     arguments = dict(request.model_kwargs) | _taken(factory, request)
     model = _called(request, factory, arguments)
     config = dict(getattr(model, "pretrained_cfg", None) or IMAGENET)

@@ -6,6 +6,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from fastplastic.sources.transformers import quiet_transformers
+
 WORDS = "a the cat dog sat ran on mat fast slow good bad".split()
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[EOS]"}
 VOCABULARY = {word: i for i, word in enumerate([*SPECIAL.values(), *WORDS])}
@@ -69,7 +71,8 @@ def save_folder_model(folder, kind, *, dtype=torch.float32, shard="50GB", **more
     torch.manual_seed(1)
     model = KINDS[kind](**more).to(dtype).eval()
     torch.set_rng_state(state)
-    model.save_pretrained(folder, max_shard_size=shard)
+    with quiet_transformers():
+        model.save_pretrained(folder, max_shard_size=shard)
     if kind in ("classifier", "encoder", "causal"):
         save_tokenizer(folder)
     else:
