@@ -145,7 +145,8 @@ def test_finetune_models_of_images(run, tmp_path, mine, name):
     probe = ("--no-probe-first",) if name[0] == "t" else ()
     outcome = run(
         "finetune", name, "--data", "sample", "--epochs", "1", "--evals", "1", "--no-aug", "-o",
-        "t.safetensors", "--ratio", "0.1", "--mixup", "0.2", "--profile-images", "32", *options, *probe,
+        "t.safetensors", "--ratio", "0.1", "--mixup", "0.2", "--profile-images", "32",
+        *options, *probe,
     )  # fmt: skip
     assert outcome.code == 0, outcome.error
     classes = ("--num-classes", "10")
