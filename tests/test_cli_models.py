@@ -214,7 +214,11 @@ def test_models_of_texts_are_not_fine_tuned(run, tmp_path, nothing_slow, command
             2,
             "--data sample: hf:m takes texts, expected a text file with one text a line",
         ),
-        (("hf:v", "--data", "a.txt"), 3, "a.txt: is a file, and the model takes images, no texts,"),
+        (
+            ("hf:v", "--data", "a.txt"),
+            3,
+            "hfds/NAME: the model takes images, and texts are for models of",
+        ),
         (
             ("hf:v", "--max-length", "8"),
             2,

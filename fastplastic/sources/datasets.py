@@ -87,9 +87,10 @@ def _existing(name: str) -> str:
     if path.is_dir() or (path.is_file() and path.suffix == ".tar"):
         return str(path)
     what = "is a file" if path.exists() else "no such folder"
+    way = "check the path"
     if path.suffix.lower() in (".txt", ".jsonl", ".ndjson"):
-        what += ", and the model takes images, no texts"
-    raise FileError(f"{name}: {what}, {_CHOICES}: check the path")
+        way = "the model takes images, and texts are for models of texts (hf:FOLDER)"
+    raise FileError(f"{name}: {what}, {_CHOICES}: {way}")
 
 
 def class_names_of(holder: Any) -> tuple[str, ...] | None:
