@@ -28,6 +28,13 @@ def test_the_kernels_are_used_as_shown():
     ]
 
 
+def test_models_that_return_no_logits_are_used_as_shown():
+    names = run("models.md")
+    assert names["profile"].coverage.skipped == ()
+    names = run("models.md", 1, names)
+    assert any("could not be traced" in note for note in names["profile"].notes)
+
+
 def test_a_recycler_is_used_as_shown(capsys):
     names = run("training.md")
     recycler = names["recycler"]

@@ -88,7 +88,7 @@ def _existing(name: str) -> str:
         return str(path)
     what = "is a file" if path.exists() else "no such folder"
     way = "check the path"
-    if path.suffix.lower() in (".txt", ".jsonl", ".ndjson"):
+    if path.is_file() and path.suffix.lower() in (".txt", ".jsonl", ".ndjson"):
         way = "the model takes images, and texts are for models of texts (hf:FOLDER)"
     raise FileError(f"{name}: {what}, {_CHOICES}: {way}")
 
