@@ -11,7 +11,14 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification, 
 
 import fastplastic
 from fastplastic.errors import FileError, InputError
-from fastplastic.sources import InputShape, batches, create_model, save_model, text_batches
+from fastplastic.sources import (
+    InputShape,
+    batches,
+    create_model,
+    put_head,
+    save_model,
+    text_batches,
+)
 
 KINDS = ["classifier", "encoder", "causal", "vit", "resnet"]
 
@@ -119,6 +126,21 @@ def test_a_head_for_other_classes(tmp_path, kind, had):
     assert same(again.model, loaded.model)
 
 
+def test_a_head_that_is_put_on_is_in_the_configuration(tmp_path):
+    save_folder_model(tmp_path / "m", "resnet")
+    model = create_model(f"hf:{tmp_path / 'm'}").model
+    put_head(model, 6, seed=0)
+    assert model.num_classes == model.num_labels == model.config.num_labels == 6
+    assert model(torch.rand(1, 3, 16, 16)).logits.shape == (1, 6)
+
+
+def test_a_masked_language_model_gets_a_classifier(tmp_path):
+    save_folder_model(tmp_path / "m", "masked")
+    loaded = create_model(f"hf:{tmp_path / 'm'}", num_classes=3)
+    assert type(loaded.model).__name__ == "BertForSequenceClassification"
+    assert loaded.head == "fresh, of 3 classes: the weights have none"
+
+
 def test_a_new_head_is_given_the_names_that_are_found(tmp_path):
     save_folder_model(tmp_path / "m", "classifier")
     loaded = create_model(f"hf:{tmp_path / 'm'}", num_classes=3)
@@ -149,13 +171,14 @@ def test_a_file_can_take_the_place_of_the_folder_s(tmp_path):
     before = load_file(weights)
     assert "lm_head.weight" not in before  # tied
     before["model.layers.0.rotary.inv_freq"] = torch.arange(3.0)  # of an older version
+    before["model.norm.weight"] = before["model.norm.weight"].half()
     save_file(before, weights, {"format": "pt"})
     loaded = create_model(f"hf:{tmp_path / 'm'}")
     with torch.no_grad():
         loaded.model.model.layers[0].mlp.up_proj.weight.mul_(2)
     save_model(tmp_path / "a.safetensors", loaded, force=False)
     after = load_file(tmp_path / "a.safetensors")
-    assert after.keys() == before.keys()
+    assert {x: after[x].dtype for x in after} == {x: before[x].dtype for x in before}
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert changed == ["model.layers.0.mlp.up_proj.weight"]
     weights.write_bytes((tmp_path / "a.safetensors").read_bytes())

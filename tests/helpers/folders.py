@@ -39,6 +39,10 @@ def _encoder():
     return transformers.BertModel(transformers.BertConfig(**_TEXTS))
 
 
+def _masked():
+    return transformers.BertForMaskedLM(transformers.BertConfig(**_TEXTS))
+
+
 def _causal():
     config = transformers.LlamaConfig(**_TEXTS, eos_token_id=2, tie_word_embeddings=True)
     return transformers.LlamaForCausalLM(config)
@@ -61,7 +65,7 @@ def _resnet():
 
 KINDS = {
     "classifier": _classifier, "encoder": _encoder, "causal": _causal, "vit": _vit,
-    "resnet": _resnet,
+    "resnet": _resnet, "masked": _masked,
 }  # fmt: skip
 
 
@@ -73,7 +77,7 @@ def save_folder_model(folder, kind, *, dtype=torch.float32, shard="50GB", **more
     torch.set_rng_state(state)
     with quiet_transformers():
         model.save_pretrained(folder, max_shard_size=shard)
-    if kind in ("classifier", "encoder", "causal"):
+    if kind in ("classifier", "encoder", "causal", "masked"):
         save_tokenizer(folder)
     else:
         size = {"height": 16, "width": 16}
