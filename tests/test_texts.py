@@ -1,6 +1,7 @@
 """Texts from a file, as batches of a model."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -92,6 +93,15 @@ def test_causal_models_read_blocks_in_the_file_s_order(models, tmp_path):
     assert len(list(few)) == few.samples == 2
     short = source_of(models["causal"], tmp_path / "a.txt", max_length=32)
     assert next(iter(short))["input_ids"].shape == (1, 12)
+
+
+def test_a_long_text_of_a_causal_model_is_cut_into_blocks_in_silence(
+    models, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    (tmp_path / "a.txt").write_text("cat " * 100)
+    source = source_of(models["causal"], tmp_path / "a.txt")
+    assert source.samples == 3 and not caplog.records
 
 
 def test_the_loss_of_a_causal_model_is_its_own(models, tmp_path):

@@ -91,7 +91,6 @@ def _changed(request: ModelRequest, folder: ModelFolder, config: Any) -> Any:
             "images are repeated to them): leave it out"
         )
     with refusing(request.name, changes):
-        # None means the number of names of classes, which may be the same.
         for key, value in changes.items():
             setattr(config, key, value)
     if folder.task == "texts" and (config.num_labels < 2 or _many_labels(config)):

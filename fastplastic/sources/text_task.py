@@ -183,7 +183,8 @@ class _TextJob:
         tokens: list[int] = []
         end = self.texts.tokenizer.eos_token_id
         for line in lines:
-            own = self.texts.tokenizer(line.text)["input_ids"]
+            # Not verbose: it would warn that a text is long, and blocks are not.
+            own = self.texts.tokenizer(line.text, verbose=False)["input_ids"]
             tokens += own if end is None or own[-1:] == [end] else [*own, end]
             if wanted is not None and len(tokens) >= wanted:
                 break
@@ -243,7 +244,7 @@ class _MeanHead:
         mask, labels = targets
         hidden = output.last_hidden_state.float()
         weight = mask.unsqueeze(-1).to(hidden.dtype)
-        mean = (hidden * weight).sum(1) / weight.sum(1)
+        mean = (hidden * weight).sum(1) / weight.sum(1).clamp_min(1)
         return cross_entropy(linear(mean, self._weights.to(mean.device)), labels)
 
     @cached_property
