@@ -181,6 +181,10 @@ class ProfileOptions(GateOptions, MeasureOptions):
         Path | None,
         option("--html", panel=_OUTPUT, metavar="FILE", help="Write a page to read and pass on."),
     ] = None
+    plot: Annotated[
+        Path | None,
+        option("--plot", panel=_OUTPUT, metavar="FILE", help="Draw all layers: .png or .svg."),
+    ] = None
     force: Annotated[
         bool, option("--force", panel=_OUTPUT, help="Overwrite a file that exists.")
     ] = False
@@ -189,8 +193,9 @@ class ProfileOptions(GateOptions, MeasureOptions):
         """Refuse what needs no model to be refused: InputError or FileError."""
         super().check()
         check_suffix("--html", self.html, ".html", ".htm")
-        inputs = [self.checkpoint]
-        check_outputs([self.json, self.csv, self.html], force=self.force, inputs=inputs)
+        check_suffix("--plot", self.plot, ".png", ".svg")
+        outputs = [self.json, self.csv, self.html, self.plot]
+        check_outputs(outputs, force=self.force, inputs=[self.checkpoint])
 
 
 @dataclass(frozen=True, kw_only=True)

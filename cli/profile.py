@@ -10,6 +10,7 @@ from fastplastic.cli.gates import enforce, said
 from fastplastic.cli.options import ProfileOptions
 from fastplastic.cli.outputs import STDOUT, write_csv, write_json
 from fastplastic.cli.parsing import typed
+from fastplastic.cli.plot import require_matplotlib
 from fastplastic.cli.session import Measured, measure, norms_of_other_data, precision
 from fastplastic.cli.terminal import can_print, console, follow, progress
 
@@ -30,6 +31,8 @@ def run(options: ProfileOptions) -> None:
     options.check()
     gates = parse_gates(options.fail_if, change=False)
     digest = None
+    if options.plot:
+        require_matplotlib()
     if options.html:
         from fastplastic.cli.page import DataDigest, require_jinja2
 
@@ -69,6 +72,12 @@ def _write(
         from fastplastic.measure import flat_rows
 
         write_csv(options.csv, flat_rows(schema["layers"]), force=options.force)
+    if options.plot:
+        from fastplastic.cli.profile_plot import draw_profile
+
+        title = f"{schema['model']}, weights {schema['weights']}; data {schema['data']}, "
+        title += f"{schema['samples']:,} samples, {schema['mode']} mode"
+        draw_profile(schema["layers"], title, options.plot, force=options.force)
 
 
 def _write_page(
