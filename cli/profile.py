@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastplastic.cli.following import after_profile
@@ -25,7 +26,7 @@ def run(options: ProfileOptions) -> None:
     Runs batches forward and backward, changes nothing, and tells for every layer how many units
     are dead, frozen or dormant, and how far their activation functions are saturated.
     """
-    from fastplastic.comparison import check_gates, parse_gates
+    from fastplastic.comparison import check_gates, check_patterns, parse_gates
     from fastplastic.files import figures_of
 
     options.check()
@@ -41,6 +42,7 @@ def run(options: ProfileOptions) -> None:
     measured = measure(
         options, pretrained=options.pretrained, ranks=options.ranks,
         watch=digest.watch if digest else None,
+        check=partial(check_patterns, gates) if any(gate.pattern for gate in gates) else None,
     )  # fmt: skip
     schema = measured.profile.to_dict(
         model=options.model, weights=measured.loaded.weights, data=measured.source.name

@@ -1,6 +1,6 @@
 """What the commands share: the model, the data and the device that options name, and a profile."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,10 +17,12 @@ from fastplastic.errors import FileError, InputError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from fastplastic import Plan, Profile
     from fastplastic.model import LentHead
     from fastplastic.sources import DataSource, LoadedModel
+    from fastplastic.wiring import UnitGraph
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,8 +154,12 @@ def measure(
     gradients: bool = False,
     ranks: bool = False,
     watch: "Callable[[DataSource], DataSource] | None" = None,
+    check: Callable[[Sequence[str]], None] | None = None,
 ) -> Measured:
-    """Load model and data, and profile the one on the other, or on what `watch` makes of it."""
+    """Load model and data, and profile the one on the other, or on what `watch` makes of it.
+
+    What `check` refuses, by the names of the layers, is refused before anything is measured.
+    """
     with waiting(f"loading {options.model}", quiet=options.quiet):
         import torch
 
@@ -179,9 +185,27 @@ def measure(
             model, source, gradients=gradients, ranks=ranks, progress=done, lent_head=lent,
             sample_positions=options.sample_positions, backward=source.labelled,
             loss_fn=source.loss_fn,
+            example_inputs=None if check is None else _checked_wiring(model, source, check),
         )  # fmt: skip
     warn_of_left_out(source)
     return Measured(loaded, profile, source, _facts(options, loaded, source, profile))
+
+
+def _checked_wiring(
+    model: "nn.Module", source: "DataSource", check: Callable[[Sequence[str]], None]
+) -> "UnitGraph | None":
+    """Return the wiring of a model whose layers pass a check; None without a batch to trace."""
+    from fastplastic.graph import build_graph
+    from fastplastic.model import read_batches, undisturbed
+
+    # Which restores the random state too: reading draws from it.
+    with undisturbed(model):
+        first = next(read_batches(source, next(model.parameters()).device), None)
+        if first is None:
+            return None
+        graph = build_graph(model, first.example())
+    check([layer.name for layer in graph.layers])
+    return graph
 
 
 def _loaded(options: DataOptions, *, pretrained: bool | None) -> "tuple[LoadedModel, DataSource]":

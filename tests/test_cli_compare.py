@@ -2,16 +2,20 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.compared import a_layer, a_profile, written
 from helpers.profiled import data, net
 from helpers.program import MODEL, SMALL, refused
 
 from fastplastic import profile
+from fastplastic.errors import InputError
+from fastplastic.sources import DataSource
 
 
 @pytest.fixture
@@ -223,7 +227,49 @@ def test_gates_of_profile(run):
     printed = run("profile", *SMALL, "--fail-if", "layer*:dormant>=0", "--json", "-")
     assert printed.code == 4
     assert not json.loads(printed.output)["gates"][0]["passed"]
-    refused(run("profile", *SMALL, "--fail-if", "head*:dead>0"), 2, "no layer like 'head*' among")
+
+
+def test_a_pattern_that_matches_no_layer_is_refused_before_anything_is_measured(run, monkeypatch):
+    def measure(*arguments, **options):
+        raise AssertionError("it was measured")
+
+    monkeypatch.setattr("fastplastic.profile", measure)
+    for gate in ("head*:dead>0", "layer1.0.conv:dead>0"):
+        outcome = run("profile", *SMALL, "--fail-if", "conv1.0:dead>9%", "--fail-if", gate)
+        pattern = gate.partition(":")[0]
+        refused(outcome, 2, f"--fail-if {gate!r}: no layer like {pattern!r} among")
+    assert "did you mean layer1.0.conv" in outcome.error
+
+
+def test_looking_for_layers_first_changes_no_figure(run):
+    common = ["profile", *SMALL, "-q"]
+    assert run(*common, "--json", "a.json", "--html", "a.html").code == 0
+    gate = ("--fail-if", "conv1.*:dead>100%")
+    assert run(*common, "--json", "b.json", "--html", "b.html", *gate).code == 0
+    first, second = (json.loads(Path(name).read_text()) for name in ("a.json", "b.json"))
+    assert second.pop("gates")[0]["passed"]
+    assert first == second
+    digests = [re.findall("sha256 [0-9a-f]{64}", Path(x).read_text()) for x in ("a.html", "b.html")]
+    assert digests[0] == digests[1] and len(digests[0]) == 1
+
+
+def test_looking_for_layers_first_draws_nothing(run, monkeypatch):
+    """What a model draws while it is measured, in dropout for one, is the same with and without."""
+    states, read = [], DataSource.__iter__
+
+    def drawing(source):
+        torch.rand(1)
+        return read(source)
+
+    def measure(*arguments, **options):
+        states.append(torch.get_rng_state())
+        raise InputError("enough")
+
+    monkeypatch.setattr(DataSource, "__iter__", drawing)
+    monkeypatch.setattr("fastplastic.profile", measure)
+    run("profile", *SMALL)
+    run("profile", *SMALL, "--fail-if", "conv1.*:dead>100%")
+    assert torch.equal(*states)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +277,7 @@ def test_gates_of_profile(run):
     [
         ("dead", "--fail-if 'dead': expected [change:][PATTERN:]METRIC>NUMBER, or >=, <, <=, with"),
         ("change:dead>0.1", "there is one profile only: use fastplastic compare"),
+        ("conv*:dormnt>5%", "no metric 'dormnt' among 6: did you mean dormant?"),
     ],
 )
 def test_gates_of_profile_are_read_before_anything_slow(run, nothing_slow, gate, text):

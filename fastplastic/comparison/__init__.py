@@ -1,6 +1,6 @@
 """What changed from one profile to another, and the conditions that it has to meet."""
 
-from fastplastic.comparison.gates import Gate, GateResult, check_gates, parse_gates
+from fastplastic.comparison.gates import Gate, GateResult, check_gates, check_patterns, parse_gates
 from fastplastic.comparison.metrics import MEANS, METRICS, SHARES
 from fastplastic.comparison.record import (
     ComparedProfile,
@@ -25,6 +25,7 @@ __all__ = [
     "TotalChange",
     "UnmatchedLayer",
     "check_gates",
+    "check_patterns",
     "compare",
     "compare_figures",
     "parse_gates",

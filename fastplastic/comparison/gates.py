@@ -174,6 +174,13 @@ def _refused(expression: str, why: str) -> InputError:
     return InputError(f"--fail-if {expression!r}: {why}")
 
 
+def check_patterns(gates: Iterable[Gate], names: Sequence[str]) -> None:
+    """Raise InputError where a pattern matches none of these names of layers."""
+    for gate in gates:
+        if gate.pattern is not None:
+            _like(gate, names)
+
+
 def check_gates(
     gates: Iterable[Gate], profiles: Sequence[ProfileFigures]
 ) -> tuple[GateResult, ...]:
@@ -215,8 +222,12 @@ def _check_layers(gate: Gate, ends: Sequence[ProfileFigures]) -> GateResult:
 
 def _matching(gate: Gate, ends: Sequence[ProfileFigures]) -> list[str]:
     """Return the names of the layers that a pattern is about: for a change, those in both."""
+    return _like(gate, [name for name in ends[-1].by_name if name in ends[0].by_name])
+
+
+def _like(gate: Gate, names: Sequence[str]) -> list[str]:
+    """Return those of the names that match the pattern; InputError where none does."""
     assert gate.pattern is not None
-    names = [name for name in ends[-1].by_name if name in ends[0].by_name]
     matching = [name for name in names if fnmatchcase(name, gate.pattern)]
     if not matching:
         what = "layer in both profiles like" if gate.change else "layer like"
