@@ -2,8 +2,9 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +12,7 @@ from fastplastic.cli.options import ModelOptions
 from fastplastic.cli.parsing import option
 from fastplastic.cli.session import device_of, load
 from fastplastic.cli.terminal import console, waiting
+from fastplastic.cli.wiring_words import NO_SOURCE, TOGETHER, Neighbour, wiring_words
 from fastplastic.errors import InputError, no_such
 
 if TYPE_CHECKING:
@@ -76,56 +78,41 @@ def _graph(options: ExplainOptions) -> "UnitGraph":
 
 def explanation(layer: "UnitLayer", graph: "UnitGraph") -> list[tuple[str, str]]:
     """Return the wiring of a layer in words, as (label, text) pairs."""
+    words = wiring_words(layer, graph.layers)
     facts = [("layer", _what(layer))]
     if layer.tied:
         facts.append(("tied", f"the same weight is that of {', '.join(layer.tied)}"))
     facts.append(("activation", _activation(layer)))
-    readers = [f"{own.name} ({_columns(own.unit_of_column)})" for own in layer.consumers]
-    facts.append(("read by", "; ".join(readers) or "no weight layer through columns of its own"))
-    feeders = [own.name for own in graph.layers if _feeds(own, layer)]
-    facts.append(("reads", ", ".join(feeders) or "no units through columns of its own"))
-    if layer.coupled:
-        members = ", ".join(member.name for member in layer.coupled)
-        facts.append(("together", f"a unit is re-initialised with its rows in {members}"))
-    leads = [own.name for own in graph.layers if layer.name in {m.name for m in own.coupled}]
-    if leads:
-        facts.append(("together", f"units are re-initialised under the name of {', '.join(leads)}"))
-    if layer.transformed:
-        facts.append(("note", "its weight is changed before it is used"))
+    readers = [_listed(words.readers), words.otherwise]
+    facts.append(("read by", "; ".join(filter(None, readers))))
+    facts.append(("reads", _listed(words.sources) or NO_SOURCE))
+    if words.together:
+        facts.append(("together with", f"{_listed(words.together)}: {TOGETHER}"))
     hidden = int(layer.hidden.sum())
     facts.append(("can be reset", f"{hidden:,} of {layer.n_units:,} units"))
-    facts += [("not reset", f"{number:,} units: {why}") for why, number in layer.reasons.items()]
-    if layer.head:
-        facts.append(("head", "it makes the output: nothing that has weights reads its units"))
+    facts += [("not reset", reason) for reason in words.reasons]
+    facts += words.remarks
     if graph.note:
         facts.append(("note", graph.note))
     return facts
 
 
+def _listed(neighbours: Sequence[Neighbour]) -> str:
+    return ", ".join(f"{own.name} ({own.amount})" if own.amount else own.name for own in neighbours)
+
+
 def _what(layer: "UnitLayer") -> str:
     bias = f" and {layer.bias}" if layer.bias else ", without a bias"
-    norm = f"; its norm is {layer.norm}" if layer.norm else ""
     return (
         f"{layer.name}: {layer.kind} with {layer.n_units:,} units, one for each index of dimension "
-        f"{layer.unit_dim} of {layer.weight}{bias}{norm}"
+        f"{layer.unit_dim} of {layer.weight}{bias}"
     )
 
 
 def _activation(layer: "UnitLayer") -> str:
-    unknown = "; ".join(f"unknown of {n:,}: {why}" for why, n in layer.unknown.items())
     sites = dict.fromkeys(f"the {site.where} of {site.module}" for site in layer.z_sites)
     where = f", measured at {', '.join(sites)}" if sites else ""
-    return "; ".join(filter(None, [f"{layer.activation}{where}", unknown]))
-
-
-def _columns(unit_of_column: Any) -> str:
-    known = int((unit_of_column >= 0).sum())
-    return f"{known:,} of its {len(unit_of_column):,} columns"
-
-
-def _feeds(layer: "UnitLayer", reader: "UnitLayer") -> bool:
-    """Tell whether columns of the reader, under any of its names, read units of a layer."""
-    return any(own.name in reader.names for own in layer.consumers)
+    return f"{layer.activation}{where}"
 
 
 def _plain(facts: list[tuple[str, str]]) -> dict[str, list[str]]:

@@ -23,14 +23,18 @@ def test_a_hidden_layer_and_a_stream(run):
     hidden = run("explain", *model, "layer2.0.conv1")
     assert hidden.code == 0 and hidden.error == ""
     words = " ".join(hidden.output.split())
-    assert "its norm is layer2.0.bn1" in words
-    assert "read by layer2.0.conv2 (64 of its 64 columns)" in words or "read by layer2" in words
-    assert "not reset" not in words
+    assert "norm layer2.0.bn1" in words
+    assert "activation relu, measured at the output of layer2.0.bn1" in words
+    assert "read by layer2.0.conv2 (all units)" in words
+    assert "can be reset 48 of 48 units" in words and "not reset" not in words
     stream = json.loads(run("explain", *model, "layer2.0.conv2", "--json").output)
     assert stream["layer"] == "layer2.0.conv2"
-    assert "summed into a residual stream" in stream["not_reset"][0]
+    assert stream["not_reset"] == ["48 units: summed into a residual stream"]
+    assert stream["reads"] == ["layer2.0.conv1 (all units)"]
+    assert stream["read_by"] == ["48 units by no columns of their own"]
     head = json.loads(run("explain", *model, "fc", "--json").output)
-    assert head["head"] == ["it makes the output: nothing that has weights reads its units"]
+    assert head["head"] == ["it makes the output of the network"]
+    assert head["reads"] == ["no unit of its own: the input, a stream, or units that are mixed"]
 
 
 def test_bad_input(run):
@@ -55,11 +59,13 @@ def test_gated_units_name_the_layer_that_they_go_with():
     both = {"gate": lead, "up": member}
     (first,) = [name for name, facts in both.items() if facts["can be reset"] == ["6 of 6 units"]]
     (second,) = set(both) - {first}
-    assert both[first]["together"] == [f"a unit is re-initialised with its rows in {second}"]
-    assert both[second]["together"] == [f"units are re-initialised under the name of {first}"]
-    assert both[first]["read by"] == ["down (6 of its 6 columns)"]
+    assert both[first]["together with"] == [f"{second}: their rows make one unit"]
+    assert both[second]["together with"] == [f"{first}: their rows make one unit"]
+    assert both[second]["not reset"] == [f"6 units: re-initialised together with {first}"]
+    assert both[first]["read by"] == ["down (all units)"]
+    assert both[second]["read by"] == ["6 units by no columns of their own"]
     facts = explained(Net(), torch.randn(2, 4), "down")
-    assert sorted(facts["reads"][0].split(", ")) in (["gate", "up"], [first])
+    assert facts["reads"] == [f"{first} (all units)"]
     assert facts["activation"] == ["relu, measured at the output of down"]
 
 

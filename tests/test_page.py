@@ -112,7 +112,7 @@ def test_wiring_says_what_reads_what_and_why_not(page):
     assert found["wide"][1]["together with"] == ["deep: their rows make one unit"]
     assert found["deep"][1]["together with"] == ["wide: their rows make one unit"]
     assert found["deep"][1]["read by"] == ["narrow (all units)"]
-    assert found["head"][1]["note"] == ["it makes the output of the network"]
+    assert found["head"][1]["head"] == ["it makes the output of the network"]
 
 
 def test_a_layer_of_which_some_units_are_hidden(profile):

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from fastplastic.cli import wiring_words
 from fastplastic.cli.page import charts, tracks
 from fastplastic.cli.page.changes import ChangesView
 from fastplastic.cli.page.view import HEAT, PageView
@@ -54,6 +55,7 @@ def _template(view: PageView | ChangesView) -> tuple[str, dict[str, Any]]:
         return "compare.html", {"frame": tracks.TrackFrame()}
     return "profile.html", {
         "heat_titles": HEAT,
+        "words": wiring_words,
         "chart": charts.HistogramFrame(view.report.tau),
         "diagram": charts.DiagramFrame(view.names),
     }
