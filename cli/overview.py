@@ -202,8 +202,8 @@ def _on_scale(value: float | None, values: Sequence[float]) -> float | None:
 def _bar(share: float | None, figure: str, length: int, plain: bool, style: str = "") -> Text:
     full, empty = ("#", ".") if plain else ("█", "░")
     known = 0.0 if share is None or math.isnan(share) else share
-    # What is there at all is seen.
-    filled = max(round(known * length), 1 if known > 0 else 0)
+    # What is there at all is seen, where there is room for a bar.
+    filled = min(max(round(known * length), 1 if known > 0 else 0), length)
     bar = full * filled + empty * (length - filled)
     return Text.assemble((bar, style), " " if length else "", f"{figure:>8}")
 

@@ -17,9 +17,10 @@ from fastplastic.cli.main import main
 from fastplastic.cli.options import DataOptions, PlanOptions, ProfileOptions, ReinitOptions
 from fastplastic.criteria import CRITERIA, WEIGHT_CRITERIA
 from fastplastic.errors import FileError, GateError, InputError
-from fastplastic.initial import INITIALIZERS
+from fastplastic.initial import INITIALIZERS, SUMMARIES
 from fastplastic.kernels import ACTIVATIONS
 from fastplastic.planning import GRANULARITIES
+from fastplastic.trials import better_than_random
 
 
 def test_help_names_the_commands_and_shows_examples(run):
@@ -160,7 +161,7 @@ def test_choices_are_those_of_the_library():
     assert set(get_args(hints["init"])) == set(INITIALIZERS)
 
 
-def test_list_of_criteria(run):
+def test_list_of_criteria(run, monkeypatch):
     shown = run("list", "criteria")
     assert shown.code == 0
     for rule in (*CRITERIA.values(), *WEIGHT_CRITERIA.values()):
@@ -171,7 +172,28 @@ def test_list_of_criteria(run):
         for granularity in GRANULARITIES
     )
     assert units == list(CRITERIA) and weights == list(WEIGHT_CRITERIA)
-    assert next(e for e in entries if e["name"] == "dormant")["threshold"] == 0.025
+    for entry, rule in zip(entries, (*CRITERIA.values(), *WEIGHT_CRITERIA.values()), strict=True):
+        own = CRITERIA if entry["granularity"] == "unit" else WEIGHT_CRITERIA
+        assert own[entry["name"]] is rule
+        told = [entry[key] for key in ("formula", "source", "needs", "better_than_random")]
+        record = better_than_random(entry["granularity"], rule.name)
+        assert told == [rule.summary, rule.source, rule.needs, record and list(record)]
+    told = {entry["name"]: entry for entry in entries[: len(units)]}
+    assert all(
+        [told[name][key] for key in ("candidates", "threshold", "only")]
+        == [rule.candidate, rule.threshold, rule.only or None]
+        for name, rule in CRITERIA.items()
+    )
+    monkeypatch.setenv("COLUMNS", "400")
+    output = run("list", "criteria").output
+    lines = {
+        line.split()[1]: line.rstrip() for line in output.splitlines() if line.startswith("unit ")
+    }
+    for name, rule in CRITERIA.items():
+        assert rule.summary + (f"; only {rule.only}" if rule.only else "") in lines[name]
+    assert lines["dormant"].split()[3] == "0.025" and lines["random"].split()[3] == "-"
+    wins = better_than_random("unit", "dormant")
+    assert wins and lines["dormant"].endswith("{} of {}".format(*wins))
     refused(run("list", "layers"), 2, "criteria")
     assert [e["name"] for e in json.loads(run("list", "criteria", "dorm*", "--json").output)] == [
         "dormant"
@@ -183,12 +205,19 @@ def test_lists_of_all_else(run):
     assert [law["name"] for law in laws] == list(INITIALIZERS)
     functions = json.loads(run("list", "activations", "--json").output)
     assert [function["name"] for function in functions] == list(ACTIVATIONS)
+    assert all(law["says"] == SUMMARIES[law["name"]] for law in laws)
+    first = run("list", "initializers", "kaiming_u").output.split(maxsplit=1)
+    assert first[0] == "kaiming_uniform" and first[1].strip() == SUMMARIES["kaiming_uniform"]
+    assert "identity  |f'(z)| <= 0.01 nowhere" in run("list", "activations", "identity").output
     relu = run("list", "activations", "relu6").output
     assert "in [-inf, 0] and in [6, inf]" in relu and "gelu" not in relu
     models = run("list", "models", "resnet18*").output.splitlines()
     assert {"resnet18", "resnet18.a1_in1k"} <= set(models)
     assert all(name.startswith("resnet18") for name in models)
     assert "test_resnet" in run("list", "models", "st_resn").output.splitlines()
+    assert run("list", "models", "resnet1[8]").output == "resnet18\n"
+    named = {x["name"]: x["pretrained"] for x in json.loads(run("list", "models", "--json").output)}
+    assert named["resnet18"] and named["resnet18.a1_in1k"] and not named["botnet50ts_256"]
     message = "list models resnet1800: none has such a name: fastplastic list models shows all"
     refused(run("list", "models", "resnet1800"), 2, message)
 

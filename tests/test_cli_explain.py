@@ -7,7 +7,9 @@ from helpers.program import refused
 from torch import nn
 
 from fastplastic.cli.explain import explanation
+from fastplastic.cli.wiring_words import Neighbour, wiring_words
 from fastplastic.graph import build_graph
+from fastplastic.wiring import Consumer, Coupling, Norm, UnitGraph, UnitLayer
 
 
 def explained(model, example, name):
@@ -95,3 +97,67 @@ def test_a_model_that_cannot_be_traced_says_so():
             return self.one(x) if float(x.sum()) > 0 else self.one(-x)
 
     assert "note" in explained(Branch(), torch.randn(2, 4), "one")
+
+
+def a_layer(name, **more):
+    return UnitLayer(
+        name=name, kind="linear", weight=f"{name}.weight", bias=None, unit_dim=1, n_units=4,
+        norm=None, activations=((0, 4, "relu"),), hidden=torch.tensor([True, False, False, False]),
+        **more,
+    )  # fmt: skip
+
+
+LEAD = a_layer(
+    "lead",
+    coupled=(Coupling("alias", torch.tensor([0, 1, -1, -1])),),
+    consumers=(Consumer("other", "other.weight", 1, 1, torch.tensor([0, 0, -1, 2])),),
+    norms=(Norm("bn", torch.arange(4)),), reasons={"query": 2, "key": 1}, unknown={"odd": 3},
+    without_grad=("lead.weight",), head=True, transformed=True,
+)  # fmt: skip
+MEMBER, READER = a_layer("member", tied=("alias",)), a_layer("reader", tied=("other",))
+ALONE = a_layer("alone", coupled=(Coupling("member", torch.arange(4)),))
+LAYERS = (LEAD, MEMBER, READER, ALONE)
+
+
+def test_what_reads_what_is_found_under_every_name_of_a_layer():
+    lead, member, reader, alone = (wiring_words(layer, LAYERS) for layer in LAYERS)
+    assert lead.readers == (Neighbour("other", "2 of 4 units"),) and not lead.sources
+    assert reader.sources == (Neighbour("lead", "2 of 4 units"),) and not reader.readers
+    assert lead.together == (Neighbour("member"),) and not reader.together
+    assert member.together == (Neighbour("lead"), Neighbour("alone"))
+    assert lead.otherwise == "1 units by no columns of their own"
+    assert alone.otherwise == "what reads the rows that they are made with"
+    assert lead.reasons == ("2 units: query", "1 units: key")
+
+
+def test_what_else_is_to_be_known():
+    assert wiring_words(LEAD, LAYERS).remarks == (
+        ("norm", "bn"), ("unknown", "activation function of 3 units: odd"),
+        ("note", "its weight does not learn: lead.weight"),
+        ("head", "it makes the output of the network"),
+        ("note", "its weight is changed before it is used"),
+    )  # fmt: skip
+    assert wiring_words(READER, LAYERS).remarks == ()
+
+
+def test_layers_are_found_by_every_name_and_those_left_out_say_why(run, monkeypatch):
+    graph = UnitGraph(LAYERS, (("odd", "it was never called"),), "it was not traced")
+    monkeypatch.setattr("fastplastic.cli.explain._graph", lambda options: graph)
+    found = json.loads(run("explain", "m", "other", "--json").output)
+    assert found == {
+        "layer": "reader", "tied": ["the same weight is that of other"], "activation": ["relu"],
+        "read_by": ["4 units by no columns of their own"], "reads": ["lead (2 of 4 units)"],
+        "can_be_reset": ["1 of 4 units"], "note": ["it was not traced"],
+    }  # fmt: skip
+    first = run("explain", "m", "lead").output.splitlines()[0]
+    assert first.split(maxsplit=1)[1].rstrip() == (
+        "lead: linear with 4 units, one for each index of dimension 1 of lead.weight, without a "
+        "bias"
+    )
+    assert run("explain", "m", "odd").output == "odd is not measured: it was never called\n"
+
+
+def test_random_weights_do_as_well(run):
+    """No hub is asked for weights that change nothing, and files are looked for before all else."""
+    assert run("explain", "test_resnet", "--img-size", "32", "fc").error == ""
+    refused(run("explain", "none", "fc", "--checkpoint", "a.pth"), 3, "--checkpoint a.pth: no such")
