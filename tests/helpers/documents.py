@@ -1,0 +1,123 @@
+"""What the tests of the pages share: their blocks, and small things in the place of large ones."""
+
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from markdown_it import MarkdownIt
+from safetensors.torch import save_file
+from timm.models.resnet import Bottleneck
+
+from fastplastic.sources.hub import Source
+from helpers.pictures import folder
+
+REPOSITORY = Path(__file__).parents[2]
+PAGES = [
+    "README.md",
+    *sorted(str(path.relative_to(REPOSITORY)) for path in REPOSITORY.glob("docs/**/*.md")),
+]
+# The folder of images that the pages call DIR: three classes of eight images.
+IMAGES, CLASSES = "DIR", ("a", "b", "c")
+# Models that the pages name, and the small ones that are made in their place. They have the same
+# names of layers as far as the pages use them.
+STAND_INS: dict[str, Callable[..., torch.nn.Module]] = {
+    "resnet50": partial(
+        timm.create_model, "test_resnet", block=Bottleneck, layers=(1, 1, 1, 3), channels=(8,) * 4
+    ),
+    "tf_efficientnet_lite0": partial(timm.create_model, "test_efficientnet"),
+}
+# What makes commands shorter and changes nothing else: these are put behind what a page says.
+_LOOK = "--img-size 32 --batches 2 -b 4 --quiet"
+_TRAIN = "--img-size 32 --epochs 1 --evals 1 --profile-images 8 -b 16 --quiet"
+SHORTER = {
+    "profile": _LOOK,
+    "plan": _LOOK,
+    "reinit": _LOOK,
+    "trial": f"{_TRAIN} --seeds 1",
+    "finetune": _TRAIN,
+}
+# Files that a page takes as given, and what makes them.
+_TUNED = {"model": "resnet50", "num_classes": len(CLASSES)}
+_LITE = {"model": "tf_efficientnet_lite0", "num_classes": 1000}
+GIVEN = {
+    "README.md": {"lite0.safetensors": _LITE},
+    "docs/tutorial.md": {"lite0.safetensors": _LITE},
+    "docs/howto/timm.md": {"resnet50-tuned.safetensors": _TUNED},
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of code on a page.
+
+    Attributes:
+        page: Path of the page in the repository.
+        line: Where it begins.
+        language: What is behind the fence; "" for an indented block.
+        text: Its lines.
+    """
+
+    page: str
+    line: int
+    language: str
+    text: str
+
+
+def blocks(page: str) -> list[Block]:
+    """Return all blocks of code on a page, in their order."""
+    parsed = MarkdownIt().parse((REPOSITORY / page).read_text())
+    return [
+        Block(page, token.map[0] + 1, token.info.strip(), token.content)
+        for token in parsed
+        if token.type in ("fence", "code_block")
+    ]
+
+
+def commands(page: str) -> Iterator[list[str]]:
+    """Return the commands of a page as words, in their order; of a workflow, the program's."""
+    for block in blocks(page):
+        lines = block.text.replace("\\\n", " ").splitlines()
+        if block.language == "yaml":
+            lines = [line for line in lines if line.lstrip().startswith("fastplastic ")]
+        elif block.language != "sh":
+            continue
+        for line in lines:
+            words = shlex.split(line, comments=True)
+            while "&&" in words:
+                at = words.index("&&")
+                yield words[:at]
+                words = words[at + 1 :]
+            if words:
+                yield words
+
+
+def replace_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have timm make the small models in the place of those that the pages name.
+
+    Their random weights are taken for those of the hub.
+    """
+    monkeypatch.setattr("fastplastic.sources.models.find_weights", Source)
+    entries = timm.models._registry._model_entrypoints
+    for name, make in STAND_INS.items():
+
+        def entry(pretrained: bool = False, make: Any = make, **options: Any) -> torch.nn.Module:
+            # What says where the weights of the large one are.
+            for key in ("pretrained_cfg", "pretrained_cfg_overlay"):
+                options.pop(key, None)
+            return make(**options)
+
+        monkeypatch.setitem(entries, name, entry)
+
+
+def prepare(page: str, where: Path) -> None:
+    """Write the images and files that a page takes as given."""
+    folder(where / IMAGES, CLASSES)
+    for name, options in GIVEN.get(page, {}).items():
+        model = timm.create_model(options["model"], num_classes=options["num_classes"])
+        save_file(model.state_dict(), where / name)
