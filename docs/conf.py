@@ -27,7 +27,7 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_member_order = "bysource"
 # Frameworks that need not be there for their callbacks to be described.
-autodoc_mock_imports = ["lightning"]
+autodoc_mock_imports = ["lightning", "transformers"]
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 # Attributes are described once: in the docstring of their class.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from helpers.documents import PAGES, REPOSITORY, blocks
+from helpers.documents import PAGES, REPOSITORY, blocks, links
 
 from fastplastic.cli.main import app
 from fastplastic.criteria import CRITERIA, WEIGHT_CRITERIA
@@ -19,6 +19,7 @@ LANGUAGES = {
     "sh": "test_docs_commands.py runs it",
     "yaml": "test_docs_commands.py runs the program's lines of it",
     "python": "test_docs_snippets.py runs it",
+    "diff": "test_one_place_for_each_change.py applies it",
     "text": "what the program printed",
     "{toctree}": "sphinx",
     "{eval-rst}": "sphinx",
@@ -53,7 +54,7 @@ def anchors(path: Path) -> set[str]:
 @pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
 def test_links_lead_somewhere(page):
     path = REPOSITORY / page
-    for link in re.findall(r"\]\(([^)]+)\)", path.read_text()):
+    for link in links(page):
         if link.startswith("http"):
             continue
         name, _, anchor = link.partition("#")

@@ -28,10 +28,6 @@ WARNED = {
     "docs/howto/lightning.md": "few workers, and an old name of torch's",
     "docs/howto/hugging-face.md": "memory cannot be pinned without an accelerator",
 }
-# Snippets that are steps of a change, and the tests that take these steps.
-STEPS = {
-    "docs/extend/": "test_one_place_for_each_change.py",
-}
 # Pages with a test of their own.
 LOOKED_AT = ("docs/kernels.md", "docs/training.md", "docs/plain-pytorch.md")
 
@@ -40,7 +36,7 @@ def python_of(page: str) -> list[Block]:
     return [block for block in blocks(page) if block.language == "python"]
 
 
-WITH_PYTHON = [page for page in PAGES if python_of(page) and not page.startswith(tuple(STEPS))]
+WITH_PYTHON = [page for page in PAGES if python_of(page)]
 
 
 def lacks(block: Block) -> bool:

@@ -1,4 +1,4 @@
-"""Adding a criterion and an activation function by the steps of CONTRIBUTING, in a copy."""
+"""What docs/extend shows how to add, added in a copy."""
 
 import os
 import shutil
@@ -7,48 +7,12 @@ import sys
 from pathlib import Path
 
 import torch
+from helpers.documents import apply_changes
 from torch import nn
 
 import fastplastic
 
 REPOSITORY = Path(__file__).parent.parent
-CRITERION = """        Criterion(
-            "toy", lambda stats, _: stats.mean_abs_h - 1, "small", 0.5, "activations",
-            "a test", "mean abs(h) - 1",
-        ),
-    )
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class WeightCriterion"""
-ENTRY = """    "erf": Activation(
-        torch.erf, flat=((-_INF, -2.173925579136355), (2.173925579136355, _INF)), operators=("erf",)
-    ),
-    "tanh": Activation("""
-NUMBA = """@inline
-def erf(z: Any, slope: Any) -> Any:
-    return _TWO * normal_cdf(z * F(1.4142135)) - _ONE
-
-
-@inline
-def tanh(z"""
-TRITON = """    elif ACTIVATION == "erf":
-        h = tl.erf(z)
-    elif ACTIVATION == "sigmoid":"""
-# A step: the file, what stands there, and what takes its place.
-ADD_CRITERION = [
-    (
-        "fastplastic/criteria.py",
-        "    )\n}  # fmt: skip\n\n\n@dataclass(frozen=True)\nclass WeightCriterion",
-        CRITERION,
-    )
-]
-ADD_ACTIVATION = [
-    ("kernels/activations.py", '    "tanh": Activation(', ENTRY),
-    ("kernels/cpu/functions.py", "@inline\ndef tanh(z", NUMBA),
-    ("kernels/gpu/functions.py", '    elif ACTIVATION == "sigmoid":', TRITON),
-]
 USE_CRITERION = """
 import sys, torch
 from fastplastic import Profile, plan
@@ -56,12 +20,12 @@ from fastplastic.cli.main import main
 from fastplastic.cli.options import PlanOptions
 
 found = Profile.load(sys.argv[1])
-score = found.score("toy")["0"]
-assert torch.equal(score, found["0"].stats.mean_abs_h - 1)
-chosen = plan(found, criterion="toy", threshold=-0.5, max_layer_fraction=1.0)
-assert chosen.count == int((score <= -0.5).sum()) > 0
+score = found.score("spread")["0"]
+assert torch.equal(score, found["0"].stats.std_h / found["0"].stats.mean_abs_h)
+chosen = plan(found, criterion="spread", threshold=1.5, max_layer_fraction=1.0)
+assert chosen.count == int((score <= 1.5).sum()) > 0
 assert main(["list", "criteria"]) == 0
-PlanOptions(model="resnet18", ratio=0.1, criterion="toy").check()
+PlanOptions(model="resnet18", ratio=0.1, criterion="spread").check()
 """
 USE_ACTIVATION = """
 import os, torch
@@ -94,15 +58,56 @@ assert build_graph(Net(), torch.randn(5, 3))["a"].activation == "erf"
 """
 
 
-def copy_with(steps, folder: Path) -> Path:
-    """Return a folder to import a copy of the package from, changed by some steps."""
+USE_RULE = """
+import torch
+from fastplastic.graph import build_graph
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 2, 3)
+
+    def forward(self, x):
+        resize = torch.nn.functional.interpolate
+        return self.b(resize(self.a(x), size=9, mode="bicubic", antialias=True))
+
+
+assert build_graph(Net(), torch.randn(2, 3, 12, 12))["a"].hidden.all()
+"""
+USE_KERNEL = """
+import os, torch
+os.environ["TRITON_INTERPRET"] = "1"
+from fastplastic.kernels import largest
+from fastplastic.kernels.dispatch import kernel_of
+
+for shape in ((1, 1), (37, 101), (3, 300)):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x = torch.randn(shape).to(dtype)
+        x[0, -1] = torch.nan
+        for view in (x, x.T.contiguous().T):
+            for backend in ("pytorch", "numba", "triton"):
+                found = kernel_of(backend, "largest")(view)
+                torch.testing.assert_close(
+                    found, x.double().abs().amax(0), rtol=0, atol=0, equal_nan=True
+                )
+            assert torch.equal(largest(view).nan_to_num(), found.nan_to_num())
+"""
+
+
+def copy_with(pages: dict[str, int], folder: Path) -> Path:
+    """Return a folder to import a copy of the package from, changed as some pages show.
+
+    Args:
+        pages: How many files a page says to change.
+        folder: An empty one.
+    """
     for name in ("fastplastic", "kernels", "cli"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(REPOSITORY / name, folder / name, ignore=ignored)
-    for file, old, new in steps:
-        text = (folder / file).read_text()
-        assert text.count(old) == 1, file
-        (folder / file).write_text(text.replace(old, new))
+    for page, files in pages.items():
+        changed = apply_changes(f"docs/extend/{page}.md", folder)
+        assert len(set(changed)) == files, changed
     for name in ("kernels", "cli"):
         shutil.move(folder / name, folder / "fastplastic" / name)
     return folder
@@ -115,13 +120,15 @@ def run(site: Path, program: str, *arguments: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_a_criterion_takes_one_file(tmp_path):
+def test_a_criterion_and_a_rule_take_one_file_and_a_kernel_one_for_each_backend(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
     batch = torch.randn(50, 3), torch.zeros(50).long()
     fastplastic.profile(model, [batch]).save(tmp_path / "profile")
-    run(copy_with(ADD_CRITERION, tmp_path), USE_CRITERION, str(tmp_path / "profile"))
+    # A kernel takes its public name, in two files, too.
+    site = copy_with({"criterion": 1, "wiring-rule": 1, "kernel": 5}, tmp_path)
+    run(site, USE_KERNEL + USE_RULE + USE_CRITERION, str(tmp_path / "profile"))
 
 
 def test_an_activation_function_takes_an_entry_and_two_expressions(tmp_path):
-    run(copy_with(ADD_ACTIVATION, tmp_path), USE_ACTIVATION)
+    run(copy_with({"activation": 3}, tmp_path), USE_ACTIVATION)

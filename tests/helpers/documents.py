@@ -69,14 +69,24 @@ class Block:
     text: str
 
 
+def _text(page: str) -> str:
+    return (REPOSITORY / page).read_text()
+
+
 def blocks(page: str) -> list[Block]:
     """Return all blocks of code on a page, in their order."""
-    parsed = MarkdownIt().parse((REPOSITORY / page).read_text())
     return [
         Block(page, token.map[0] + 1, token.info.strip(), token.content)
-        for token in parsed
+        for token in MarkdownIt().parse(_text(page))
         if token.type in ("fence", "code_block")
     ]
+
+
+def links(page: str) -> list[str]:
+    """Return where all links and pictures of a page lead."""
+    inside = [token.children or [] for token in MarkdownIt().enable("table").parse(_text(page))]
+    found = [child.attrs.get("href", child.attrs.get("src")) for each in inside for child in each]
+    return [str(link) for link in found if link]
 
 
 def commands(page: str) -> Iterator[list[str]]:
@@ -95,6 +105,35 @@ def commands(page: str) -> Iterator[list[str]]:
                 words = words[at + 1 :]
             if words:
                 yield words
+
+
+def apply_changes(page: str, folder: Path) -> list[str]:
+    """Apply the changes that a page shows to a copy; return the files that they are of.
+
+    A change begins with "+++ FILE", and each of its parts with "@@".
+    """
+    changed = []
+    for block in blocks(page):
+        if block.language == "diff":
+            for change in block.text.split("+++ ")[1:]:
+                file, *parts = change.split("@@\n")
+                changed.append(file.strip())
+                for part in parts:
+                    _apply(part, folder / changed[-1])
+    return changed
+
+
+def _apply(part: str, file: Path) -> None:
+    lines = part.splitlines(keepends=True)
+    old = "".join(line[1:] for line in lines if not line.startswith("+")).rstrip("\n")
+    new = "".join(line[1:] for line in lines).rstrip("\n")
+    if not old:
+        assert not file.exists(), file
+        file.write_text(f"{new}\n")
+        return
+    text = file.read_text()
+    assert text.count(old) == 1, (file, old)
+    file.write_text(text.replace(old, new))
 
 
 def replace_models(monkeypatch: pytest.MonkeyPatch) -> None:
