@@ -19,6 +19,8 @@ version = release = fastplastic.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["__pycache__"]
 myst_heading_anchors = 3
+# Options keep their two dashes.
+smartquotes = False
 html_theme = "furo"
 html_title = f"fastplastic {version}"
 html_show_copyright = False
