@@ -18,6 +18,7 @@ import generated
 LANGUAGES = {
     "sh": "test_docs_commands.py runs it",
     "yaml": "test_docs_commands.py runs the program's lines of it",
+    "toml": "test_docs_commands.py writes it to the file that its first line names",
     "python": "test_docs_snippets.py runs it",
     "diff": "test_one_place_for_each_change.py applies it",
     "text": "what the program printed",

@@ -23,7 +23,8 @@ PAGES = [
     *sorted(str(path.relative_to(REPOSITORY)) for path in REPOSITORY.glob("docs/**/*.md")),
 ]
 # The folder of images that the pages call DIR: three classes of eight images.
-IMAGES, CLASSES = "DIR", ("a", "b", "c")
+# (A file of options names its own.)
+IMAGES, CLASSES = ("DIR", "photos"), ("a", "b", "c")
 # Models that the pages name, and the small ones that are made in their place. They have the same
 # names of layers as far as the pages use them.
 STAND_INS: dict[str, Callable[..., torch.nn.Module]] = {
@@ -49,6 +50,7 @@ GIVEN = {
     "README.md": {"lite0.safetensors": _LITE},
     "docs/tutorial.md": {"lite0.safetensors": _LITE},
     "docs/howto/timm.md": {"resnet50-tuned.safetensors": _TUNED},
+    "docs/reports.md": {"resnet50-tuned.safetensors": _TUNED},
 }
 
 
@@ -155,8 +157,14 @@ def replace_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def prepare(page: str, where: Path) -> None:
-    """Write the images and files that a page takes as given."""
-    folder(where / IMAGES, CLASSES)
+    """Write the images and files that a page takes as given, and the files of options it shows."""
+    for name in IMAGES:
+        folder(where / name, CLASSES)
+    for block in blocks(page):
+        if block.language == "toml":
+            # Its first line says which file it is; there is no GPU where it asks for one.
+            text = block.text.replace('device = "cuda"', 'device = "cpu"')
+            (where / text.splitlines()[0].removeprefix("# ")).write_text(text)
     for name, options in GIVEN.get(page, {}).items():
         model = timm.create_model(options["model"], num_classes=options["num_classes"])
         save_file(model.state_dict(), where / name)
