@@ -11,11 +11,11 @@ import pytest
 from helpers.documents import (
     PAGES,
     REPOSITORY,
-    SHORTER,
     blocks,
     commands,
     prepare,
     replace_models,
+    shorter,
 )
 
 # Commands that are not run here, what is looked at instead, and why.
@@ -49,7 +49,7 @@ def test_the_commands_of_a_page_do_what_it_says(run, monkeypatch, tmp_path, page
         if reason_not_run(words):
             continue
         assert words[0] == "fastplastic", f"{page}: {words} is neither run nor in NOT_RUN"
-        outcome = run(*words[1:], *SHORTER.get(words[1], "").split())
+        outcome = run(*words[1:], *shorter(words))
         expected = GATED if {"--fail-if", "--config"} & set(words) else (0,)
         assert outcome.code in expected, f"{page}: {words}: {outcome.error}"
         for flag in ("-o", "--json", "--html", "--csv", "--plot"):

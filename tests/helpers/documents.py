@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from timm.models.resnet import Bottleneck
 
 from fastplastic.sources.hub import Source
+from helpers.folders import save_folder_model, write_texts
 from helpers.pictures import folder
 
 REPOSITORY = Path(__file__).parents[2]
@@ -36,6 +37,7 @@ STAND_INS: dict[str, Callable[..., torch.nn.Module]] = {
 # What makes commands shorter and changes nothing else: these are put behind what a page says.
 _LOOK = "--img-size 32 --batches 2 -b 4 --quiet"
 _TRAIN = "--img-size 32 --epochs 1 --evals 1 --profile-images 8 -b 16 --quiet"
+_TEXTS = "--batches 2 -b 4"
 SHORTER = {
     "profile": _LOOK,
     "plan": _LOOK,
@@ -43,6 +45,15 @@ SHORTER = {
     "trial": f"{_TRAIN} --seeds 1",
     "finetune": _TRAIN,
 }
+
+
+def shorter(words: list[str]) -> list[str]:
+    """Return what is put behind a command of the program."""
+    if "hf:my-bert" not in words:
+        return SHORTER.get(words[1], "").split()
+    return ["--quiet", *(_TEXTS.split() if "--data" in words else ())]
+
+
 # Files that a page takes as given, and what makes them.
 _TUNED = {"model": "resnet50", "num_classes": len(CLASSES)}
 _LITE = {"model": "tf_efficientnet_lite0", "num_classes": 1000}
@@ -52,6 +63,10 @@ GIVEN = {
     "docs/howto/timm.md": {"resnet50-tuned.safetensors": _TUNED},
     "docs/reports.md": {"resnet50-tuned.safetensors": _TUNED},
 }
+
+# Folders of Hugging Face models, and the texts beside them.
+FOLDERS = {"docs/models.md": {"my-bert": "classifier"}}
+TEXTS = "reviews.jsonl"
 
 
 @dataclass(frozen=True)
@@ -165,6 +180,9 @@ def prepare(page: str, where: Path) -> None:
             # Its first line says which file it is; there is no GPU where it asks for one.
             text = block.text.replace('device = "cuda"', 'device = "cpu"')
             (where / text.splitlines()[0].removeprefix("# ")).write_text(text)
+    for name, kind in FOLDERS.get(page, {}).items():
+        save_folder_model(where / name, kind)
+        write_texts(where / TEXTS)
     for name, options in GIVEN.get(page, {}).items():
         model = timm.create_model(options["model"], num_classes=options["num_classes"])
         save_file(model.state_dict(), where / name)
