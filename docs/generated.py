@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from fastplastic import criteria
+from fastplastic.cli.examples import EXAMPLES
 from fastplastic.cli.main import app
 from fastplastic.criteria import CRITERIA, WEIGHT_CRITERIA, Criterion, WeightCriterion
 from fastplastic.trials import better_than_random
@@ -87,18 +88,21 @@ def _command(name: str, command: Any, parent: Any) -> Iterator[str]:
     yield f"## {name}"
     yield f"    {command.get_usage(context).removeprefix('Usage: ')}"
     yield from _paragraphs(command.help)
-    yield from _paragraphs(command.epilog)
     panels: dict[str, list[str]] = {}
     for parameter in command.get_params(context):
         # None for one that is hidden.
         if record := parameter.get_help_record(context):
             argument = parameter.param_type_name == "argument"
             default = "Arguments" if argument else "Options"
-            name = getattr(parameter, "rich_help_panel", None) or default
-            panels.setdefault(name, []).append(f"| `{_cell(record[0])}` | {_plain(record[1])} |")
+            panel = getattr(parameter, "rich_help_panel", None) or default
+            panels.setdefault(panel, []).append(f"| `{_cell(record[0])}` | {_plain(record[1])} |")
     for panel, rows in panels.items():
         yield f"**{panel}**"
         yield "\n".join(["| option | meaning |", "|---|---|", *rows])
+    yield "**Examples**"
+    for purpose, line in EXAMPLES[name]:
+        yield _plain(purpose)
+        yield f"    fastplastic {line}"
 
 
 def _paragraphs(text: str | None) -> Iterator[str]:

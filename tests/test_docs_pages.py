@@ -8,6 +8,7 @@ import pytest
 import typer
 from helpers.documents import PAGES, REPOSITORY, blocks, links
 
+from fastplastic.cli.examples import EXAMPLES
 from fastplastic.cli.main import app
 from fastplastic.criteria import CRITERIA, WEIGHT_CRITERIA
 
@@ -71,6 +72,7 @@ def test_the_reference_has_every_option_of_every_command():
     for name, command in typer.main.get_command(app).commands.items():
         section = text.partition(f"## {name}\n")[2].partition("\n## ")[0]
         assert f"fastplastic {name}" in section
+        assert all(f"\n\n    fastplastic {line}\n" in f"{section}\n" for _, line in EXAMPLES[name])
         for parameter in command.params:
             for flag in (*parameter.opts, *parameter.secondary_opts):
                 shown = f"{flag}`", f"{flag} ", f"{flag},"
