@@ -172,3 +172,106 @@ def test_units_that_were_not_measured_are_not_called_healthy():
     profile = replace(profile, coverage=replace(profile.coverage, skipped=()))
     (finding,) = findings(profile)
     assert finding.evidence == "3 of 7 units of 2 layers, 512 samples"
+
+
+def test_units_of_several_layers_are_counted_once_and_the_worst_layer_is_named():
+    model = healthy()
+    kill(model[0], 2)
+    kill(model[2], 5)
+    with torch.no_grad():
+        model[2].weight[5:9] *= 1e-5
+        model[2].bias[5:9] = 1e-6
+    profile = measured(model, samples=512)
+    dead, dormant = found(profile, "are dead"), found(profile, "are dormant")
+    assert dead.text.startswith("From 0 on, units are dead")
+    assert dead.evidence == "7 of 43 units in 2 layers; most in 2, 25%"
+    # Dead units are dormant too, and are not said twice.
+    assert dormant.text.startswith("From 2 on, units are dormant")
+    assert dormant.evidence == "4 of 43 units in 1 layer; most in 2, 20%"
+
+
+def test_some_units_that_can_be_reset_are_told_from_all():
+    model = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 3))
+    kill(model[0], 4)
+    with torch.no_grad():
+        model[2].weight[:1] = 0
+    finding = found(measured(model, samples=512), "are dead")
+    assert finding.evidence == "5 of 23 units in 2 layers; most in 2, 33%"
+    assert finding.action.startswith("re-initialising can reach 4 of them;")
+
+
+@pytest.mark.parametrize(("activation", "flagged"), [(nn.ReLU(), False), (nn.Tanh(), True)])
+def test_half_flat_is_usual_for_rectifiers_alone(activation, flagged):
+    """Some 80 % of the positions are flat, of which the limit for rectifiers is 95 %."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 200), activation, nn.Linear(200, 3))
+    with torch.no_grad():
+        scale = 1 if isinstance(activation, nn.ReLU) else 30
+        model[0].weight.mul_(scale)
+        model[0].bias.fill_(-0.45 if scale == 1 else 0)
+    profile = measured(model, samples=512)
+    assert 0.55 < float(profile["0"].saturated_fraction.nanmean()) < 0.95
+    texts = [finding.text for finding in findings(profile) if "are flat." in finding.text]
+    assert texts == ["From 0 on, layers work where their activation functions are flat."] * flagged
+
+
+def test_flat_layers_are_counted_among_all_and_the_worst_is_named():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 200), nn.Tanh(), nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, 3)
+    )
+    with torch.no_grad():
+        model[0].weight.mul_(30)
+        model[2].weight.mul_(3000)
+    profile = measured(model, samples=512)
+    first, second = (float(profile[name].saturated_fraction.nanmean()) for name in "02")
+    assert 0.5 < first < second
+    finding = found(profile, "are flat.")
+    assert finding.text.startswith("From 0 on")
+    assert finding.evidence == f"2 layers of 3; most in 2, {second:.0%} of all positions"
+
+
+def test_where_values_are_not_finite_and_how_many_units_they_met():
+    model = net()
+    with torch.no_grad():
+        model[2].weight[3:5] = torch.nan
+    finding = found(measured(model), "NaN")
+    # Two rows, and all three of the layer behind them.
+    assert finding.evidence == "5 units of 2 layers met NaN or infinity"
+    assert finding.action.startswith("look at the weights and the input of 2;")
+
+
+def test_the_first_of_several_layers_is_named():
+    model = healthy()
+    with torch.no_grad():
+        model[4].weight.zero_()
+    without = found(measured(model), "No gradient")
+    assert without.text == "No gradient reaches the weights of 2 layers, the first is 0."
+    assert without.evidence == "2 of 3 layers have a gradient of exactly 0 or none"
+    profile = measured(healthy())
+    skipped = (("odd", "why"), ("even", "what for"))
+    coverage = replace(profile.coverage, skipped=skipped, found=5)
+    assert found(replace(profile, coverage=coverage), "no figures").evidence == "odd: why"
+
+
+def test_few_samples_matter_where_units_look_dead_only():
+    texts = [finding.text for finding in findings(measured(healthy(), samples=63))]
+    profile = measured(healthy(), samples=63)
+    assert not profile.totals.dead
+    assert not [text for text in texts if "Few samples" in text]
+
+
+def test_no_more_than_five_are_said_and_the_mildest_are_left_out():
+    model = healthy()
+    kill(model[0], 19)
+    with torch.no_grad():
+        model[2].weight[:4] *= 1e-5
+        model[2].bias[:4] = 1e-6
+        model[2].bias[4:] = 1
+        model[4].weight.zero_()
+    profile = measured(model, samples=8)
+    assert found(profile, "Few samples").severity == "low"
+    coverage = replace(profile.coverage, skipped=(("odd", "why"),), found=4)
+    texts = [own.text for own in findings(replace(profile, coverage=coverage))]
+    words = ["are dead", "are dormant", "are flat.", "No gradient", "no figures"]
+    assert len(texts) == 5 and all(map(str.__contains__, texts, words))
