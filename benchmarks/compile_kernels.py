@@ -150,7 +150,9 @@ def _select_cases(dtype: str, quick: int) -> Iterator[tuple[str, Callable[[], ob
         numbers = {"swr": ("key", "word", "element"), "gradient": ("key",), "random": ("word",)}
     for criterion in numbers:
         # One query of each kind; the search itself would need the counts.
-        histogram = module._Histogram(criterion, operands_of(criterion, [w], [w]), [0])
+        histogram = _module("histogram").GpuHistogram(
+            criterion, operands_of(criterion, [w], [w]), [0]
+        )
         for number in numbers[criterion]:
             query = Query(number, 24, 8, table, table, table)
             yield f"{dtype} {criterion} {number}", lambda h=histogram, q=query: h(q)

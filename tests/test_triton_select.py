@@ -34,6 +34,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 triton_select = importlib.import_module("fastplastic.kernels.gpu.select")
+triton_histogram = importlib.import_module("fastplastic.kernels.gpu.histogram")
 parameter = importlib.import_module("fastplastic.kernels.gpu.parameter_stats")
 triton_resample = importlib.import_module("fastplastic.kernels.gpu.resample")
 
@@ -52,7 +53,7 @@ def poisoned(monkeypatch):
     def scratch(*arguments):
         return _triton_runtime.scratch(*arguments).fill_(-1)
 
-    monkeypatch.setattr(triton_select, "scratch", scratch)
+    monkeypatch.setattr(triton_histogram, "scratch", scratch)
 
 
 def noise(*shape, dtype=torch.float32):
@@ -146,7 +147,7 @@ def test_histogram_counts_what_the_query_says(number):
         counted &= word == words[0]
     operands = triton_select.operands_of("magnitude", [w], None)
     ties = triton_select.signed(philox_key(0, TIES, "w"))
-    histogram = triton_select._Histogram("magnitude", operands, [ties])
+    histogram = triton_histogram.GpuHistogram("magnitude", operands, [ties])
     for shift, bits, prefix in (
         (24, 8, 0),
         (15, 8, values[one] >> 23),
@@ -154,7 +155,7 @@ def test_histogram_counts_what_the_query_says(number):
     ):
         query = Query(number, shift, bits, np.array([prefix]), keys, words)
         own = values[counted & (values >> (shift + bits) == prefix)]
-        expected = np.bincount((own >> shift) & ((1 << bits) - 1), minlength=triton_select.BINS)
+        expected = np.bincount((own >> shift) & ((1 << bits) - 1), minlength=triton_histogram.BINS)
         assert np.array_equal(histogram(query)[0], expected)
 
 
