@@ -32,7 +32,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from fastplastic.kernels import ACTIVATIONS
-from fastplastic.kernels.gpu.elements import operands_of
+from fastplastic.kernels.elements import operands_of
 from fastplastic.kernels.law import Law
 from fastplastic.kernels.selection import Query, Selection
 

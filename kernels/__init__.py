@@ -7,6 +7,7 @@
     select              the elements with the smallest scores over many weights
     selection_masks     a selection as masks
     resample_           elements of many weights drawn afresh, in place
+    WeightShard         which part of a weight a tensor is, for these three
     tell_of_compiling   calls back when kernels for the CPU are compiled first
     activate            an activation function by its name
     SCORES              what weights are selected by
@@ -33,6 +34,7 @@ from fastplastic.kernels.dispatch import (
 from fastplastic.kernels.law import Law
 from fastplastic.kernels.scores import SCORES
 from fastplastic.kernels.selection import Selection
+from fastplastic.kernels.shards import WeightShard
 from fastplastic.kernels.tables import (
     ACTIVATION_ROWS,
     GRADIENT_ROWS,
@@ -50,6 +52,7 @@ __all__ = [
     "SCORES",
     "Law",
     "Selection",
+    "WeightShard",
     "activate",
     "activation_stats",
     "backend",

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastplastic.kernels.law import Law
 from fastplastic.kernels.scores import SCORES
 from fastplastic.kernels.selection import Selection
+from fastplastic.kernels.shards import Shards, WeightShard
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Tensors = Sequence[Tensor]
@@ -22,6 +23,7 @@ def check_select(
     count: int,
     criterion: str,
     caps: Sequence[int] | None,
+    shards: Shards,
 ) -> None:
     """Refuse arguments of `select` that do not fit together."""
     if criterion not in SCORES:
@@ -35,13 +37,17 @@ def check_select(
         if any(not isinstance(cap, Integral) or cap < 0 for cap in caps):
             raise ValueError(f"caps are {list(caps)}, expected integers that are 0 or more")
     _check_gradients(weights, gradients, criterion)
+    _check_shards(weights, shards)
 
 
-def check_selection(selection: Selection, weights: Tensors, gradients: Gradients) -> None:
+def check_selection(
+    selection: Selection, weights: Tensors, gradients: Gradients, shards: Shards
+) -> None:
     """Refuse weights that the selection cannot be of."""
     _check_weights(weights)
     _check_length("names of the selection", selection.names, weights)
     _check_gradients(weights, gradients, selection.criterion)
+    _check_shards(weights, shards)
 
 
 def check_resample(
@@ -49,11 +55,13 @@ def check_resample(
     names: Sequence[str],
     laws: Sequence[Law],
     masks: Sequence[Tensor | None] | None,
+    shards: Shards,
 ) -> None:
     """Refuse arguments of `resample_` that do not fit together."""
     _check_weights(weights)
     _check_length("names", names, weights)
     _check_length("laws", laws, weights)
+    _check_shards(weights, shards)
     for i, weight in enumerate(weights):
         # A value written once would show in several elements.
         if any(
@@ -73,10 +81,39 @@ def check_resample(
 
 def _check_weights(weights: Tensors) -> None:
     for i, weight in enumerate(weights):
+        _check_local(f"weight {i}", weight)
         if weight.dtype not in DTYPES:
             raise ValueError(
                 f"weight {i} is {weight.dtype}, expected float32, bfloat16, float16 or float64"
             )
+
+
+def _check_local(what: str, tensor: Tensor) -> None:
+    # The address of a DTensor is 0. Its class takes a second to load, for nothing mostly.
+    if hasattr(tensor, "to_local"):
+        raise ValueError(
+            f"{what} is a DTensor, expected a tensor of this process alone: pass its to_local(), "
+            "and where it lies in the weight as shards"
+        )
+
+
+def _check_shards(weights: Tensors, shards: Shards) -> None:
+    if shards is None:
+        return
+    _check_length("shards", shards, weights)
+    for i, (weight, shard) in enumerate(zip(weights, shards, strict=True)):
+        if shard is not None and weight.numel() and not _fits(tuple(weight.shape), shard):
+            raise ValueError(
+                f"weight {i} is {tuple(weight.shape)} with offsets {shard.offsets}, expected a "
+                f"part of the weight {shard.shape}"
+            )
+
+
+def _fits(shape: tuple[int, ...], shard: WeightShard) -> bool:
+    if len(shape) != len(shard.shape):
+        return False
+    boxes = zip(shape, shard.offsets, shard.shape, strict=True)
+    return all(at + size <= whole for size, at, whole in boxes)
 
 
 def _check_length(what: str, values: Sequence[object], weights: Tensors) -> None:
@@ -98,6 +135,7 @@ def _check_gradients(weights: Tensors, gradients: Gradients, criterion: str) -> 
                 f"gradient {i} is missing, expected one for criterion {criterion!r}: leave the "
                 "weight out"
             )
+        _check_local(f"gradient {i}", gradient)
         if gradient.dtype not in DTYPES or gradient.shape != weight.shape:
             raise ValueError(
                 f"gradient {i} is {gradient.dtype} {tuple(gradient.shape)}, expected a "

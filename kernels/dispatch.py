@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fastplastic.kernels.law import Law
-from fastplastic.kernels.selection import Selection
+from fastplastic.kernels.selection import Reduce, Selection
+from fastplastic.kernels.shards import Shards
 from fastplastic.kernels.tables import ACTIVATION_ROWS, GRADIENT_ROWS, check_columns, counted
 
 _FOLDERS = {"triton": "gpu", "numba": "cpu", "pytorch": "reference"}
@@ -239,11 +240,20 @@ def select(
     criterion: str = "swr",
     caps: Sequence[int] | None = None,
     seed: int = 0,
+    shards: Shards = None,
+    reduce: Reduce | None = None,
 ) -> Selection:
     """Choose the elements with the smallest scores over all weights at once, exactly `count`.
 
     Elements with equal scores are ordered by Philox word 0 of (seed, "ties", name) at the element,
     those with equal words too by weight and element.
+
+    Where processes hold parts of the weights, each passes its own with `shards` and `reduce`, all
+    other arguments alike: all get the selection of the whole weights. Each process calls `reduce`
+    equally often with tables of equal size, int64 [n_weights, bins]. With Triton that is 4 times
+    with 256 bins, and at most 4 times again for equal scores; with Numba and PyTorch 3 times with
+    2048 bins, and at most 3 times again. Where equal words are cut in two, digits of the element
+    follow, 8 or 11 bits each. The first table has one more column.
 
     Args:
         weights: Tensors on one device, float32, bfloat16, float16 or float64, of any strides.
@@ -254,26 +264,36 @@ def select(
         criterion: Name in `SCORES`: "swr" |w| |dw| (Hernandez-Garcia, arXiv 2508.00212),
             "gradient" |dw|, "magnitude" |w|, or "random" for none; all in float32. An element
             whose score is NaN is not eligible; an infinite one comes last.
-        caps: Most elements to select in each weight; None for no limit.
+        caps: Most elements to select in each whole weight; None for no limit.
         seed: Any integer.
+        shards: Place of each tensor in its weight, where processes hold parts of weights; None for
+            a whole weight, or for all.
+        reduce: Adds up an int64 table over all processes, in place or returned, for instance
+            `torch.distributed.all_reduce`. The table is on the device of the weights.
 
     Returns:
         The selection as thresholds (three numbers for each weight), with how many elements are
         taken of each; `selection_masks` makes masks of it.
 
     Raises:
-        ValueError: The arguments do not fit together, or `count` is more than the caps and the
-            eligible elements allow.
+        ValueError: The arguments do not fit together, `count` is more than the caps and the
+            eligible elements allow, or the shards of all processes are not the whole weights, each
+            element once.
     """
     chosen: Selection = _twin(weights, "select")(
-        weights, gradients, names, count, criterion=criterion, caps=caps, seed=seed
-    )
+        weights, gradients, names, count, criterion=criterion, caps=caps, seed=seed, shards=shards,
+        reduce=reduce,
+    )  # fmt: skip
     return chosen
 
 
 @untraced
 def selection_masks(
-    selection: Selection, weights: Sequence[Tensor], gradients: Sequence[Tensor | None] | None
+    selection: Selection,
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor | None] | None,
+    *,
+    shards: Shards = None,
 ) -> list[Tensor]:
     """Return which elements of each weight are selected, bool in the shape of the weight.
 
@@ -281,11 +301,14 @@ def selection_masks(
         selection: What `select` returned.
         weights: The weights that it was given.
         gradients: The gradients that it was given.
+        shards: The shards that it was given; those that are not counted get masks, too.
 
     Raises:
         ValueError: The weights or gradients are not such as the selection can be of.
     """
-    masks: list[Tensor] = _twin(weights, "selection_masks")(selection, weights, gradients)
+    masks: list[Tensor] = _twin(weights, "selection_masks")(
+        selection, weights, gradients, shards=shards
+    )
     return masks
 
 
@@ -297,11 +320,12 @@ def resample_(
     *,
     seed: int = 0,
     masks: Sequence[Tensor | None] | None = None,
+    shards: Shards = None,
 ) -> None:
     """Write fresh initial values into the selected elements of weights, in place.
 
     A value depends on the seed, the name of the weight, its law and the element alone: not on what
-    else is selected, on strides or on the device.
+    else is selected, on strides or on the device, nor on how a weight is cut into `shards`.
 
     Args:
         weights: Tensors on one device, float32, bfloat16, float16 or float64, of any strides.
@@ -310,8 +334,10 @@ def resample_(
         seed: Any integer.
         masks: Which elements to write, bool in the shape of each weight (a row mask may be
             expanded), or None for all; all of every weight without masks.
+        shards: Place of each tensor in its weight, where processes hold parts of weights; None for
+            a whole weight, or for all.
 
     Raises:
         ValueError: The arguments do not fit together, or a weight is expanded.
     """
-    _twin(weights, "resample_")(weights, names, laws, seed=seed, masks=masks)
+    _twin(weights, "resample_")(weights, names, laws, seed=seed, masks=masks, shards=shards)

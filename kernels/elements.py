@@ -2,8 +2,8 @@
 
 A walk takes the dimensions of a weight from the slowest to the fastest in memory and merges those
 that are one long stretch in all of its operands: the weight, its gradient, a mask, and the element
-number, which counts in the logical row-major order of the weight. A contiguous weight becomes one
-dimension, an expanded row mask makes it two.
+number, which counts in the logical row-major order of the whole weight. A contiguous weight becomes
+one dimension, an expanded row mask makes it two, and so does a shard of its columns.
 """
 
 import math
@@ -15,6 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastplastic.kernels.checks import Gradients
+from fastplastic.kernels.scores import SCORES
+from fastplastic.kernels.shards import Shards, WeightShard
 from fastplastic.kernels.strides import merged, slowest_first
 
 # Columns of the operands of a walk.
@@ -40,12 +43,14 @@ class Walks(NamedTuple):
         dtypes: int64 [n, 3], as in `DTYPES`; 0 where there is none.
         sizes: int64 [n, D], slowest dimension first; 1 where a walk has fewer dimensions.
         strides: int64 [n, 4, D], of each operand, in elements.
+        firsts: int64 [n], the number of the first element: 0, but for shards.
     """
 
     addresses: Table
     dtypes: Table
     sizes: Table
     strides: Table
+    firsts: Table
 
     @property
     def counts(self) -> Table:
@@ -54,13 +59,40 @@ class Walks(NamedTuple):
         return counts
 
 
-def walks(operands: Sequence[Operands]) -> Walks:
+def operands_of(
+    criterion: str,
+    weights: Sequence[Tensor],
+    gradients: Gradients,
+    masks: Sequence[Tensor | None] | None = None,
+) -> list[Operands]:
+    """Return what is walked through: the gradients only where the criterion reads them."""
+    none = [None] * len(weights)
+    read = gradients if SCORES[criterion].dw else None
+    return list(zip(weights, read or none, masks or none, strict=True))
+
+
+def counted_operands(
+    criterion: str, weights: Sequence[Tensor], gradients: Gradients, shards: Shards
+) -> list[Operands]:
+    """Return what is walked through to count: nothing of what another process counts."""
+    operands = operands_of(criterion, weights, gradients)
+    if shards is None:
+        return operands
+    return [
+        tensors if shard is None or shard.counted else _emptied(tensors)
+        for tensors, shard in zip(operands, shards, strict=True)
+    ]
+
+
+def walks(operands: Sequence[Operands], shards: Shards = None) -> Walks:
     """Return the walks through weights; the caller keeps the tensors alive.
 
     Args:
         operands: Weight, gradient or None, mask or None, of one shape, for each weight.
+        shards: Which part of a weight each is.
     """
-    ways = [_way(tensors) for tensors in operands]
+    parts = shards or [None] * len(operands)
+    ways = [_way(tensors, shard) for tensors, shard in zip(operands, parts, strict=True)]
     depth = max((len(way) for way in ways), default=1)
     table = np.zeros((len(ways), 5, depth), dtype=np.int64)
     table[:, 0] = 1
@@ -76,6 +108,7 @@ def walks(operands: Sequence[Operands]) -> Walks:
         np.ascontiguousarray(head[..., 1]),
         np.ascontiguousarray(table[:, 0]),
         np.ascontiguousarray(table[:, 1:]),
+        np.array([0 if shard is None else shard.first for shard in parts], dtype=np.int64),
     )
 
 
@@ -94,14 +127,25 @@ def tasks(counts: Table, n_threads: int) -> Table:
     return np.stack([walk, start, np.minimum(start + size, counts[walk])], axis=1)
 
 
-def _way(tensors: Operands) -> list[tuple[int, ...]]:
+def _emptied(tensors: Operands) -> Operands:
+    weight, gradient, mask = (None if t is None else t.new_empty(0) for t in tensors)
+    assert weight is not None
+    return weight, gradient, mask
+
+
+def _way(tensors: Operands, shard: WeightShard | None) -> list[tuple[int, ...]]:
     """Return (size, stride of weight, gradient, mask, element) of each merged dimension."""
     weight = tensors[0]
-    if all(tensor is None or tensor.is_contiguous() for tensor in tensors):
-        return [(weight.numel(), 1, 1, 1, 1)]
     shape = weight.shape
-    element = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    steps = [(0,) * len(shape) if t is None else t.stride() for t in tensors]
+    if not weight.numel():
+        return [(0, 1, 1, 1, 1)]
+    whole = tuple(shape if shard is None else shard.shape)
+    in_one = all(tensor is None or tensor.is_contiguous() for tensor in tensors)
+    if in_one and whole[1:] == shape[1:]:
+        return [(weight.numel(), 1, 1, 1, 1)]
+    element = [math.prod(whole[dim + 1 :]) for dim in range(len(whole))]
+    # What is not there keeps no dimensions apart.
+    steps = [weight.stride() if t is None else t.stride() for t in tensors]
     ways = [
         (shape[dim], *(step[dim] for step in (*steps, element))) for dim in slowest_first(weight)
     ]

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 DIGITS = 2048
 Number = Literal["key", "word", "element"]
@@ -100,13 +102,82 @@ class Query:
 
 
 # Returns int64 [n_weights, 2^bits or more]; rows of weights that are left out are not read.
-Histogram = Callable[[Query], Table]
+Histogram = Callable[[Query], Tensor]
+# Adds up an int64 table over all processes, in place or returned.
+Reduce = Callable[[Tensor], object]
 
 _FREE, _OWN, _DONE = 0, 1, 2
 
 
+class TotalHistogram:
+    """A histogram over all processes, and a check that it is one of whole weights.
+
+    Every process asks for the same, and decides by the same sums: none waits for another in vain.
+
+    Args:
+        histogram: Counts what this process holds.
+        names: Name of each weight.
+        sizes: Number of elements of each whole weight.
+        held: How many of them are counted here.
+        reduce: Adds up a table over all processes; None where there is one.
+    """
+
+    def __init__(
+        self,
+        histogram: Histogram,
+        names: Sequence[str],
+        sizes: Sequence[int],
+        held: Sequence[int] | Table,
+        reduce: Reduce | None,
+    ) -> None:
+        self._histogram = histogram
+        self._names = names
+        self._sizes = np.array(sizes, dtype=np.int64)
+        self._held: Table | None = np.array(held, dtype=np.int64)
+        self._reduce = reduce
+        if reduce is None:
+            self._check_held(self._held)
+            self._held = None
+
+    def __call__(self, query: Query) -> Table:
+        """Count what the query asks for."""
+        counts = self._histogram(query)
+        if self._held is None:
+            return self._sum(counts)
+        # Once, in one more column: a reduction of its own would take as long as that of all.
+        held = torch.from_numpy(self._held).to(counts.device)
+        table = self._sum(torch.cat([counts, held[:, None]], dim=1))
+        self._held = None
+        self._check_held(table[:, -1])
+        return table[:, :-1]
+
+    def _sum(self, counts: Tensor) -> Table:
+        total = counts if self._reduce is None else self._reduce(counts)
+        if total is None:
+            total = counts
+        if not isinstance(total, Tensor) or total.shape != counts.shape:
+            raise ValueError(
+                f"reduce returned {_in_words(total)}, expected None or a tensor "
+                f"{tuple(counts.shape)} with the sums over all processes"
+            )
+        table: Table = total.cpu().numpy()
+        return table
+
+    def _check_held(self, held: Table) -> None:
+        for i in np.flatnonzero(held != self._sizes)[:1]:
+            raise ValueError(
+                f"{held[i]} elements of {self._names[i]} are counted, expected each of its "
+                f"{self._sizes[i]} once: pass the shards of all processes, reduce over all of "
+                "them, and counted=False to all but one that hold the same"
+            )
+
+
+def _in_words(value: object) -> str:
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
 def select_with(
-    histogram: Histogram,
+    histogram: Callable[[Query], Table],
     sizes: Sequence[int],
     names: Sequence[str],
     count: int,
@@ -119,7 +190,7 @@ def select_with(
     """Find the thresholds of the `count` smallest scores with the histograms of a backend.
 
     Args:
-        histogram: Counts what a `Query` asks for.
+        histogram: Counts what a `Query` asks for in whole weights.
         sizes: Number of elements of each weight.
         names: As in `select`, like the arguments that follow; they have passed `check_select`.
         count: See there.
@@ -176,7 +247,9 @@ class _Search:
         self.elements = np.full(n, -1, dtype=np.int64)
         self.counts = np.zeros(n, dtype=np.int64)
 
-    def descend(self, histogram: Histogram, number: Number, shift: int, bits: int) -> None:
+    def descend(
+        self, histogram: Callable[[Query], Table], number: Number, shift: int, bits: int
+    ) -> None:
         """Find one more digit in every weight that is not done."""
         active = np.flatnonzero(self.state != _DONE)
         if not len(active):

@@ -383,5 +383,5 @@ def test_public_names():
         "ACTIVATIONS", "ACTIVATION_ROWS", "DTYPES", "GRADIENT_ROWS", "Law", "PARAMETER_COLUMNS",
         "PARAMETER_ROWS", "SCORES", "Selection", "activate", "activation_stats", "backend",
         "foreach_activation_stats", "foreach_gradient_stats", "gradient_stats", "parameter_stats",
-        "resample_", "select", "selection_masks", "tell_of_compiling", "untraced",
+        "WeightShard", "resample_", "select", "selection_masks", "tell_of_compiling", "untraced",
     }  # fmt: skip

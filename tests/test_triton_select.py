@@ -136,7 +136,8 @@ def test_nan_is_not_eligible_and_infinity_comes_last():
 def test_histogram_counts_what_the_query_says(number):
     """The search needs the last ones only where words of 32 bits are equal."""
     w = noise(3, 700).round(decimals=0).t()
-    key, word, _, element = _reference_select._order([w], None, "magnitude", 0, "w", 0)
+    (order,) = _reference_select._orders([(w, None, None)], "magnitude", 0, ["w"], None)
+    key, word, _, element = order
     values = {"key": key, "word": word, "element": element}[number]
     one = int(np.argmax(key == key.max()))
     keys, words = np.array([key[one]]), np.array([word[one]])
@@ -145,7 +146,7 @@ def test_histogram_counts_what_the_query_says(number):
         counted &= key == keys[0]
     if number == "element":
         counted &= word == words[0]
-    operands = triton_select.operands_of("magnitude", [w], None)
+    operands = [(w, None, None)]
     ties = triton_select.signed(philox_key(0, TIES, "w"))
     histogram = triton_histogram.GpuHistogram("magnitude", operands, [ties])
     for shift, bits, prefix in (
@@ -156,12 +157,12 @@ def test_histogram_counts_what_the_query_says(number):
         query = Query(number, shift, bits, np.array([prefix]), keys, words)
         own = values[counted & (values >> (shift + bits) == prefix)]
         expected = np.bincount((own >> shift) & ((1 << bits) - 1), minlength=triton_histogram.BINS)
-        assert np.array_equal(histogram(query)[0], expected)
+        assert np.array_equal(histogram(query)[0].cpu(), expected)
 
 
 def test_the_last_element_decides_where_key_and_word_are_equal():
     w = torch.zeros(1, 8, device=DEVICE)
-    word = int(_reference_select.philox_words(philox_key(0, TIES, "w"), 8)[5])
+    word = int(_reference_select.philox_words(philox_key(0, TIES, "w"), np.arange(8))[5])
     for element, selected in ((4, False), (5, True), (6, True)):
         chosen = Selection("magnitude", 0, ("w",), (0,), (word,), (element,), (0,), 8)
         mask = triton_select.selection_masks(chosen, [w], None)[0]

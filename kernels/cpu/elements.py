@@ -256,13 +256,14 @@ def _key(score: Any) -> Any:
 @compiled
 def fill_elements(walk: Any, w: int, start: int, inside: Any, elements: Any) -> None:
     """Write the element number at each position `start + inside[i]` of walk `w`."""
-    sizes, strides = walk.sizes[w], walk.strides[w, ELEMENT]
-    if sizes.size == 1:
+    sizes, strides, first = walk.sizes[w], walk.strides[w, ELEMENT], walk.firsts[w]
+    if sizes.size == 1 and strides[0] == 1:
+        first += start
         for i in range(inside.size):
-            elements[i] = start + inside[i]
+            elements[i] = first + inside[i]
     else:
         for i in range(inside.size):
-            elements[i] = offset_of(start + inside[i], sizes, strides)
+            elements[i] = first + offset_of(start + inside[i], sizes, strides)
 
 
 @compiled

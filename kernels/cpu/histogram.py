@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastplastic.kernels.cpu.elements import (
     BLOCK,
@@ -87,9 +88,12 @@ class Histogram:
     """Answers the queries of the search on the host, and keeps elements for the next one."""
 
     def __init__(
-        self, criterion: str, walk: Walks, ties: Any, count: int, caps: Sequence[int]
+        self, criterion: str, walk: Walks, ties: Any, count: int, caps: Sequence[int], size: int
     ) -> None:
         self._count = count
+        self._size = size
+        # What other processes have decides, too, where the threshold lies.
+        self._apart = int(walk.counts.sum()) < size
         self._caps = np.array(caps, dtype=np.int64)
         self._score = SCORES[criterion]
         self._walk = walk
@@ -104,8 +108,11 @@ class Histogram:
             np.empty(rooms[-1], dtype=np.int64),
         )
 
-    def __call__(self, query: Query) -> Table:
-        """Count what the query asks for."""
+    def __call__(self, query: Query) -> Tensor:
+        """Count what the query asks for, in int64 [n_weights, DIGITS]."""
+        return torch.from_numpy(self._counts(query))
+
+    def _counts(self, query: Query) -> Table:
         if query.number == "key" and query.shift == _TOP:
             return self._all()
         digit = _digit(query)
@@ -120,12 +127,12 @@ class Histogram:
         """Count the first digits of all keys, and keep elements near the threshold.
 
         Digits above the threshold may be counted as the highest one: they are not told apart where
-        that saves time.
+        that saves time, unless other processes hold more elements, which may move the threshold.
         """
         low, high = self._guess()
         self._kept.ranges[:] = low, high
         table = self._scan(self._pieces)
-        if np.minimum(table[:, :high].sum(1), self._caps).sum() < self._count:
+        if not self._apart and np.minimum(table[:, :high].sum(1), self._caps).sum() < self._count:
             # The sample has misled.
             self._kept.ranges[:] = 0
             table = self._scan(self._pieces)
@@ -137,7 +144,7 @@ class Histogram:
         sample[:, 2] = sample[:, 1] + -((sample[:, 1] - sample[:, 2]) // _SAMPLE)
         counts = self._scan(sample, most=1)[:, :_DIGITS_OF_NAN].sum(0)
         below = counts.cumsum() / max(1, counts.sum())
-        share = self._count / max(1, int(self._walk.counts.sum()))
+        share = self._count / max(1, self._size)
         slack = 0.02 * share + 0.001
         low = int(np.searchsorted(below, share - slack))
         high = min(int(np.searchsorted(below, share + slack)) + 1, _DIGITS_OF_NAN)
@@ -146,7 +153,7 @@ class Histogram:
     def _scan(self, pieces: Table, most: int | None = None) -> Table:
         counts, turn = np.empty((len(pieces), DIGITS), dtype=np.int32), np.zeros(1, np.int64)
         shared = (self._walk, pieces, turn, self._kept, counts)
-        on_threads(_scan, self._score, *shared, most=most)
+        on_threads(_scan, self._score, self._apart, *shared, most=most)
         table = self._fold(counts)
         table[:, _DIGITS_OF_NAN:] = 0
         return table
@@ -173,21 +180,23 @@ def _digit(query: Query) -> Digit:
 
 
 @kernel
-def _scan(score: Score, walk: Walks, pieces: Table, turn: Any, kept: Kept, counts: Any) -> None:
+def _scan(
+    score: Score, exact: bool, walk: Walks, pieces: Table, turn: Any, kept: Kept, counts: Any
+) -> None:
     """Count the first digits of the keys of each task, int32 [n_tasks, DIGITS], and keep some."""
     block = new_block()
     # Four counters for one digit: else each increment waits for the one before.
     lanes = np.empty((4, _FIRST_DIGITS), dtype=np.int32)
     t = next_task(turn.ctypes.data)
     while t < len(pieces):
-        _scan_task(score, walk, pieces[t], kept, t, block, lanes)
+        _scan_task(score, exact, walk, pieces[t], kept, t, block, lanes)
         _add_lanes(lanes, counts[t])
         t = next_task(turn.ctypes.data)
 
 
 @compiled
 def _scan_task(
-    score: Score, walk: Walks, piece: Any, kept: Kept, t: int, block: Block, lanes: Any
+    score: Score, exact: bool, walk: Walks, piece: Any, kept: Kept, t: int, block: Block, lanes: Any
 ) -> None:
     w, start, stop = piece
     low, high = kept.ranges[t]
@@ -196,12 +205,14 @@ def _scan_task(
     for position in range(start, stop, BLOCK):
         n = min(BLOCK, stop - position)
         keys = fill_keys(score, walk, w, position, n, block.buffers)
-        if low >= high:
+        if exact or low >= high:
             _count_first_digits(keys, lanes)
+        if low >= high:
             continue
         found = gather(keys, 0, high << _TOP, walk, w, position, block)
-        _count_first_digits(block.keys[:found], lanes)
-        lanes[0, _DIGITS_OF_NAN - 1] += _count_numbers(keys) - found
+        if not exact:
+            _count_first_digits(block.keys[:found], lanes)
+            lanes[0, _DIGITS_OF_NAN - 1] += _count_numbers(keys) - found
         _keep(kept, t, low << _TOP, block, found)
 
 

@@ -32,6 +32,7 @@ from fastplastic.kernels.cpu.tasks import on_threads
 from fastplastic.kernels.elements import MASK, WEIGHT, Table, Walks, tasks, walks
 from fastplastic.kernels.law import CENTRE, LEAST, LOG, LOG_HIGH, LOG_LOW, SQRT_2, TAIL, Law
 from fastplastic.kernels.philox import INITIAL_VALUES, philox_key
+from fastplastic.kernels.shards import Shards
 
 F = np.float32
 _HALF, _ONE, _TWO, _THREE, _FIVE = F(0.5), F(1), F(2), F(3), F(5)
@@ -62,14 +63,15 @@ def resample_(
     *,
     seed: int = 0,
     masks: Sequence[Tensor | None] | None = None,
+    shards: Shards = None,
 ) -> None:
     """Write fresh initial values into the selected elements of weights, in place.
 
     See `fastplastic.kernels.resample_`.
     """
-    check_resample(weights, names, laws, masks)
+    check_resample(weights, names, laws, masks, shards)
     none = [None] * len(weights)
-    walk = walks(list(zip(weights, none, masks or none, strict=True)))
+    walk = walks(list(zip(weights, none, masks or none, strict=True)), shards)
     keys = [philox_key(seed, INITIAL_VALUES, name) for name in names]
     draws = Draws(
         np.array(keys, dtype=np.uint64),

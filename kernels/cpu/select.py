@@ -22,10 +22,18 @@ from fastplastic.kernels.cpu.elements import (
 from fastplastic.kernels.cpu.histogram import Histogram
 from fastplastic.kernels.cpu.memory import byte_at, next_task
 from fastplastic.kernels.cpu.tasks import on_threads
-from fastplastic.kernels.elements import MASK, Table, Walks, tasks, walks
+from fastplastic.kernels.elements import (
+    MASK,
+    Table,
+    Walks,
+    counted_operands,
+    operands_of,
+    tasks,
+    walks,
+)
 from fastplastic.kernels.philox import TIES, philox_key
-from fastplastic.kernels.scores import SCORES
-from fastplastic.kernels.selection import Selection, select_with
+from fastplastic.kernels.selection import Reduce, Selection, TotalHistogram, select_with
+from fastplastic.kernels.shards import Shards, sizes_of
 
 
 def select(
@@ -37,43 +45,39 @@ def select(
     criterion: str = "swr",
     caps: Sequence[int] | None = None,
     seed: int = 0,
+    shards: Shards = None,
+    reduce: Reduce | None = None,
 ) -> Selection:
     """Choose the elements with the smallest scores over all weights at once, exactly `count`.
 
     See `fastplastic.kernels.select`.
     """
-    check_select(weights, gradients, names, count, criterion, caps)
+    check_select(weights, gradients, names, count, criterion, caps, shards)
     ties = np.array([philox_key(seed, TIES, name) for name in names], dtype=np.uint64)
-    sizes = [weight.numel() for weight in weights]
-    walk = _walks(criterion, weights, gradients)
-    histogram = Histogram(criterion, walk, ties, count, caps or sizes)
-    return select_with(histogram, sizes, names, count, criterion=criterion, caps=caps, seed=seed)
+    sizes = sizes_of(weights, shards)
+    walk = walks(counted_operands(criterion, weights, gradients, shards), shards)
+    histogram = Histogram(criterion, walk, ties, count, caps or sizes, sum(sizes))
+    total = TotalHistogram(histogram, names, sizes, walk.counts, reduce)
+    return select_with(total, sizes, names, count, criterion=criterion, caps=caps, seed=seed)
 
 
 def selection_masks(
-    selection: Selection, weights: Sequence[Tensor], gradients: Gradients
+    selection: Selection,
+    weights: Sequence[Tensor],
+    gradients: Gradients,
+    *,
+    shards: Shards = None,
 ) -> list[Tensor]:
     """Return which elements of each weight are selected, bool in the shape of the weight.
 
     See `fastplastic.kernels.selection_masks`.
     """
-    check_selection(selection, weights, gradients)
+    check_selection(selection, weights, gradients, shards)
     masks = [torch.empty(weight.shape, dtype=torch.bool) for weight in weights]
-    walk = _walks(selection.criterion, weights, gradients, masks)
+    walk = walks(operands_of(selection.criterion, weights, gradients, masks), shards)
     pieces = tasks(walk.counts, torch.get_num_threads())
     on_threads(_mark, thresholds_of(selection), walk, pieces, np.zeros(1, dtype=np.int64))
     return masks
-
-
-def _walks(
-    criterion: str,
-    weights: Sequence[Tensor],
-    gradients: Gradients,
-    masks: Sequence[Tensor | None] | None = None,
-) -> Walks:
-    none = [None] * len(weights)
-    read = gradients if SCORES[criterion].dw else None
-    return walks(list(zip(weights, read or none, masks or none, strict=True)))
 
 
 @kernel

@@ -2,25 +2,27 @@
 
 A weight, its gradient and its mask are walked through together (see `elements.py` in the folder
 above). A program owns a task: a range of positions of one walk. The table of a weight tells the
-addresses, whether the walk is dense (one dimension, every stride 1, aligned: positions are
-elements, and are read wide), then the sizes and, operand by operand, the strides of its dimensions.
+addresses, whether the walk is dense (all operands are one stretch, aligned: a position is an offset
+in each, and they are read wide), then the sizes, operand by operand the strides of its dimensions,
+and the number of the first element. But for shards of columns, positions of a dense walk count
+elements.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from fastplastic.kernels.checks import Gradients
-from fastplastic.kernels.elements import Operands, walks
+from fastplastic.kernels.elements import Operands, Table, walks
 from fastplastic.kernels.gpu import launch
 from fastplastic.kernels.gpu.runtime import check_devices, device_function, table
 from fastplastic.kernels.philox import TIES, philox_key
-from fastplastic.kernels.scores import SCORES
 from fastplastic.kernels.selection import Selection
+from fastplastic.kernels.shards import Shards
 
 # Columns of the table of a weight before its sizes: addresses, dense.
 _N_HEAD = tl.constexpr(4)
@@ -52,6 +54,7 @@ class ElementTables:
         launches: First task of each kind and the end of its tasks.
         ranges: int64 [n_weights, 2], the first task of each weight and the end of its tasks.
         depth: Number of dimensions of the walks.
+        sharded: Whether any of the weights is a part of one.
     """
 
     weights: Tensor
@@ -59,21 +62,25 @@ class ElementTables:
     launches: dict[Dtypes, tuple[int, int]]
     ranges: Tensor
     depth: int
+    sharded: bool
 
 
-def elements(operands: Sequence[Operands]) -> ElementTables:
+def elements(operands: Sequence[Operands], shards: Shards = None) -> ElementTables:
     """Describe weights; the caller keeps the tensors alive.
 
     Args:
         operands: Weight, gradient or None, mask or None, of one shape, for each weight, at least
             one, all on one device.
+        shards: Which part of a weight each is.
 
     Raises:
         ValueError: They are not on one device.
     """
     device = operands[0][0].device
     check_devices((tensor for tensors in operands for tensor in tensors), device)
-    walk = walks(operands)
+    walk = walks(operands, shards)
+    pairs = zip(operands, shards or [None] * len(operands), strict=True)
+    sharded = any(part is not None and part.shape != tensors[0].shape for tensors, part in pairs)
     counts = walk.counts.tolist()
     kinds = [Dtypes(w.dtype, w.dtype if dw is None else dw.dtype) for w, dw, _ in operands]
     size = launch.element_task(sum(counts))
@@ -90,29 +97,26 @@ def elements(operands: Sequence[Operands]) -> ElementTables:
         launches[kind] = (begin, len(tasks))
     for i, kind in enumerate(kinds):
         addresses = walk.addresses[i].tolist()
-        dense = (walk.sizes[i, :-1] == 1).all() and (walk.strides[i, :, -1] == 1).all()
-        dense &= counts[i] % kind.vector == 0 and all(at % 16 == 0 for at in addresses)
+        # Where the kernels count the elements of shards by themselves, those need not be dense.
+        read = walk.strides[i, : ELEMENT.value] if sharded else walk.strides[i]
+        dense = _is_dense(walk.sizes[i], read) and counts[i] % kind.vector == 0
+        dense &= all(at % 16 == 0 for at in addresses)
         sizes, strides = walk.sizes[i].tolist(), walk.strides[i].ravel().tolist()
-        rows.append((*addresses, int(dense), *sizes, *strides))
+        rows.append((*addresses, int(dense), *sizes, *strides, int(walk.firsts[i])))
     return ElementTables(
         table(rows, len(rows[0]), device),
         table(tasks, N_TASK.value, device),
         {kind: (begin, end) for kind, (begin, end) in launches.items() if end > begin},
         table(ranges, 2, device),
         walk.sizes.shape[1],
+        sharded,
     )
 
 
-def operands_of(
-    criterion: str,
-    weights: Sequence[Tensor],
-    gradients: Gradients,
-    masks: Sequence[Tensor | None] | None = None,
-) -> list[Operands]:
-    """Return what is walked through: the gradients only where the criterion reads them."""
-    none = [None] * len(weights)
-    read = gradients if SCORES[criterion].dw else None
-    return list(zip(weights, read or none, masks or none, strict=True))
+def _is_dense(sizes: Table, strides: Table) -> bool:
+    """Tell whether a walk of some sizes is through one stretch in each operand."""
+    steps = np.append(sizes[:0:-1].cumprod()[::-1], 1)
+    return bool(((strides == steps) | (sizes == 1)).all())
 
 
 def signed(number: int) -> int:
@@ -152,6 +156,18 @@ def offset_of(
             offset += rest % size * tl.load(stride_ptr + (DEPTH - 1 - i))
             rest = rest // size
         return offset + rest * tl.load(stride_ptr)
+
+
+@device_function
+def element_of(
+    weight_ptr, position, DEPTH: tl.constexpr, DENSE: tl.constexpr, SHARDED: tl.constexpr
+):
+    """Return the numbers of the elements at positions of a walk."""
+    if SHARDED:
+        first = tl.load(weight_ptr + _N_HEAD + (2 + ELEMENT) * DEPTH)
+        return first + offset_of(weight_ptr, position, ELEMENT, DEPTH, False)
+    else:
+        return offset_of(weight_ptr, position, ELEMENT, DEPTH, DENSE)
 
 
 @device_function

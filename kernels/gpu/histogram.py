@@ -1,8 +1,8 @@
 """The histograms by which `select` finds its thresholds, on a GPU.
 
 Stage one makes the scores in registers and writes the histogram of each task, int32 [n_tasks, 256];
-stage two adds them up for each weight, int64 [n_weights, 256], which goes to the host: every pass
-waits for the GPU once.
+stage two adds them up for each weight, int64 [n_weights, 256]. That goes to the host, added up over
+processes where there are several: every pass waits for the GPU once.
 """
 
 import torch
@@ -12,13 +12,12 @@ from torch import Tensor
 from fastplastic.kernels.elements import Operands
 from fastplastic.kernels.gpu import launch
 from fastplastic.kernels.gpu.elements import (
-    ELEMENT,
     N_TASK,
     ElementTables,
     digit_of,
+    element_of,
     elements,
     keys_of,
-    offset_of,
     range_of,
     words_of,
 )
@@ -31,7 +30,8 @@ from fastplastic.kernels.gpu.runtime import (
     table,
 )
 from fastplastic.kernels.scores import SCORES
-from fastplastic.kernels.selection import EIGHT_BITS, Query, Table
+from fastplastic.kernels.selection import EIGHT_BITS, Query
+from fastplastic.kernels.shards import Shards
 
 # Columns of the table of a query: prefix, key, word, Philox key.
 _N_QUERY = tl.constexpr(4)
@@ -52,6 +52,7 @@ def _count(
     DW_TYPE: tl.constexpr,
     DEPTH: tl.constexpr,
     DENSE: tl.constexpr,
+    SHARDED: tl.constexpr,
     VECTOR: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -76,7 +77,7 @@ def _count(
                 counted &= key == last_key.to(tl.int32)
             # Few keys are equal: words take longer than all else.
             if tl.max(counted.to(tl.int32)) > 0:
-                element = offset_of(weight_ptr, position, ELEMENT, DEPTH, DENSE)
+                element = element_of(weight_ptr, position, DEPTH, DENSE, SHARDED)
                 word = words_of(philox, element)
                 if NUMBER == "word":
                     digit, shares = digit_of(word, shift, bits, prefix)
@@ -111,6 +112,7 @@ def _histogram_kernel(
     W_TYPE: tl.constexpr,
     DW_TYPE: tl.constexpr,
     DEPTH: tl.constexpr,
+    SHARDED: tl.constexpr,
     VECTOR: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -121,7 +123,7 @@ def _histogram_kernel(
 
     Args:
         weights_ptr: int64 [n_weights, weight_columns], contiguous: addresses of weight, gradient
-            and mask, whether all is dense, sizes, strides; see `elements.py`.
+            and mask, whether all is dense, sizes, strides, first element; see `elements.py`.
         tasks_ptr: int64 [n_tasks, 3], contiguous: weight, first position, end.
         queries_ptr: int64 [n_weights, 4], contiguous: prefix (-1 leaves it out), key, word and
             Philox key of the weight.
@@ -137,6 +139,7 @@ def _histogram_kernel(
         W_TYPE: Dtype of the weights of this launch.
         DW_TYPE: Dtype of their gradients.
         DEPTH: Number of dimensions of a walk.
+        SHARDED: Whether any of the weights is a part of one.
         VECTOR: Elements that are read at once where all is dense.
         BINS: 256.
         BLOCK: Elements that are counted at once.
@@ -152,13 +155,13 @@ def _histogram_kernel(
         if tl.load(weight_ptr + 3) != 0:
             counts = _count(
                 weight_ptr, task_ptr, query_ptr, shift, bits, NUMBER, W_POWER, DW_POWER,
-                W_TYPE, DW_TYPE, DEPTH, True, VECTOR, BINS, BLOCK,
+                W_TYPE, DW_TYPE, DEPTH, True, SHARDED, VECTOR, BINS, BLOCK,
             )  # fmt: skip
             tl.store(count_ptr, counts)
         else:
             counts = _count(
                 weight_ptr, task_ptr, query_ptr, shift, bits, NUMBER, W_POWER, DW_POWER,
-                W_TYPE, DW_TYPE, DEPTH, False, 1, BINS, BLOCK,
+                W_TYPE, DW_TYPE, DEPTH, False, SHARDED, 1, BINS, BLOCK,
             )  # fmt: skip
             tl.store(count_ptr, counts)
 
@@ -194,19 +197,22 @@ def _add_kernel(
 class GpuHistogram:
     """Answers the queries of the search on the host."""
 
-    def __init__(self, criterion: str, operands: list[Operands], ties: list[int]) -> None:
+    def __init__(
+        self, criterion: str, operands: list[Operands], ties: list[int], shards: Shards = None
+    ) -> None:
         self._score = SCORES[criterion]
         # Their memory is read as long as this lives.
         self._operands = operands
         self._ties = ties
+        self._shards = shards
         self._elements: ElementTables | None = None
 
-    def __call__(self, query: Query) -> Table:
-        """Count what the query asks for."""
+    def __call__(self, query: Query) -> Tensor:
+        """Count what the query asks for, in int64 [n_weights, BINS] on the device."""
         device = self._operands[0][0].device
         with launching(device):
             if self._elements is None:
-                self._elements = elements(self._operands)
+                self._elements = elements(self._operands, self._shards)
             found = self._elements
             counts = scratch(device, (found.tasks.shape[0], BINS), torch.int32)
             self._launch(found, query, counts)
@@ -219,7 +225,7 @@ class GpuHistogram:
                 BLOCK=launch.ADD_BLOCK,
                 **launch.OPTIONS,
             )
-            return total.cpu().numpy()
+            return total
 
     def _launch(self, found: ElementTables, query: Query, counts: Tensor) -> None:
         columns = (query.prefixes.tolist(), query.keys.tolist(), query.words.tolist(), self._ties)
@@ -240,6 +246,7 @@ class GpuHistogram:
                 W_TYPE=TYPES[kind.w_dtype],
                 DW_TYPE=TYPES[kind.dw_dtype],
                 DEPTH=found.depth,
+                SHARDED=found.sharded,
                 VECTOR=kind.vector,
                 BINS=BINS,
                 BLOCK=launch.HISTOGRAM_BLOCK,

@@ -16,10 +16,10 @@ from torch import Tensor
 from fastplastic.kernels.checks import check_resample
 from fastplastic.kernels.gpu import launch
 from fastplastic.kernels.gpu.elements import (
-    ELEMENT,
     MASK,
     N_TASK,
     WEIGHT,
+    element_of,
     elements,
     offset_of,
     pointer_of,
@@ -31,6 +31,7 @@ from fastplastic.kernels.gpu.functions import rounded
 from fastplastic.kernels.gpu.runtime import TYPES, device_function, kernel, launching, send, table
 from fastplastic.kernels.law import CENTRE, LEAST, LOG, LOG_HIGH, LOG_LOW, SQRT_2, TAIL, Law
 from fastplastic.kernels.philox import INITIAL_VALUES, philox_key
+from fastplastic.kernels.shards import Shards
 
 _LOG, _CENTRE, _TAIL = tl.constexpr(LOG), tl.constexpr(CENTRE), tl.constexpr(TAIL)
 _LOG_LOW, _LOG_HIGH = tl.constexpr(LOG_LOW), tl.constexpr(LOG_HIGH)
@@ -96,6 +97,7 @@ def _write(
     W_TYPE: tl.constexpr,
     DEPTH: tl.constexpr,
     DENSE: tl.constexpr,
+    SHARDED: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -109,7 +111,7 @@ def _write(
     for first in range(begin, end, BLOCK):
         position = first + tl.arange(0, BLOCK).to(tl.int64)
         chosen = position < end
-        element = offset_of(weight_ptr, position, ELEMENT, DEPTH, DENSE)
+        element = element_of(weight_ptr, position, DEPTH, DENSE, SHARDED)
         if MASKED:
             offset = offset_of(weight_ptr, position, MASK, DEPTH, DENSE)
             flag = tl.load(mask_ptr + offset, mask=position < masked_end, other=1)
@@ -132,6 +134,7 @@ def _resample_kernel(
     MASKED: tl.constexpr,
     W_TYPE: tl.constexpr,
     DEPTH: tl.constexpr,
+    SHARDED: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -141,8 +144,8 @@ def _resample_kernel(
 
     Args:
         weights_ptr: int64 [n_weights, weight_columns], contiguous: addresses of weight, gradient
-            (not read) and mask (0 where there is none), whether all is dense, sizes, strides; see
-            `elements.py`. The weights are written where the mask is set.
+            (not read) and mask (0 where there is none), whether all is dense, sizes, strides,
+            first element; see `elements.py`. The weights are written where the mask is set.
         tasks_ptr: int64 [n_tasks, 3], contiguous: weight, first position, end.
         sources_ptr: int64 [n_weights, 2], contiguous: Philox key, whether the law is normal.
         numbers_ptr: float32 [n_weights, 6], contiguous: `Law.numbers`.
@@ -151,6 +154,7 @@ def _resample_kernel(
         MASKED: Whether there are masks.
         W_TYPE: Dtype of the weights of this launch.
         DEPTH: Number of dimensions of a walk.
+        SHARDED: Whether any of the weights is a part of one.
         VECTOR: Elements that are written at once where all is dense.
         BLOCK: Elements that are drawn at once by the program.
     """
@@ -161,11 +165,14 @@ def _resample_kernel(
     number_ptr = numbers_ptr + weight * _N_NUMBERS
     if tl.load(weight_ptr + 3) != 0:
         _write(
-            weight_ptr, task_ptr, source_ptr, number_ptr, MASKED, W_TYPE, DEPTH, True, VECTOR,
-            BLOCK,
+            weight_ptr, task_ptr, source_ptr, number_ptr, MASKED, W_TYPE, DEPTH, True, SHARDED,
+            VECTOR, BLOCK,
         )  # fmt: skip
     else:
-        _write(weight_ptr, task_ptr, source_ptr, number_ptr, MASKED, W_TYPE, DEPTH, False, 1, BLOCK)
+        _write(
+            weight_ptr, task_ptr, source_ptr, number_ptr, MASKED, W_TYPE, DEPTH, False, SHARDED, 1,
+            BLOCK,
+        )  # fmt: skip
 
 
 def resample_(
@@ -175,18 +182,19 @@ def resample_(
     *,
     seed: int = 0,
     masks: Sequence[Tensor | None] | None = None,
+    shards: Shards = None,
 ) -> None:
     """Write fresh initial values into the selected elements of weights, in place.
 
     See `fastplastic.kernels.resample_`.
     """
-    check_resample(weights, names, laws, masks)
+    check_resample(weights, names, laws, masks, shards)
     if not any(weight.numel() for weight in weights):
         return
     device = weights[0].device
     none = [None] * len(weights)
     with launching(device):
-        found = elements(list(zip(weights, none, masks or none, strict=True)))
+        found = elements(list(zip(weights, none, masks or none, strict=True)), shards)
         keys = [signed(philox_key(seed, INITIAL_VALUES, name)) for name in names]
         normal = [int(law.kind == "normal") for law in laws]
         sources = table(list(zip(keys, normal, strict=True)), 2, device)
@@ -203,6 +211,7 @@ def resample_(
                 MASKED=masks is not None,
                 W_TYPE=TYPES[kind.w_dtype],
                 DEPTH=found.depth,
+                SHARDED=found.sharded,
                 VECTOR=kind.vector,
                 BLOCK=launch.ELEMENT_BLOCK,
                 **(launch.OPTIONS | {"enable_fp_fusion": False}),

@@ -14,18 +14,18 @@ import triton.language as tl
 from torch import Tensor
 
 from fastplastic.kernels.checks import Gradients, check_select, check_selection
+from fastplastic.kernels.elements import counted_operands, operands_of
 from fastplastic.kernels.gpu import launch
 from fastplastic.kernels.gpu.elements import (
-    ELEMENT,
     MASK,
     N_CHOICE,
     N_TASK,
     choice_table,
     chosen_of,
+    element_of,
     elements,
     keys_of,
     offset_of,
-    operands_of,
     pointer_of,
     range_of,
     signed,
@@ -34,7 +34,14 @@ from fastplastic.kernels.gpu.histogram import GpuHistogram
 from fastplastic.kernels.gpu.runtime import TYPES, device_function, kernel, launching
 from fastplastic.kernels.philox import TIES, philox_key
 from fastplastic.kernels.scores import SCORES
-from fastplastic.kernels.selection import EIGHT_BITS, Selection, select_with
+from fastplastic.kernels.selection import (
+    EIGHT_BITS,
+    Reduce,
+    Selection,
+    TotalHistogram,
+    select_with,
+)
+from fastplastic.kernels.shards import Shards, sizes_of
 
 
 @device_function
@@ -48,6 +55,7 @@ def _mark(
     DW_TYPE: tl.constexpr,
     DEPTH: tl.constexpr,
     DENSE: tl.constexpr,
+    SHARDED: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -60,7 +68,7 @@ def _mark(
         key, eligible = keys_of(
             weight_ptr, position, inside, W_POWER, DW_POWER, W_TYPE, DW_TYPE, DEPTH, DENSE
         )
-        element = offset_of(weight_ptr, position, ELEMENT, DEPTH, DENSE)
+        element = element_of(weight_ptr, position, DEPTH, DENSE, SHARDED)
         chosen = eligible & chosen_of(choice_ptr, key, element)
         offset = offset_of(weight_ptr, position, MASK, DEPTH, DENSE)
         tl.store(mask_ptr + offset, chosen.to(tl.int8), mask=inside)
@@ -78,6 +86,7 @@ def _mask_kernel(
     W_TYPE: tl.constexpr,
     DW_TYPE: tl.constexpr,
     DEPTH: tl.constexpr,
+    SHARDED: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -98,6 +107,7 @@ def _mask_kernel(
         W_TYPE: Dtype of the weights of this launch.
         DW_TYPE: Dtype of their gradients.
         DEPTH: Number of dimensions of a walk.
+        SHARDED: Whether any of the weights is a part of one.
         VECTOR: Elements that are read at once where all is dense.
         BLOCK: Elements that are read at once by the program.
     """
@@ -108,12 +118,12 @@ def _mask_kernel(
     if tl.load(weight_ptr + 3) != 0:
         _mark(
             weight_ptr, task_ptr, choice_ptr, W_POWER, DW_POWER, W_TYPE, DW_TYPE, DEPTH, True,
-            VECTOR, BLOCK,
+            SHARDED, VECTOR, BLOCK,
         )  # fmt: skip
     else:
         _mark(
-            weight_ptr, task_ptr, choice_ptr, W_POWER, DW_POWER, W_TYPE, DW_TYPE, DEPTH, False, 1,
-            BLOCK,
+            weight_ptr, task_ptr, choice_ptr, W_POWER, DW_POWER, W_TYPE, DW_TYPE, DEPTH, False,
+            SHARDED, 1, BLOCK,
         )  # fmt: skip
 
 
@@ -126,35 +136,45 @@ def select(
     criterion: str = "swr",
     caps: Sequence[int] | None = None,
     seed: int = 0,
+    shards: Shards = None,
+    reduce: Reduce | None = None,
 ) -> Selection:
     """Choose the elements with the smallest scores over all weights at once, exactly `count`.
 
     See `fastplastic.kernels.select`.
     """
-    check_select(weights, gradients, names, count, criterion, caps)
-    sizes = [weight.numel() for weight in weights]
+    check_select(weights, gradients, names, count, criterion, caps, shards)
+    sizes = sizes_of(weights, shards)
     ties = [signed(philox_key(seed, TIES, name)) for name in names]
-    histogram = GpuHistogram(criterion, operands_of(criterion, weights, gradients), ties)
+    operands = counted_operands(criterion, weights, gradients, shards)
+    held = [weight.numel() for weight, _, _ in operands]
+    histogram = GpuHistogram(criterion, operands, ties, shards)
+    total = TotalHistogram(histogram, names, sizes, held, reduce)
     return select_with(
-        histogram, sizes, names, count, criterion=criterion, caps=caps, seed=seed, digits=EIGHT_BITS
+        total, sizes, names, count, criterion=criterion, caps=caps, seed=seed, digits=EIGHT_BITS
     )
 
 
 def selection_masks(
-    selection: Selection, weights: Sequence[Tensor], gradients: Gradients
+    selection: Selection,
+    weights: Sequence[Tensor],
+    gradients: Gradients,
+    *,
+    shards: Shards = None,
 ) -> list[Tensor]:
     """Return which elements of each weight are selected, bool in the shape of the weight.
 
     See `fastplastic.kernels.selection_masks`.
     """
-    check_selection(selection, weights, gradients)
+    check_selection(selection, weights, gradients, shards)
     masks = [torch.empty(w.shape, dtype=torch.bool, device=w.device) for w in weights]
     if not any(weight.numel() for weight in weights):
         return masks
     device = weights[0].device
     score = SCORES[selection.criterion]
     with launching(device):
-        found = elements(operands_of(selection.criterion, weights, gradients, masks))
+        operands = operands_of(selection.criterion, weights, gradients, masks)
+        found = elements(operands, shards)
         choices = choice_table(selection, device)
         for kind, (begin, end) in found.launches.items():
             _mask_kernel[(end - begin,)](
@@ -168,6 +188,7 @@ def selection_masks(
                 W_TYPE=TYPES[kind.w_dtype],
                 DW_TYPE=TYPES[kind.dw_dtype],
                 DEPTH=found.depth,
+                SHARDED=found.sharded,
                 VECTOR=kind.vector,
                 BLOCK=launch.ELEMENT_BLOCK,
                 **launch.OPTIONS,

@@ -13,7 +13,8 @@ from torch import Tensor
 from fastplastic.kernels.checks import check_resample
 from fastplastic.kernels.law import CENTRE, LEAST, LOG, LOG_HIGH, LOG_LOW, SQRT_2, TAIL, Law
 from fastplastic.kernels.philox import INITIAL_VALUES, philox_key
-from fastplastic.kernels.reference.select import philox_words
+from fastplastic.kernels.reference.select import elements_of, philox_words
+from fastplastic.kernels.shards import Shards
 
 Floats = NDArray[np.float32]
 
@@ -25,12 +26,14 @@ def resample_(
     *,
     seed: int = 0,
     masks: Sequence[Tensor | None] | None = None,
+    shards: Shards = None,
 ) -> None:
     """Write fresh initial values into the selected elements; see `fastplastic.kernels`."""
-    check_resample(weights, names, laws, masks)
+    check_resample(weights, names, laws, masks, shards)
     for i, (weight, name, law) in enumerate(zip(weights, names, laws, strict=True)):
         key = philox_key(seed, INITIAL_VALUES, name)
-        fresh = torch.from_numpy(_values(law, philox_words(key, weight.numel())))
+        element = elements_of(weight, None if shards is None else shards[i])
+        fresh = torch.from_numpy(_values(law, philox_words(key, element)))
         fresh = fresh.reshape(weight.shape).to(weight)
         mask = None if masks is None else masks[i]
         with torch.no_grad():
