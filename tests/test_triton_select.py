@@ -25,6 +25,7 @@ from fastplastic.kernels.reference import resample as _reference_resample
 from fastplastic.kernels.reference import select as _reference_select
 from fastplastic.kernels.scores import SCORES
 from fastplastic.kernels.selection import Query, Selection
+from fastplastic.kernels.shards import WeightShard
 
 # NumPy says so of the interpreter of Triton 3.6.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
@@ -132,11 +133,12 @@ def test_nan_is_not_eligible_and_infinity_comes_last():
         triton_select.select([w], [dw], ["w"], 7)
 
 
+@pytest.mark.parametrize("shard", [None, WeightShard((1 << 20, 5), (1 << 19, 2))])
 @pytest.mark.parametrize("number", ["key", "word", "element"])
-def test_histogram_counts_what_the_query_says(number):
+def test_histogram_counts_what_the_query_says(number, shard):
     """The search needs the last ones only where words of 32 bits are equal."""
     w = noise(3, 700).round(decimals=0).t()
-    (order,) = _reference_select._orders([(w, None, None)], "magnitude", 0, ["w"], None)
+    (order,) = _reference_select._orders([(w, None, None)], "magnitude", 0, ["w"], [shard])
     key, word, _, element = order
     values = {"key": key, "word": word, "element": element}[number]
     one = int(np.argmax(key == key.max()))
@@ -148,7 +150,7 @@ def test_histogram_counts_what_the_query_says(number):
         counted &= word == words[0]
     operands = [(w, None, None)]
     ties = triton_select.signed(philox_key(0, TIES, "w"))
-    histogram = triton_histogram.GpuHistogram("magnitude", operands, [ties])
+    histogram = triton_histogram.GpuHistogram("magnitude", operands, [ties], [shard])
     for shift, bits, prefix in (
         (24, 8, 0),
         (15, 8, values[one] >> 23),
