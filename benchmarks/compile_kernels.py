@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fastplastic.kernels import ACTIVATIONS
+from fastplastic.kernels import ACTIVATIONS, WeightShard
 from fastplastic.kernels.elements import operands_of
 from fastplastic.kernels.law import Law
 from fastplastic.kernels.selection import Query, Selection
@@ -42,6 +43,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Columns of a weight: there numbers of elements take a division.
+_PARTS = [WeightShard((256, 2048), (0, 512))]
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -158,6 +161,14 @@ def _select_cases(dtype: str, quick: int) -> Iterator[tuple[str, Callable[[], ob
             yield f"{dtype} {criterion} {number}", lambda h=histogram, q=query: h(q)
         chosen = Selection(criterion, 0, ("w",), (0,), (0,), (0,), (0,), 0)
         yield f"{dtype} {criterion}", lambda c=chosen: module.selection_masks(c, [w], [w])
+    if dtype == "fp32":
+        parts = _module("histogram").GpuHistogram("swr", operands_of("swr", [w], [w]), [0], _PARTS)
+        for number in ("key", "word", "element"):
+            query = Query(number, 24, 8, table, table, table)
+            yield f"{dtype} swr {number} shards", lambda q=query: parts(q)
+        chosen = Selection("swr", 0, ("w",), (0,), (0,), (0,), (0,), 0)
+        masks = partial(module.selection_masks, chosen, [w], [w], shards=_PARTS)
+        yield f"{dtype} swr shards", masks
 
 
 def _resample_cases(dtype: str) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -167,6 +178,9 @@ def _resample_cases(dtype: str) -> Iterator[tuple[str, Callable[[], object]]]:
     law = Law("normal", 0.0, 0.02)
     yield f"{dtype} all", lambda: resample_([w], ["w"], [law])
     yield f"{dtype} masks", lambda: resample_([w], ["w"], [law], masks=[mask])
+    if dtype == "fp32":
+        both = {"masks": [mask], "shards": _PARTS}
+        yield f"{dtype} masks shards", lambda: resample_([w], ["w"], [law], **both)
 
 
 def _launcher(name: str) -> Callable[..., Any]:

@@ -205,13 +205,12 @@ def _scan_task(
     for position in range(start, stop, BLOCK):
         n = min(BLOCK, stop - position)
         keys = fill_keys(score, walk, w, position, n, block.buffers)
-        if exact or low >= high:
-            _count_first_digits(keys, lanes)
         if low >= high:
+            _count_first_digits(keys, lanes)
             continue
         found = gather(keys, 0, high << _TOP, walk, w, position, block)
+        _count_first_digits(keys if exact else block.keys[:found], lanes)
         if not exact:
-            _count_first_digits(block.keys[:found], lanes)
             lanes[0, _DIGITS_OF_NAN - 1] += _count_numbers(keys) - found
         _keep(kept, t, low << _TOP, block, found)
 
