@@ -1,24 +1,24 @@
 """Parts of weights in many processes: the same bits and the same selection as the whole weights."""
 
-import importlib
 import math
-import threading
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
+from helpers.ranks import Box, Twin, boxes, on_ranks, shard_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, distributed
 
 from fastplastic.kernels import Law, WeightShard, resample_, select, selection_masks
+from fastplastic.kernels.philox import INITIAL_VALUES, TIES, philox_key
+from fastplastic.kernels.reference.select import philox_words
 
-BACKENDS = {"gpu": "triton", "cpu": "numba", "reference": "pytorch"}
+BACKENDS = ["gpu", "cpu", "reference"]
 CRITERIA = ["swr", "gradient", "magnitude", "random"]
 NORMAL = Law("normal", 0.1, 0.5)
 NAN, INF = math.nan, math.inf
-Box = tuple[slice, ...]
 
 # The interpreter of Triton computes with NumPy, which warns where a GPU does not.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
@@ -33,37 +33,6 @@ def numpy_does_not_warn():
 @pytest.fixture(params=BACKENDS)
 def twin(request):
     return Twin(request.param)
-
-
-class Twin:
-    """The three functions of a backend, on its device."""
-
-    def __init__(self, folder: str) -> None:
-        gpu = folder == "gpu" and torch.cuda.is_available()
-        self.device = "cuda" if gpu else "cpu"
-        stem = f"fastplastic.kernels.{folder}"
-        self.resample_ = importlib.import_module(f"{stem}.resample").resample_
-        self.select = importlib.import_module(f"{stem}.select").select
-        self.selection_masks = importlib.import_module(f"{stem}.select").selection_masks
-
-
-def chunks(size: int, n: int) -> list[slice]:
-    """Cut a dimension as torch.chunk does: the last ones are shorter, or empty."""
-    step = max(1, -(-size // n))
-    return [slice(min(i * step, size), min((i + 1) * step, size)) for i in range(n)]
-
-
-def boxes(shape: tuple[int, ...], *counts: int) -> list[Box]:
-    """Cut the first dimensions of a weight into so many parts each: one box for each process."""
-    cut: list[Box] = [()]
-    for size, count in zip(shape, counts, strict=False):
-        cut = [(*box, part) for box in cut for part in chunks(size, count)]
-    return cut
-
-
-def shard_of(shape: tuple[int, ...], box: Box, counted: bool = True) -> WeightShard:
-    offsets = [part.start for part in box] + [0] * (len(shape) - len(box))
-    return WeightShard(shape, tuple(offsets), counted)
 
 
 # Rows, uneven; more shards than rows; columns; both; a dimension behind those; one element.
@@ -129,73 +98,6 @@ def test_shards_differ_from_each_other(twin):
     for i in range(4):
         for j in range(i):
             assert 0.35 < (flat[i] == flat[j]).float().mean() < 0.65
-
-
-class Ranks:
-    """Processes that add their tables up, as threads that wait for each other."""
-
-    def __init__(self, n: int) -> None:
-        self.tables: list[Tensor | None] = [None] * n
-        self.shapes: list[tuple[int, ...]] = []
-        self._sum = torch.empty(0)
-        self._met = threading.Barrier(n, self._add, timeout=60)
-        self._results: list[object] = [None] * n
-
-    def run(self, work) -> list:
-        """Return what work(rank, reduce) gives on each rank."""
-        threads = [
-            threading.Thread(target=self._work, args=(work, rank))
-            for rank in range(len(self.tables))
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        for result in self._results:
-            if isinstance(result, BaseException):
-                raise result
-        return self._results
-
-    def _work(self, work, rank: int) -> None:
-        try:
-            with np.errstate(all="ignore"):
-                self._results[rank] = work(rank, lambda table: self._reduce(rank, table))
-        except BaseException as error:
-            self._results[rank] = error
-            if not isinstance(error, ValueError):
-                self._met.abort()
-
-    def _reduce(self, rank: int, table: Tensor) -> None:
-        assert table.dtype == torch.int64
-        self.tables[rank] = table
-        self._met.wait()
-        table.copy_(self._sum)
-
-    def _add(self) -> None:
-        self._sum = torch.stack(self.tables).sum(0)
-        self.shapes.append(tuple(self._sum.shape))
-
-
-def on_ranks(
-    twin, weights, gradients, names, count, shards, *, criterion, masks=None, shapes=None, **options
-):
-    """Select on ranks, each with its weights, gradients and shards; return their selection."""
-    ranks = Ranks(len(weights))
-
-    def work(rank, reduce):
-        slopes = None if gradients is None else gradients[rank]
-        own = {"criterion": criterion, "shards": shards[rank], "reduce": reduce, **options}
-        found = twin.select(weights[rank], slopes, names, count, **own)
-        marked = twin.selection_masks(found, weights[rank], slopes, shards=shards[rank])
-        return found, marked
-
-    results = ranks.run(work)
-    assert all(found == results[0][0] for found, _ in results)
-    if masks is not None:
-        masks += [marked for _, marked in results]
-    if shapes is not None:
-        shapes += ranks.shapes
-    return results[0][0]
 
 
 def model(device: str) -> tuple[list[Tensor], list[Tensor]]:
@@ -347,20 +249,15 @@ def test_a_thousand_shards_of_one_weight():
 
 
 def test_elements_beyond_32_bits(twin):
-    """As the whole weight does not fit here: the words of the reference say what it would hold."""
-    shape, first = (3 << 20, 1 << 12), 5 << 28
-    philox = importlib.import_module("fastplastic.kernels.reference.select").philox_words
-    shard = WeightShard(shape, (first >> 12, 0))
-    assert shard.first == first and shard.size > 1 << 33
-    part, low = torch.empty(2, 1 << 12, device=twin.device), torch.empty(2, 1 << 12)
-    far = WeightShard(shape, ((1 << 20) + 7, 100))
-    twin.resample_([part], ["w"], [Law("uniform", 0.0, 1.0)], shards=[shard])
-    key = importlib.import_module("fastplastic.kernels.philox").philox_key(0, "initial values", "w")
-    for place, box in ((shard, part), (far, low[:, 100:300].to(twin.device))):
-        twin.resample_([box], ["w"], [Law("uniform", 0.0, 1.0)], shards=[place])
-        words = philox(key, place.elements(box.shape)) >> np.uint32(9)
-        assert place.elements(box.shape)[0] > 1 << 30
-        assert box.flatten().tolist() == ((words + 0.5) * 2.0**-23).astype(np.float32).tolist()
+    """No whole weight of that size fits here: what the words of its elements say is expected."""
+    shape, key, law = (3 << 20, 1 << 12), philox_key(0, INITIAL_VALUES, "w"), Law("uniform", 0, 1)
+    rows = torch.empty(2, 1 << 12, device=twin.device)
+    for part, offsets in ((rows, (1 << 20, 0)), (rows[:, 100:300], ((1 << 20) + 7, 100))):
+        shard = WeightShard(shape, offsets)
+        assert shard.first >= 1 << 32
+        twin.resample_([part], ["w"], [law], shards=[shard])
+        words = philox_words(key, shard.elements(part.shape)) >> np.uint32(9)
+        assert part.flatten().tolist() == ((words + 0.5) * 2.0**-23).astype(np.float32).tolist()
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -382,9 +279,7 @@ def test_what_is_added_up_does_not_grow_with_the_weights(twin, criterion):
 @pytest.mark.parametrize("folder", ["cpu", "reference"])
 def test_equal_words_of_two_processes_are_cut_at_the_element(folder):
     twin = Twin(folder)
-    philox = importlib.import_module("fastplastic.kernels.reference.select").philox_words
-    key = importlib.import_module("fastplastic.kernels.philox").philox_key(0, "ties", "a")
-    words = philox(key, np.arange(1 << 17))
+    words = philox_words(philox_key(0, TIES, "a"), np.arange(1 << 17))
     order = np.argsort(words, kind="stable")
     rank = int(np.flatnonzero(np.diff(words[order].astype(np.int64)) == 0)[0])
     first, second = (int(e) for e in order[rank : rank + 2])
@@ -413,6 +308,18 @@ def test_one_process_without_a_single_element(twin):
         twin.resample_([empty], ["w"], [NORMAL], shards=shards[1])
 
 
+def test_all_reduce_is_such_a_sum():
+    weight = torch.arange(12.0)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        found = select(
+            [weight], None, ["w"], 5, criterion="magnitude", reduce=distributed.all_reduce
+        )
+    finally:
+        distributed.destroy_process_group()
+    assert found == select([weight], None, ["w"], 5, criterion="magnitude")
+
+
 @pytest.mark.parametrize("returned", [False, True])
 def test_a_sum_may_be_returned(twin, returned):
     weight = torch.arange(12.0, device=twin.device)
@@ -426,84 +333,6 @@ def test_a_sum_may_be_returned(twin, returned):
     alone = twin.select([weight], None, ["w"], 5, criterion="magnitude")
     assert twin.selection_masks(found, [weight], None)[0].tolist() == [True] * 5 + [False] * 7
     assert found.counts == alone.counts and set(calls) == {twin.device}
-
-
-def wrong(twin, text, function="select", **changes):
-    part = torch.ones(2, 3, device=twin.device)
-    arguments = {"weights": [part], "gradients": [part], "names": ["w"], "count": 1}
-    if function == "resample_":
-        arguments = {"weights": [part], "names": ["w"], "laws": [NORMAL]}
-    with pytest.raises(ValueError, match="expected") as caught:
-        getattr(twin, function)(**(arguments | changes))
-    assert text in str(caught.value)
-
-
-def test_shards_that_do_not_fit_are_refused(twin):
-    for function in ("select", "resample_"):
-        for shards, text in (
-            ([], "there are 0 shards for 1 weights, expected one for each"),
-            (
-                [WeightShard((4, 3), (3, 0))],
-                "weight 0 is (2, 3) with offsets (3, 0), expected a part of the weight (4, 3)",
-            ),
-            (
-                [WeightShard((6,), (0,))],
-                "weight 0 is (2, 3) with offsets (0,), expected a part of the weight (6,)",
-            ),
-        ):
-            wrong(twin, text, function, shards=shards)
-
-
-def test_elements_that_are_missing_or_counted_twice_are_an_error(twin):
-    way = "pass the shards of all processes, reduce over all of them, and counted=False to all but"
-    shards = [WeightShard((4, 3), (0, 0))]
-    text = f"6 elements of w are counted, expected each of its 12 once: {way}"
-    wrong(twin, text, shards=shards)
-    wrong(twin, text, shards=shards, reduce=lambda table: None)
-    text = f"18 elements of w are counted, expected each of its 12 once: {way}"
-    wrong(twin, text, shards=shards, reduce=lambda table: table.mul_(3))
-    # Both of two processes hold the whole weight.
-    wrong(twin, "12 elements of w are counted, expected each of its 6", reduce=lambda t: t.mul_(2))
-    copies = [WeightShard((2, 3), (0, 0), counted=False)]
-    wrong(twin, "0 elements of w are counted, expected each of its 6", shards=copies)
-
-
-def test_a_sum_that_is_none_is_refused(twin):
-    text = "reduce returned 'later', expected None or a tensor (1, "
-    wrong(twin, text, reduce=lambda table: "later")
-    text = "reduce returned a tensor (1,), expected None or a tensor (1, "
-    wrong(twin, text, reduce=lambda table: table.sum(1))
-
-
-class Distributed(Tensor):
-    """Looks like a DTensor: its memory is elsewhere."""
-
-    def to_local(self) -> Tensor:
-        return self
-
-
-def test_distributed_tensors_are_refused(twin):
-    """Their address is 0: reading there would end the process."""
-    part = torch.ones(2, 3, device=twin.device)
-    other = part.as_subclass(Distributed)
-    text = " 0 is a DTensor, expected a tensor of this process alone: pass its to_local(), and whe"
-    wrong(twin, "weight" + text, weights=[other])
-    wrong(twin, "gradient" + text, gradients=[other])
-    wrong(twin, "weight" + text, "resample_", weights=[other])
-
-
-@pytest.mark.parametrize(
-    ("shape", "offsets", "text"),
-    [
-        ((4, 3), (1,), "offsets (1,) in a weight (4, 3), expected one for each dimension"),
-        ((4, 3), (5, 0), "offsets (5, 0) in a weight (4, 3), expected offsets from 0 to the size"),
-        ((4, 3), (0, -1), "offsets (0, -1) in a weight (4, 3), expected offsets from 0 to the s"),
-    ],
-)
-def test_what_is_no_shard(shape, offsets, text):
-    with pytest.raises(ValueError, match="expected") as caught:
-        WeightShard(shape, offsets)
-    assert text in str(caught.value)
 
 
 def test_a_shard_is_what_its_numbers_are():
