@@ -105,13 +105,20 @@ def test_plain_pytorch_finds_the_units_that_it_killed(capsys):
 
 
 def test_the_kernels_are_used_as_shown():
-    (names,) = snippets("docs/kernels.md")
+    *_, names = snippets("docs/kernels.md")
     assert sum(int(mask.sum()) for mask in names["masks"]) == 1000
     assert names["table"].shape == (9, 3072)
     assert [tuple(table.shape) for table in (names["rows"], names["columns"])] == [
         (8, 266),
         (6, 384),
     ]
+
+
+def test_shards_are_drawn_as_the_whole_weight():
+    *_, names = snippets("docs/kernels.md")
+    whole = torch.empty(256, 512)
+    names["resample_"]([whole], ["head"], [names["Law"]("normal", 0.0, 0.02)])
+    assert torch.equal(names["weight"], whole)
 
 
 def test_a_recycler_is_used_as_shown(capsys):
