@@ -275,3 +275,20 @@ def test_no_more_than_five_are_said_and_the_mildest_are_left_out():
     texts = [own.text for own in findings(replace(profile, coverage=coverage))]
     words = ["are dead", "are dormant", "are flat.", "No gradient", "no figures"]
     assert len(texts) == 5 and all(map(str.__contains__, texts, words))
+
+
+def test_the_more_severe_comes_first_and_dead_before_frozen():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 3))
+    kill(model[0], 2)
+    with torch.no_grad():
+        model[0].weight[2:4] *= 1e6
+    texts = [finding.text for finding in findings(measured(model, samples=512))]
+    assert [text.split()[5] for text in texts[:2]] == ["dead:", "frozen:"]
+    kill(model[0], 1)
+    with torch.no_grad():
+        model[0].weight[1] = 1
+        model[0].weight[2:] *= 1e6
+    first, second, *_ = findings(measured(model, samples=512))
+    assert ("are frozen" in first.text, first.severity) == (True, "high")
+    assert second.severity != "high"
