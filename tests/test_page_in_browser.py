@@ -35,10 +35,8 @@ def profile():
     return replace(found, layers=(*others, unseen))
 
 
-@pytest.fixture
-def page(browser, profile, tmp_path):
-    path = tmp_path / "page.html"
-    write_page(view_of(profile), path, force=False)
+def opened(browser, path):
+    """Yield the browser with a page open, which must load nothing else and complain of nothing."""
     browser.complaints.clear()
     browser.requests.clear()
     browser.show(width=1000, height=800, dark=False)
@@ -46,6 +44,13 @@ def page(browser, profile, tmp_path):
     yield browser
     assert browser.complaints == []
     assert set(browser.requests) == {path.as_uri()}
+
+
+@pytest.fixture
+def page(browser, profile, tmp_path):
+    path = tmp_path / "page.html"
+    write_page(view_of(profile), path, force=False)
+    yield from opened(browser, path)
 
 
 @pytest.fixture
@@ -56,13 +61,7 @@ def changes(browser, tmp_path):
     figures = [figures_of(a_profile(*own, samples=n)) for n, own in enumerate(layers)]
     origin = Origin("fastplastic compare", (("fastplastic", "1"), ("Python", "3")), None)
     write_page(changes_view(compare_figures(figures, "abc"), (), origin), path, force=False)
-    browser.complaints.clear()
-    browser.requests.clear()
-    browser.show(width=1000, height=800, dark=False)
-    browser.open(path.as_uri())
-    yield browser
-    assert browser.complaints == []
-    assert set(browser.requests) == {path.as_uri()}
+    yield from opened(browser, path)
 
 
 def test_changes_are_sorted_and_filtered_by_the_same_script(changes):
