@@ -1,5 +1,6 @@
 """Parts of weights in many processes: the same bits and the same selection as the whole weights."""
 
+import importlib
 import math
 from functools import cache
 
@@ -246,6 +247,24 @@ def test_a_thousand_shards_of_one_weight():
     resample_([weight], ["w"], [NORMAL])
     resample_(rows, ["w"] * n, [NORMAL] * n, shards=shards)
     assert torch.equal(torch.cat(rows), weight)
+
+
+def test_parts_are_read_once_and_kept(monkeypatch):
+    """Who compares the count of all with a part of the scores reads that again, and keeps none."""
+    histogram = importlib.import_module("fastplastic.kernels.cpu.histogram")
+    calls, scan = [], histogram._scan
+
+    def counting(*arguments):
+        calls.append(arguments)
+        scan(*arguments)
+
+    monkeypatch.setattr(histogram, "_scan", counting)
+    weight = torch.randn(400, 500, generator=torch.Generator().manual_seed(0))
+    shards = [[WeightShard((400, 500), (100 * i, 0))] for i in range(4)]
+    parts = [[part] for part in weight.split(100)]
+    on_ranks(Twin("cpu"), parts, None, ["w"], 30_000, shards, criterion="magnitude")
+    # A sample, then all.
+    assert len(calls) == 2 * 4
 
 
 def test_elements_beyond_32_bits(twin):

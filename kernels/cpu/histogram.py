@@ -92,7 +92,7 @@ class Histogram:
     ) -> None:
         self._count = count
         self._size = size
-        # What other processes have decides, too, where the threshold lies.
+        # Who holds a part of the elements cannot tell whether a sample has misled.
         self._apart = int(walk.counts.sum()) < size
         self._caps = np.array(caps, dtype=np.int64)
         self._score = SCORES[criterion]
@@ -127,7 +127,7 @@ class Histogram:
         """Count the first digits of all keys, and keep elements near the threshold.
 
         Digits above the threshold may be counted as the highest one: they are not told apart where
-        that saves time, unless other processes hold more elements, which may move the threshold.
+        that saves time and all elements are here.
         """
         low, high = self._guess()
         self._kept.ranges[:] = low, high
