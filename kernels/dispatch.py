@@ -250,10 +250,10 @@ def select(
 
     Where processes hold parts of the weights, each passes its own with `shards` and `reduce`, all
     other arguments alike: all get the selection of the whole weights. Each process calls `reduce`
-    equally often with tables of equal size, int64 [n_weights, bins]. With Triton that is 4 times
-    with 256 bins, and at most 4 times again for equal scores; with Numba and PyTorch 3 times with
-    2048 bins, and at most 3 times again. Where equal words are cut in two, digits of the element
-    follow, 8 or 11 bits each. The first table has one more column.
+    equally often with tables of equal size, int64 [n_weights, bins]. With Triton that is at most 4
+    times with 256 bins, and 4 times again where equal scores are cut in two; with Numba and PyTorch
+    3 times with 2048 bins, and 3 times again. Where equal words are cut in two, digits of the
+    element follow, 8 or 11 bits each. The first table has one more column.
 
     Args:
         weights: Tensors on one device, float32, bfloat16, float16 or float64, of any strides.

@@ -19,8 +19,8 @@ class WeightShard:
     """The place of a tensor in a weight that is cut along any of its dimensions.
 
     Element [i, j, ...] of the tensor is element [offsets[0] + i, offsets[1] + j, ...] of the
-    weight; its number is that in the logical row-major order of the whole weight. A tensor without
-    elements may have any shape.
+    weight, without gaps; its number is that in the logical row-major order of the whole weight. A
+    tensor without elements may have any shape.
 
     Attributes:
         shape: Shape of the whole weight.
