@@ -1,0 +1,198 @@
+"""The processes that train one model together: they agree on what they do, and add up tables.
+
+All goes through a group of its own (gloo, on the host), so that what the training sends is never
+mixed with it. Before anything is added up all processes meet: one that is elsewhere, has other
+options or has failed is named on all of them, instead of letting them wait for ever.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastplastic.errors import FastPlasticError, InputError
+
+# How long one waits for another. Of one that has ended it is known at once.
+WAIT = timedelta(minutes=10)
+
+
+class ProcessError(FastPlasticError):
+    """Another process failed, is gone, or does something else."""
+
+
+@dataclass(frozen=True)
+class _Message:
+    """What a process says when it meets the others.
+
+    Attributes:
+        step: What it is about to do, or has done.
+        facts: What has to be the same in all processes.
+        error: What went wrong in it, "" if nothing did.
+    """
+
+    step: str
+    facts: Mapping[str, str]
+    error: str = ""
+
+
+class Processes:
+    """The processes of torch.distributed, one of which this is.
+
+    Attributes:
+        rank: Number of this process.
+        size: Number of processes.
+    """
+
+    def __init__(self) -> None:
+        distributed = torch.distributed
+        self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+        self._group: Any = distributed.new_group(backend="gloo", timeout=WAIT)
+
+    def meet(self, step: str, facts: Mapping[str, str]) -> None:
+        """Wait until all processes are about to do the same.
+
+        Args:
+            step: What that is, in words.
+            facts: What else has to be the same in all: names and values.
+
+        Raises:
+            ProcessError: One does something else, is gone or did not come in time; the same error
+                in all processes.
+        """
+        self._exchange(_Message(step, dict(facts)))
+
+    @contextmanager
+    def together(self, step: str) -> Iterator[None]:
+        """Do something that has to succeed in all processes, or is an error in all.
+
+        Raises:
+            ProcessError: It failed in another process.
+        """
+        try:
+            yield
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            try:
+                self._exchange(_Message(step, {}, said))
+            except ProcessError:
+                raise error from None
+        else:
+            self._exchange(_Message(step, {}))
+
+    def add_(self, table: Tensor) -> None:
+        """Add up a table over all processes, in place; each gets the same bits."""
+        torch.distributed.all_reduce(table, group=self._group)
+
+    def least_(self, table: Tensor) -> None:
+        """Take the least of all processes, element by element, in place."""
+        least: Any = torch.distributed.ReduceOp.MIN
+        torch.distributed.all_reduce(table, least, group=self._group)
+
+    def _exchange(self, message: _Message) -> None:
+        """Tell the first process, and hear from it whether all is well."""
+        text = json.dumps([message.step, dict(message.facts), message.error])
+        if self.rank == 0:
+            verdict = self._collect(text)
+        else:
+            try:
+                self._send(text, 0)
+                verdict = self._receive(0)
+            except RuntimeError as error:
+                verdict = f"process 0 {_reason(error)}"
+        if verdict:
+            raise ProcessError(f"{message.step}: {verdict}")
+
+    def _collect(self, own: str) -> str:
+        """Hear all other processes, and tell them what is wrong, "" for nothing."""
+        heard, gone = {0: own}, {}
+        for rank in range(1, self.size):
+            try:
+                heard[rank] = self._receive(rank)
+            except RuntimeError as error:
+                gone[rank] = _reason(error)
+        said = {rank: _Message(*json.loads(text)) for rank, text in heard.items()}
+        verdict = "; ".join(f"process {rank} {why}" for rank, why in gone.items())
+        verdict = verdict or _difference(said)
+        for rank in set(said) - {0}:
+            # Who is gone by now will not miss it.
+            _ignoring(self._send, verdict, rank)
+        return verdict
+
+    def _send(self, text: str, rank: int) -> None:
+        values = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
+        for tensor in (torch.tensor([len(values)]), values):
+            torch.distributed.send(tensor, group=self._group, group_dst=rank)
+
+    def _receive(self, rank: int) -> str:
+        length = torch.zeros(1, dtype=torch.int64)
+        torch.distributed.recv(length, group=self._group, group_src=rank)
+        values = torch.zeros(int(length), dtype=torch.uint8)
+        torch.distributed.recv(values, group=self._group, group_src=rank)
+        return bytes(values.tolist()).decode().strip()
+
+
+def _difference(said: Mapping[int, _Message]) -> str:
+    """Return what the processes do not have in common, in words; "" for nothing."""
+    failed = {rank: message.error for rank, message in said.items() if message.error}
+    if failed:
+        return "; ".join(f"process {rank} failed ({why})" for rank, why in failed.items())
+    first = said[0]
+    for rank, message in said.items():
+        if message.step != first.step:
+            return (
+                f"process {rank} is at {message.step!r}, process 0 at {first.step!r}, expected the "
+                "same calls in the same order in all processes"
+            )
+        for name in first.facts.keys() | message.facts.keys():
+            own, others = first.facts.get(name), message.facts.get(name)
+            if own != others:
+                return (
+                    f"{name} is {others} in process {rank} and {own} in process 0, expected the "
+                    "same in all"
+                )
+    return ""
+
+
+def _reason(error: RuntimeError) -> str:
+    text = str(error).partition("\n")[0]
+    if "imed out" in text or "imeout" in text:
+        return f"did not come within {WAIT.total_seconds():g} s: each has to make the same calls"
+    return f"is gone ({text[:120]})"
+
+
+def _ignoring(function: Callable[..., object], *arguments: Any) -> None:
+    try:
+        function(*arguments)
+    except RuntimeError:
+        pass
+
+
+_known: dict[Any, Processes] = {}
+
+
+def processes() -> Processes | None:
+    """Return the processes of torch.distributed; None where this is the only one.
+
+    Raises:
+        InputError: They cannot talk to each other on the host.
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    if distributed.get_world_size() == 1:
+        return None
+    if not distributed.is_gloo_available():
+        raise InputError(
+            "torch was built without gloo, by which processes agree with each other on the host: "
+            "expected a build with it, as from PyPI"
+        )
+    world = distributed.group.WORLD
+    if world not in _known:
+        _known.clear()
+        _known[world] = Processes()
+    return _known[world]

@@ -1,0 +1,63 @@
+"""What the processes of test_processes.py do: functions that another process can find."""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from fastplastic import processes as module
+from fastplastic.processes import ProcessError, processes
+
+
+def attempt(function):
+    """Return what a call raises, in words."""
+    try:
+        function()
+    except ProcessError as error:
+        return str(error)
+    except ZeroDivisionError as error:
+        return repr(error)
+    return ""
+
+
+def sums(rank):
+    found = processes()
+    assert found is not None and found is processes()
+    table = torch.arange(6, dtype=torch.float64).view(2, 3) / 3 * (rank + 1)
+    least = torch.tensor([5.0 - rank, rank])
+    found.add_(table)
+    found.least_(least)
+    return table, least, (found.rank, found.size)
+
+
+def meeting(rank, steps, facts):
+    found = processes()
+    return attempt(lambda: found.meet(steps[rank], facts[rank])), attempt(
+        lambda: found.meet("the end", {})
+    )
+
+
+def failing(rank):
+    found = processes()
+
+    def act():
+        with found.together("write"):
+            if rank == 1:
+                raise ZeroDivisionError("by hand")
+
+    return attempt(act), attempt(lambda: found.meet("the end", {}))
+
+
+def dying(rank, late):
+    module.WAIT = timedelta(seconds=4)
+    found = module.Processes()
+    if rank == 1:
+        if not late:
+            # Without a word to anybody.
+            os._exit(1)
+        dist.recv(torch.zeros(1), src=0)
+    said = attempt(lambda: found.meet("profile", {}))
+    if late and rank == 0:
+        dist.send(torch.zeros(1), dst=1)
+    return said
