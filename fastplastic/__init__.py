@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fastplastic.errors import FastPlasticError
     from fastplastic.measure import LayerProfile, Monitor, Profile, findings, profile
     from fastplastic.planning import Plan, plan
+    from fastplastic.processes import alone
     from fastplastic.reinit import ReinitReport, reinit_
     from fastplastic.training import Recycler
     from fastplastic.trials import FineTuning, TrainSettings, Trial, finetune, trial
@@ -23,6 +24,7 @@ _NAMES = {
     "errors": ("FastPlasticError",),
     "measure": ("LayerProfile", "Monitor", "Profile", "findings", "profile"),
     "planning": ("Plan", "plan"),
+    "processes": ("alone",),
     "reinit": ("ReinitReport", "reinit_"),
     "training": ("Recycler",),
     "trials": ("FineTuning", "TrainSettings", "Trial", "finetune", "trial"),
@@ -38,6 +40,7 @@ __all__ += [
     "TrainSettings",
     "Trial",
     "__version__",
+    "alone",
     "compare",
     "findings",
     "finetune",

@@ -21,6 +21,10 @@ class NothingToChooseError(InputError):
     """There is no unit or weight to choose from, as things are now."""
 
 
+class ProcessError(FastPlasticError):
+    """Another process that trains the same model failed, is gone, or does something else."""
+
+
 class FileError(FastPlasticError):
     """A file is missing, corrupt, not writable, or does not fit the model."""
 

@@ -8,6 +8,7 @@ options or has failed is named on all of them, instead of letting them wait for 
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -15,14 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastplastic.errors import FastPlasticError, InputError
+from fastplastic.errors import InputError, ProcessError
 
 # How long one waits for another. Of one that has ended it is known at once.
 WAIT = timedelta(minutes=10)
-
-
-class ProcessError(FastPlasticError):
-    """Another process failed, is gone, or does something else."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +89,18 @@ class Processes:
         """Take the least of all processes, element by element, in place."""
         least: Any = torch.distributed.ReduceOp.MIN
         torch.distributed.all_reduce(table, least, group=self._group)
+
+    def share(self, value: Any) -> list[Any]:
+        """Return what each process passes, by its number; anything that can be pickled."""
+        found: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(found, value, group=self._group)
+        return found
+
+    def hear(self, value: Any, rank: int) -> Any:
+        """Return what the process with a number passes, in all of them."""
+        found = [value if self.rank == rank else None]
+        torch.distributed.broadcast_object_list(found, group=self._group, group_src=rank)
+        return found[0]
 
     def _exchange(self, message: _Message) -> None:
         """Tell the first process, and hear from it whether all is well."""
@@ -173,10 +182,25 @@ def _ignoring(function: Callable[..., object], *arguments: Any) -> None:
 
 
 _known: dict[Any, Processes] = {}
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
 
 
-def processes() -> Processes | None:
-    """Return the processes of torch.distributed; None where this is the only one.
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let this process work by itself, though others train with it.
+
+    What is called in the `with` block waits for no other process and adds nothing of theirs: for
+    calls that one process makes, such as of a model that the first one prepares for all.
+    """
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
+def all_processes() -> Processes | None:
+    """Return the processes of torch.distributed; None where this is the only one, or is `alone`.
 
     Raises:
         InputError: They cannot talk to each other on the host.
@@ -184,7 +208,7 @@ def processes() -> Processes | None:
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return None
-    if distributed.get_world_size() == 1:
+    if _alone.get() or distributed.get_world_size() == 1:
         return None
     if not distributed.is_gloo_available():
         raise InputError(

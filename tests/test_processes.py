@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers.meeting import dying, failing, meeting, sums
+from helpers.meeting import by_itself, dying, failing, meeting, sums
 from helpers.processes import Pool
 
-from fastplastic.processes import processes
+from fastplastic.processes import all_processes
 
 
 @pytest.fixture(scope="module")
@@ -70,5 +70,9 @@ def test_one_that_is_gone_or_late_is_named(tmp_path):
         pool.close()
 
 
+def test_one_that_works_by_itself_waits_for_nobody(three):
+    assert three.run(by_itself) == [None] * 3
+
+
 def test_one_process_needs_nobody():
-    assert processes() is None
+    assert all_processes() is None

@@ -39,8 +39,10 @@ from fastplastic.measure.reader import Readers
 from fastplastic.measure.scale import LossScale
 from fastplastic.measure.slots import TensorRead, TensorReads
 from fastplastic.measure.sums import DeviceSums, add_weights, reading
+from fastplastic.measure.together import parts_of, put_together
 from fastplastic.measure.traced import TracedReads
-from fastplastic.model import mode_of, note_watcher
+from fastplastic.model import local_of, mode_of, note_watcher
+from fastplastic.processes import Processes
 from fastplastic.stats import UnitStats, columns_of, empty_table, merge_into
 from fastplastic.wiring import Argument, UnitGraph, UnitLayer
 
@@ -59,6 +61,7 @@ class Observer:
         scale: Returns the factor on the loss; None when there is none.
         sample: Called with what activations are read of: the layers, z without padding, its axis.
         positions: Picks the positions that are read; by default all are.
+        together: The processes that share the model, each of which sees batches of its own.
     """
 
     def __init__(
@@ -73,12 +76,14 @@ class Observer:
         scale: LossScale | None = None,
         sample: Callable[[Sequence[UnitLayer], Tensor, int], None] | None = None,
         positions: PositionSample | None = None,
+        together: Processes | None = None,
     ) -> None:
-        self.model = model
+        self.model, self._together = model, together
         self.paused = False
         self._columns = columns_of({layer.name: layer.n_units for layer in graph.layers})
         self._units = sum(layer.n_units for layer in graph.layers)
-        self._weights = WeightReader(graph, self._columns, model)
+        parts = parts_of(model, together)
+        self._weights = WeightReader(graph, self._columns, model, parts)
         self._reads = TensorReads(graph, self._columns)
         calls = SiteCalls(self._see_output, self._see_input, self._see_attention, self._note_run)
         self._site_hooks = SiteHooks(model, self._reads.sites, dict(graph.skipped), calls)
@@ -164,14 +169,19 @@ class Observer:
             self._fold()
             table = self._total.clone()
             parameters = dict(self.model.named_parameters(remove_duplicate=False))
-            left = {n: parameters[n] for n in self._weights.names if n not in self._weights_seen}
+            left = {
+                name: local_of(parameters[name])
+                for name in self._weights.names
+                if name not in self._weights_seen
+            }
             add_weights(table, self._weights, left, gradients)
-            return Observation(
+            own = Observation(
                 UnitStats(table, self._columns), frozenset(self.calls.modes), self.calls.samples,
                 self.calls.steps, self._dropped, self.calls.masked, dict(self._problems),
                 frozenset(self._unforeseen), self._pace.unseen, self._pace.stale,
                 self._readers.lost,
             )  # fmt: skip
+            return own if self._together is None else put_together(own, self._together)
 
     def _on_begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if torch.compiler.is_dynamo_compiling():

@@ -1,23 +1,24 @@
 """How the weights of a graph are read: all of them by one call of the kernel."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from fastplastic.kernels import PARAMETER_COLUMNS, PARAMETER_ROWS, parameter_stats
 from fastplastic.measure.slots import SlotMap
+from fastplastic.model import Part
 from fastplastic.wiring import UnitGraph, UnitLayer
 
 
 @dataclass(frozen=True)
 class WeightPiece:
-    """A weight, or one group of it, as the kernel takes it: units along dimension 0.
+    """A weight, or a block of it, as the kernel takes it: units along dimension 0.
 
     Attributes:
         name: Name of the weight.
-        part, parts: Which of how many equal ranges of dimension 0 of the weight.
+        first, size: Its range of dimension 0, of what this process has of the weight.
         transposed: Whether its units are along dimension 1.
         groups: Groups of columns.
         rows, columns: Numbers of slots, along dimension 0 and 1 of the transposed weight.
@@ -25,8 +26,8 @@ class WeightPiece:
     """
 
     name: str
-    part: int
-    parts: int
+    first: int
+    size: int
     transposed: bool
     groups: int
     rows: int
@@ -35,10 +36,9 @@ class WeightPiece:
     column: int
 
     def view(self, weight: Tensor) -> Tensor:
-        """Return the part of the weight, or of its gradient, that the kernel reads."""
-        if self.parts > 1:
-            size = weight.shape[0] // self.parts
-            weight = weight.narrow(0, self.part * size, size)
+        """Return the block of the weight, or of its gradient, that the kernel reads."""
+        if self.size < weight.shape[0]:
+            weight = weight.narrow(0, self.first, self.size)
         return weight.transpose(0, 1) if self.transposed else weight
 
     def of(self, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -49,6 +49,31 @@ class WeightPiece:
             columns[:, self.column : self.column + self.columns],
         )
 
+    def within(self, part: Part) -> Iterator["WeightPiece"]:
+        """Yield what a process with a part of the weight reads of it, of whole dimensions >= 2."""
+        begin, width = part.offsets[0], part.sizes[1]
+        if not width:
+            return
+        # Rows of one group after the other: each has columns of its own.
+        rows = self.size // self.groups
+        for group in range(self.groups):
+            first = max(self.first + group * rows, begin)
+            size = min(self.first + (group + 1) * rows, begin + part.sizes[0]) - first
+            if size > 0:
+                yield self._block(part, group, first, size)
+
+    def _block(self, part: Part, group: int, first: int, size: int) -> "WeightPiece":
+        """Return a range of rows of a group, and the columns of a part."""
+        along, across = first - self.first, part.offsets[1]
+        rows, columns = size, part.sizes[1]
+        if self.transposed:
+            along, across, rows, columns = across, along, columns, rows
+        across += group * (self.columns // self.groups)
+        return replace(
+            self, first=first - part.offsets[0], size=size, groups=1, rows=rows, columns=columns,
+            row=self.row + along, column=self.column + across,
+        )  # fmt: skip
+
 
 class WeightReader:
     """Reads weights and their gradients into tables of slots.
@@ -57,6 +82,8 @@ class WeightReader:
         graph: The wiring.
         columns: {layer name: its columns of the statistics table}.
         model: Its parameters give the shapes.
+        parts: {name: what this process reads of the weight}, of those that it does not read whole;
+            None for nothing.
 
     Attributes:
         names: The names of the weights.
@@ -65,7 +92,13 @@ class WeightReader:
         columns: Slots of the sums over outgoing columns.
     """
 
-    def __init__(self, graph: UnitGraph, columns: Mapping[str, slice], model: nn.Module) -> None:
+    def __init__(
+        self,
+        graph: UnitGraph,
+        columns: Mapping[str, slice],
+        model: nn.Module,
+        parts: Mapping[str, Part | None],
+    ) -> None:
         self.rows, self.columns = SlotMap(), SlotMap()
         self.pieces: dict[str, list[WeightPiece]] = {}
         shapes = {
@@ -79,6 +112,11 @@ class WeightReader:
         self.names = tuple(self.pieces)
         for layer in graph.layers:
             self._map(layer, columns[layer.name].start)
+        self._whole = not parts
+        for name, part in parts.items():
+            if name in self.pieces:
+                whole = self.pieces[name]
+                self.pieces[name] = [x for own in whole for x in own.within(part)] if part else []
 
     def add(
         self,
@@ -94,13 +132,15 @@ class WeightReader:
             gradients: {name: gradient} of those that have one.
         """
         pieces = [piece for name in self.names if name in weights for piece in self.pieces[name]]
+        if not pieces:
+            return
         given = [piece.view(weights[piece.name].detach()) for piece in pieces]
         steps = [
             piece.view(gradients[piece.name]) if piece.name in gradients else None
             for piece in pieces
         ]
         groups = [piece.groups for piece in pieces]
-        if len(weights) == len(self.names):
+        if self._whole and len(weights) == len(self.names):
             parameter_stats(given, steps, groups, out=tables)
             return
         rows, columns = parameter_stats(given, steps, groups)
@@ -118,11 +158,12 @@ class WeightReader:
     ) -> None:
         """Make the pieces of a weight."""
         rows, columns = shape[:2]
+        size = rows // parts
         if transposed:
-            rows, columns = columns, rows // parts
+            rows, columns = columns, size
         self.pieces[name] = [
             WeightPiece(
-                name, part, parts, transposed, groups, rows, groups * columns,
+                name, part * size, size, transposed, groups, rows, groups * columns,
                 self.rows.reserve(rows), self.columns.reserve(groups * columns),
             )
             for part in range(parts)
@@ -131,12 +172,12 @@ class WeightReader:
     def _map(self, layer: UnitLayer, start: int) -> None:
         """Say which units the slots of its weight and of the weights that read it belong to."""
         units = torch.arange(start, start + layer.n_units)
-        for piece in self.pieces.get(layer.weight, ()):
-            self.rows.add(piece.row, units[piece.part * piece.rows :][: piece.rows])
+        for part, piece in enumerate(self.pieces.get(layer.weight, ())):
+            self.rows.add(piece.row, units[part * piece.rows :][: piece.rows])
         for consumer in layer.consumers:
             columns = torch.where(consumer.unit_of_column >= 0, consumer.unit_of_column + start, -1)
-            for piece in self.pieces.get(consumer.weight, ()):
-                first = piece.part * piece.columns
+            for part, piece in enumerate(self.pieces.get(consumer.weight, ())):
+                first = part * piece.columns
                 self.columns.add(piece.column, columns[first:][: piece.columns])
 
 

@@ -1,8 +1,7 @@
 """Run batches through a model and return its plasticity profile."""
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from fastplastic.measure.observation import Observation
 from fastplastic.measure.observer import Observer
 from fastplastic.measure.positions import PositionSample
 from fastplastic.measure.record import LayerProfile, Profile
+from fastplastic.measure.together import Rounds
 from fastplastic.model import (
     Batch,
     LentHead,
@@ -27,11 +27,13 @@ from fastplastic.model import (
     device_of,
     dtype_of,
     fingerprint,
+    is_spread,
     loss_of,
     read_batches,
     undisturbed,
     weights_of,
 )
+from fastplastic.processes import Processes, all_processes
 from fastplastic.wiring import UnitGraph, UnitLayer
 
 if TYPE_CHECKING:
@@ -87,34 +89,33 @@ def profile(
     """
     if gradients and not backward:
         raise InputError("gradients=True without backward: there are none to keep: drop one")
-    check_built(model)
+    check_built(model, spread=True)
     device = device_of(model)
     seed = torch.initial_seed()
     positions = PositionSample(sample_positions, seed)
+    together = _meet(model, backward=backward, ranks=ranks, gradients=gradients)
     mean = MeanGradient(model)
     with undisturbed(model), torch.inference_mode(False), torch.enable_grad(), EagerStance():
         stream = read_batches(batches, device)
-        first = next(stream, None)
-        if first is None:
-            raise InputError("there are no batches, expected at least one: check the data")
+        batches_of = Rounds(stream, model, together)
         if isinstance(example_inputs, UnitGraph):
             graph = example_inputs
         else:
-            example = first.example() if example_inputs is None else example_inputs
+            example = batches_of.spare.example() if example_inputs is None else example_inputs
             graph = build_graph(model, example)
         samples = _row_samples() if ranks else None
         read = None if samples is None else samples.read
-        observer = Observer(model, graph, sample=read, positions=positions)
+        observer = Observer(model, graph, sample=read, positions=positions, together=together)
         try:
             observer.attach()
-            every = itertools.chain([first], stream)
+            every = _watched(batches_of, observer)
             if backward:
                 notes = _run(model, every, loss_fn, mean, progress)
             else:
                 notes = _run_forward(model, every, progress)
         finally:
             observer.detach()
-        means = mean.take()
+        means = mean.take(together)
         observation = observer.observation(means)
     return assemble(
         model, graph, observation, seed=seed, gradients=means if gradients else None,
@@ -226,12 +227,35 @@ def _row_samples() -> "RowSamples":
     return RowSamples()
 
 
+def _meet(model: nn.Module, *, backward: bool, ranks: bool, gradients: bool) -> Processes | None:
+    """Return the processes that share the model, when all are here with the same options."""
+    together = all_processes()
+    if together is None:
+        return None
+    if ranks or (gradients and any(map(is_spread, model.parameters()))):
+        raise InputError(
+            f"{together.size} processes and {'ranks' if ranks else 'gradients of spread weights'}, "
+            "expected one process: leave it out"
+        )
+    together.meet("profile", {"the model": fingerprint(model)[:12], "backward": str(backward)})
+    return together
+
+
+def _watched(rounds: Rounds, observer: Observer) -> Iterator[tuple[Batch, bool]]:
+    """Yield all batches, and pause the observer for those that do not count."""
+    for batch, counts in rounds:
+        observer.pause(not counts)
+        yield batch, counts
+
+
 def _run_forward(
-    model: nn.Module, batches: Iterable[Batch], progress: Callable[[int], None] | None
+    model: nn.Module,
+    batches: Iterable[tuple[Batch, bool]],
+    progress: Callable[[int], None] | None,
 ) -> tuple[str, ...]:
     """Run all batches without a loss; return nothing to be said."""
     with torch.no_grad():
-        for done, batch in enumerate(batches, 1):
+        for done, (batch, _) in enumerate(batches, 1):
             model(*batch.args, **batch.kwargs)
             if progress is not None:
                 progress(done)
@@ -240,23 +264,27 @@ def _run_forward(
 
 def _run(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Iterable[tuple[Batch, bool]],
     loss_fn: Callable[[Any, Any], Tensor],
     mean: MeanGradient,
     progress: Callable[[int], None] | None,
 ) -> tuple[str, ...]:
     """Run all batches; return what is to be said about their losses."""
     done = dropped = 0
-    attached = True
-    for batch in batches:
+    attached, spread = True, any(map(is_spread, model.parameters()))
+    for batch, counts in batches:
         loss = loss_of(model, batch, loss_fn)
         attached = loss.requires_grad
-        if not math.isfinite(loss.item()):
-            dropped += 1
-        elif attached:
+        finite = math.isfinite(loss.item())
+        dropped += counts and not finite
+        if attached and counts and finite:
             torch.autograd.backward(loss)
-            mean.add()
-        done += 1
+            mean.add(1)
+        elif attached and spread:
+            # The other processes need it to get their gradients.
+            torch.autograd.backward(loss.nan_to_num(0.0, 0.0, 0.0) * 0)
+            mean.add(0)
+        done += counts
         if progress is not None:
             progress(done)
     notes = []

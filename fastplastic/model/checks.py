@@ -10,8 +10,12 @@ from fastplastic.errors import InputError
 from fastplastic.model.spread import is_spread
 
 
-def check_built(model: nn.Module) -> None:
-    """Refuse a model with a parameter or buffer that has no values yet, or has a part of them.
+def check_built(model: nn.Module, *, spread: bool = False) -> None:
+    """Refuse a model with a parameter or buffer that has no values yet.
+
+    Args:
+        model: The model.
+        spread: Whether its parameters may be spread over processes.
 
     Raises:
         InputError: Names the first such tensor and says what to do.
@@ -29,7 +33,7 @@ def check_built(model: nn.Module) -> None:
             raise InputError(
                 f"{name!r} is on the meta device, expected real values: load the weights first"
             )
-        if is_spread(tensor):
+        if is_spread(tensor) and not spread:
             raise InputError(
                 f"{name!r} is spread over processes (a DTensor, as of fully_shard or "
                 "parallelize_module), expected a whole tensor in each: call this before the model "

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from fastplastic.errors import InputError
 from fastplastic.kernels import DTYPES
+from fastplastic.model.spread import is_spread, local_of
+from fastplastic.processes import Processes
 
 
 class Weights(Mapping[str, Tensor]):
@@ -84,9 +86,9 @@ class MeanGradient:
         self._wide: dict[str, Tensor] = {}
         self.batches = 0
 
-    def add(self) -> None:
-        """Note that one more backward pass is done."""
-        self.batches += 1
+    def add(self, batches: int) -> None:
+        """Note that a backward pass is done, and of how many batches (0 for a pass that adds 0)."""
+        self.batches += batches
         for name, parameter in self._parameters.items():
             gradient = parameter.grad
             if gradient is None or gradient.dtype not in (torch.float16, torch.bfloat16):
@@ -95,14 +97,37 @@ class MeanGradient:
             wide = gradient.float()
             self._wide[name] = self._wide[name] + wide if name in self._wide else wide
 
-    def take(self) -> dict[str, Tensor]:
-        """Return the mean of each parameter that got a gradient, and clear `.grad`."""
-        means = {}
+    def take(self, together: Processes | None = None) -> dict[str, Tensor]:
+        """Return the mean of each parameter that got a gradient, and clear `.grad`.
+
+        Args:
+            together: The processes that the batches are spread over; each gets the mean of all, of
+                a spread parameter the part that it has.
+        """
+        totals = {}
         for name, parameter in self._parameters.items():
             total = self._wide.get(name, parameter.grad)
             parameter.grad = None
-            if total is not None and self.batches:
+            # A process without a batch of its own may have a part of what others found.
+            if total is not None and (self.batches or together):
                 total = total.detach()
-                means[name] = (total.to_dense() if total.is_sparse else total).div_(self.batches)
+                totals[name] = total.to_dense() if total.is_sparse else total
         self._wide.clear()
+        if together is None:
+            return {name: total.div_(self.batches) for name, total in totals.items()}
+        return self._mean_of_all(totals, together)
+
+    def _mean_of_all(self, totals: dict[str, Tensor], together: Processes) -> dict[str, Tensor]:
+        known = together.share((self.batches, sorted(totals)))
+        batches = sum(number for number, _ in known)
+        means = {}
+        for name in sorted({name for _, names in known for name in names}):
+            parameter = self._parameters[name]
+            total = totals[name] if name in totals else torch.zeros_like(parameter.detach())
+            if is_spread(parameter):
+                # Backward passes left the means over the processes there.
+                means[name] = local_of(total).div_(batches / together.size)
+            else:
+                together.add_(total)
+                means[name] = total.div_(batches)
         return means

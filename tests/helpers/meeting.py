@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 
 from fastplastic import processes as module
-from fastplastic.processes import ProcessError, processes
+from fastplastic.errors import ProcessError
+from fastplastic.processes import all_processes, alone
 
 
 def attempt(function):
@@ -22,8 +23,8 @@ def attempt(function):
 
 
 def sums(rank):
-    found = processes()
-    assert found is not None and found is processes()
+    found = all_processes()
+    assert found is not None and found is all_processes()
     table = torch.arange(6, dtype=torch.float64).view(2, 3) / 3 * (rank + 1)
     least = torch.tensor([5.0 - rank, rank])
     found.add_(table)
@@ -32,14 +33,14 @@ def sums(rank):
 
 
 def meeting(rank, steps, facts):
-    found = processes()
+    found = all_processes()
     return attempt(lambda: found.meet(steps[rank], facts[rank])), attempt(
         lambda: found.meet("the end", {})
     )
 
 
 def failing(rank):
-    found = processes()
+    found = all_processes()
 
     def act():
         with found.together("write"):
@@ -61,3 +62,10 @@ def dying(rank, late):
     if late and rank == 0:
         dist.send(torch.zeros(1), dst=1)
     return said
+
+
+def by_itself(rank):
+    if rank:
+        return None
+    with alone():
+        return all_processes()

@@ -1,0 +1,131 @@
+"""What several processes that train one model see of it, put together."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from fastplastic.errors import InputError
+from fastplastic.measure.observation import Observation
+from fastplastic.model import Batch, Part, is_spread, part_of
+from fastplastic.processes import Processes
+from fastplastic.stats import MAX_ROW, MIN_ROW, UnitStats
+
+
+def parts_of(model: nn.Module, together: Processes | None) -> dict[str, Part | None]:
+    """Return what this process reads of weights, so that each element is read by one process.
+
+    Returns:
+        {parameter name: the part that it reads}, None for nothing, of those not read whole.
+
+    Raises:
+        InputError: A parameter is placed in a way that is not understood.
+    """
+    parts: dict[str, Part | None] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        part = part_of(name, parameter)
+        if is_spread(parameter):
+            _check_mesh(name, parameter, together)
+            mine = part.first
+        else:
+            # Each process has the same: the first one reads it.
+            mine = together is None or together.rank == 0
+        if not mine:
+            parts[name] = None
+        elif not part.whole:
+            parts[name] = part
+    return parts
+
+
+def _check_mesh(name: str, parameter: Tensor, together: Processes | None) -> None:
+    size = together.size if together else 1
+    mesh = parameter.device_mesh  # type: ignore[attr-defined]
+    if mesh.size() != size:
+        raise InputError(
+            f"{name!r} is on a mesh of {mesh.size()} processes, and there are {size}, expected "
+            "all of them"
+        )
+
+
+def put_together(observation: Observation, together: Processes) -> Observation:
+    """Return what all processes have seen, the same in each.
+
+    The table goes over the wire once: its sums are added up, minima and maxima compared.
+    """
+    table = observation.stats.table
+    extremes = torch.stack((table[MIN_ROW], -table[MAX_ROW]))
+    together.least_(extremes)
+    rows = [row for row in range(len(table)) if row not in (MIN_ROW, MAX_ROW)]
+    sums = table[rows]
+    together.add_(sums)
+    table = torch.empty_like(table)
+    table[rows], table[MIN_ROW], table[MAX_ROW] = sums, extremes[0], -extremes[1]
+    own = replace(observation, stats=UnitStats(torch.empty(0), {}))
+    seen: list[Observation] = together.share(own)
+    return Observation(
+        stats=UnitStats(table, observation.stats.columns),
+        modes=frozenset().union(*(one.modes for one in seen)),
+        samples=sum(one.samples for one in seen),
+        steps=sum(one.steps for one in seen),
+        dropped=sum(one.dropped for one in seen),
+        masked=any(one.masked for one in seen),
+        problems={name: why for one in seen for name, why in one.problems.items()},
+        unforeseen=frozenset().union(*(one.unforeseen for one in seen)),
+        unseen=sum(one.unseen for one in seen),
+        stale=any(one.stale for one in seen),
+        lost=sum(one.lost for one in seen),
+    )
+
+
+class Rounds:
+    """Batches, for as long as any process has one.
+
+    Args:
+        batches: Those of this process.
+        model: The model. Where its parameters are spread, all processes have to run it as often:
+            who has no batch left runs an old one, which does not count.
+        together: The processes; None where this is the only one.
+
+    Attributes:
+        spare: A batch of this process, or of another if it has none.
+
+    Raises:
+        InputError: There is none.
+    """
+
+    def __init__(
+        self, batches: Iterator[Batch], model: nn.Module, together: Processes | None
+    ) -> None:
+        self._batches, self._together = batches, together
+        self._all_run = any(map(is_spread, model.parameters()))
+        self._first = next(batches, None)
+        having = [self._first is not None]
+        if together is not None:
+            having = together.share(having[0])
+        if not any(having):
+            raise InputError("there are no batches, expected at least one: check the data")
+        found = self._first
+        if together is not None and not all(having):
+            other = together.hear(found, having.index(True))
+            found = other if found is None else found
+        assert found is not None
+        self.spare: Batch = found
+
+    def __iter__(self) -> Iterator[tuple[Batch, bool]]:
+        """Yield each batch, and whether it counts."""
+        batch = self._first
+        while self._any_has(batch):
+            if batch is not None:
+                self.spare = batch
+                yield batch, True
+                batch = next(self._batches, None)
+            elif self._all_run:
+                yield self.spare, False
+
+    def _any_has(self, batch: Batch | None) -> bool:
+        if self._together is None:
+            return batch is not None
+        having = torch.tensor([batch is not None], dtype=torch.int64)
+        self._together.add_(having)
+        return bool(having)

@@ -1,0 +1,92 @@
+"""What several processes do with one model: functions that another process can find."""
+
+import timm
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import fastplastic
+from fastplastic.errors import FastPlasticError
+
+CRITERIA = ("dormant", "gradient", "first_order", "random")
+
+
+def model_of(name):
+    """Return a model in eval mode, the same in each process; every branch of it counts."""
+    torch.manual_seed(0)
+    if name == "mlp":
+        layers = [nn.Linear(6, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Linear(10, 9), nn.GELU()]
+        return nn.Sequential(*layers, nn.Linear(9, 3)).eval()
+    model = timm.create_model(name, num_classes=3).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.rand_like(parameter) + 0.01)
+    return model
+
+
+def batches_of(name, count):
+    """Return batches, each by its number."""
+    shape = {"mlp": (6,), "test_vit": (3, 160, 160)}.get(name, (3, 64, 64))
+    draw = [torch.Generator().manual_seed(number) for number in range(count)]
+    return [(torch.randn(4, *shape, generator=g), torch.arange(4) % 3) for g in draw]
+
+
+def spread(model, size):
+    """Spread the parameters of a model over the processes."""
+    mesh = init_device_mesh("cpu", (size,))
+    for module in [m for m in model.modules() if type(m).__name__ in ("BasicBlock", "Block")]:
+        fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def profiled(rank, size, kind, name, count, **options):
+    """Return the tables, plans and figures of a profile; each process has its share of batches."""
+    model = model_of(name)
+    if kind == "fsdp":
+        spread(model, size)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    profile = fastplastic.profile(model, batches_of(name, count)[rank::size], **options)
+    for key, value in model.state_dict().items():
+        assert torch.equal(getattr(value, "_local_tensor", value),
+                           getattr(before[key], "_local_tensor", before[key]))  # fmt: skip
+    assert all(parameter.grad is None for parameter in model.parameters())
+    return {
+        "tables": {layer.name: layer.stats.table for layer in profile},
+        "plans": {name: units_of(profile, name) for name in CRITERIA},
+        "figures": (profile.samples, profile.batches, profile.mode, profile.notes),
+    }
+
+
+def without_gradients(rank, size, kind):
+    """Return plans by what is seen in forward passes alone, and figures."""
+    model = model_of("test_resnet")
+    if kind == "fsdp":
+        spread(model, size)
+    batches = batches_of("test_resnet", 3)[rank::size]
+    profile = fastplastic.profile(model, batches, backward=False)
+    return units_of(profile, "dormant"), profile.samples, profile.batches
+
+
+def units_of(profile, criterion):
+    plan = fastplastic.plan(profile, criterion=criterion, ratio=0.3)
+    return {name: units.tolist() for name, units in plan.units.items()}
+
+
+def refused(rank, size, kind, name, count, **options):
+    """Return the text of the error."""
+    try:
+        profiled(rank, size, kind, name, count, **options)
+    except FastPlasticError as error:
+        return str(error)
+    return ""
+
+
+def different_models(rank, size):
+    name = "mlp" if rank else "test_resnet"
+    try:
+        fastplastic.profile(model_of(name), batches_of(name, 1))
+    except FastPlasticError as error:
+        return str(error)
+    return ""

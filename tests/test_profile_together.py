@@ -1,0 +1,66 @@
+"""Profiles that several processes make of one model, copied or spread (FSDP2), over gloo."""
+
+import pytest
+import torch
+from helpers.processes import Pool
+from helpers.together import different_models, profiled, refused, without_gradients
+
+from fastplastic.stats import STATISTICS
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def pool(request, tmp_path_factory):
+    pool = Pool(request.param, str(tmp_path_factory.mktemp("together") / "store"))
+    pool.size = request.param
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "count"),
+    [
+        ("copies", "mlp", 5),
+        ("fsdp", "mlp", 6),
+        # Processes without any batch.
+        ("copies", "mlp", 1),
+        ("fsdp", "mlp", 1),
+        ("fsdp", "test_resnet", 4),
+        ("copies", "test_resnet", 4),
+        ("fsdp", "test_vit", 3),
+    ],
+)
+def test_the_profile_is_that_of_one_process(pool, kind, name, count):
+    expected = profiled(0, 1, "whole", name, count)
+    first, *others = pool.run(profiled, pool.size, kind, name, count)
+    for layer, table in expected["tables"].items():
+        scale = table.abs().nan_to_num(0, 0, 0).amax(1, keepdim=True) + 1e-12
+        torch.testing.assert_close(
+            first["tables"][layer] / scale, table / scale, rtol=0, atol=2e-6, msg=layer
+        )
+        counts = [row for row, what in enumerate(STATISTICS) if what.startswith("n_")]
+        assert torch.equal(first["tables"][layer][counts], table[counts])
+        for other in others:
+            assert torch.equal(other["tables"][layer], first["tables"][layer])
+    assert first["plans"] == expected["plans"]
+    assert all(other["plans"] == first["plans"] for other in others)
+    for one in (first, *others):
+        assert one["figures"] == expected["figures"]
+
+
+@pytest.mark.parametrize("kind", ["copies", "fsdp"])
+def test_forward_alone(pool, kind):
+    expected = without_gradients(0, 1, "whole")
+    for found in pool.run(without_gradients, pool.size, kind):
+        assert found == expected
+
+
+def test_no_batch_in_any_is_an_error_in_all(pool):
+    text = "there are no batches, expected at least one: check the data"
+    assert pool.run(refused, pool.size, "copies", "mlp", 0) == [text] * pool.size
+
+
+def test_different_models_are_named(pool):
+    texts = set(pool.run(different_models, pool.size))
+    assert len(texts) == 1
+    text = texts.pop()
+    assert text.startswith("profile: the model is ") and "in process 1 and" in text
