@@ -27,6 +27,8 @@ def pool(request, tmp_path_factory):
         ("fsdp", "test_resnet", 4),
         ("copies", "test_resnet", 4),
         ("fsdp", "test_vit", 3),
+        # Two copies, each spread over half of the processes.
+        ("hybrid", "mlp", 5),
     ],
 )
 def test_the_profile_is_that_of_one_process(pool, kind, name, count):

@@ -1,6 +1,7 @@
 """Models whose parameters are spread over processes: their wiring, and which part is where."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -20,6 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import fastplastic
 from fastplastic.errors import InputError
 from fastplastic.graph import build_graph
+from fastplastic.measure.together import parts_of
 from fastplastic.model import local_of, part_of
 from fastplastic.training import Recycler
 
@@ -135,6 +137,17 @@ def test_sums_to_be_made_are_refused(mesh):
     assert str(error.value) == (
         f"'fc.weight' is placed as ('P(sum)',) on a mesh of ({mesh.size()},): expected a block of "
         "it in each process (Shard, Replicate): re-initialise before it is placed so"
+    )
+
+
+def test_tensor_parallelism_is_refused(mesh):
+    """Its processes have no batches of their own, and see a part of each activation."""
+    model = parallelize_module(mlp(), mesh, {"0": ColwiseParallel(), "3": RowwiseParallel()})
+    with pytest.raises(InputError) as error:
+        parts_of(model, SimpleNamespace(size=4, rank=3))
+    assert str(error.value) == (
+        "'0.weight' is placed as ('S(0)',) on a mesh of (4,), there are 4 processes, expected all "
+        "of them to share it by fully_shard alone: profile before tensor parallelism is applied"
     )
 
 

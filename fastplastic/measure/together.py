@@ -1,10 +1,12 @@
 """What several processes that train one model see of it, put together."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastplastic.errors import InputError
 from fastplastic.measure.observation import Observation
@@ -22,11 +24,12 @@ def parts_of(model: nn.Module, together: Processes | None) -> dict[str, Part | N
     Raises:
         InputError: A parameter is placed in a way that is not understood.
     """
+    sharded = _sharded(model)
     parts: dict[str, Part | None] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         part = part_of(name, parameter)
         if is_spread(parameter):
-            _check_mesh(name, parameter, together)
+            _check_placed(name, parameter, together, fsdp=id(parameter) in sharded)
             mine = part.first
         else:
             # Each process has the same: the first one reads it.
@@ -38,14 +41,26 @@ def parts_of(model: nn.Module, together: Processes | None) -> dict[str, Part | N
     return parts
 
 
-def _check_mesh(name: str, parameter: Tensor, together: Processes | None) -> None:
-    size = together.size if together else 1
-    mesh = parameter.device_mesh  # type: ignore[attr-defined]
-    if mesh.size() != size:
-        raise InputError(
-            f"{name!r} is on a mesh of {mesh.size()} processes, and there are {size}, expected "
-            "all of them"
-        )
+def _sharded(model: nn.Module) -> set[int]:
+    """Return the ids of the parameters that FSDP2 spreads and gathers."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return set()
+    modules = [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+    return {id(parameter) for module in modules for parameter in module.parameters()}
+
+
+def _check_placed(name: str, parameter: Any, together: Processes | None, *, fsdp: bool) -> None:
+    """Refuse what other processes do not have batches of their own for (tensor parallelism)."""
+    size, mesh = together.size if together else 1, parameter.device_mesh
+    cuts = sum(placement.is_shard() for placement in parameter.placements)
+    if fsdp and cuts <= 1 and mesh.size() == size:
+        return
+    raise InputError(
+        f"{name!r} is placed as {tuple(map(str, parameter.placements))} on a mesh of {mesh.shape}, "
+        f"there are {size} processes, expected all of them to share it by fully_shard alone: "
+        "profile before tensor parallelism is applied"
+    )
 
 
 def put_together(observation: Observation, together: Processes) -> Observation:

@@ -33,9 +33,10 @@ def batches_of(name, count):
     return [(torch.randn(4, *shape, generator=g), torch.arange(4) % 3) for g in draw]
 
 
-def spread(model, size):
-    """Spread the parameters of a model over the processes."""
-    mesh = init_device_mesh("cpu", (size,))
+def spread(model, size, kind):
+    """Spread the parameters of a model over all processes, or over half of them, with copies."""
+    shape = (size,) if kind == "fsdp" else (2, size // 2)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copies", "parts")[-len(shape) :])
     for module in [m for m in model.modules() if type(m).__name__ in ("BasicBlock", "Block")]:
         fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -44,8 +45,8 @@ def spread(model, size):
 def profiled(rank, size, kind, name, count, **options):
     """Return the tables, plans and figures of a profile; each process has its share of batches."""
     model = model_of(name)
-    if kind == "fsdp":
-        spread(model, size)
+    if kind in ("fsdp", "hybrid"):
+        spread(model, size, kind)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     profile = fastplastic.profile(model, batches_of(name, count)[rank::size], **options)
     for key, value in model.state_dict().items():
@@ -62,8 +63,8 @@ def profiled(rank, size, kind, name, count, **options):
 def without_gradients(rank, size, kind):
     """Return plans by what is seen in forward passes alone, and figures."""
     model = model_of("test_resnet")
-    if kind == "fsdp":
-        spread(model, size)
+    if kind in ("fsdp", "hybrid"):
+        spread(model, size, kind)
     batches = batches_of("test_resnet", 3)[rank::size]
     profile = fastplastic.profile(model, batches, backward=False)
     return units_of(profile, "dormant"), profile.samples, profile.batches
