@@ -22,10 +22,9 @@ FOLDERS = {
 }
 # Each room may import those before it, and the kernels.
 ROOMS = [
-    "errors", "naming", "notebook", "wiring", "randomness", "stats", "criteria", "diagnostics",
-    "model", "files", "graph", "measure", "comparison", "planning", "initial", "reinit", "training",
-    "trials",
-    "sources", "integrations", "cli", "__main__",
+    "errors", "naming", "notebook", "wiring", "randomness", "processes", "stats", "criteria",
+    "diagnostics", "model", "files", "graph", "measure", "comparison", "planning", "initial",
+    "reinit", "training", "trials", "sources", "integrations", "cli", "__main__",
 ]  # fmt: skip
 
 

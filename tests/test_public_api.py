@@ -19,6 +19,7 @@ PUBLIC_NAMES = {
     "Trial",
     "__version__",
     "findings",
+    "alone",
     "compare",
     "finetune",
     "plan",

@@ -41,7 +41,7 @@ from fastplastic.measure.slots import TensorRead, TensorReads
 from fastplastic.measure.sums import DeviceSums, add_weights, reading
 from fastplastic.measure.together import parts_of, put_together
 from fastplastic.measure.traced import TracedReads
-from fastplastic.model import local_of, mode_of, note_watcher
+from fastplastic.model import mode_of, note_watcher
 from fastplastic.processes import Processes
 from fastplastic.stats import UnitStats, columns_of, empty_table, merge_into
 from fastplastic.wiring import Argument, UnitGraph, UnitLayer
@@ -82,8 +82,7 @@ class Observer:
         self.paused = False
         self._columns = columns_of({layer.name: layer.n_units for layer in graph.layers})
         self._units = sum(layer.n_units for layer in graph.layers)
-        parts = parts_of(model, together)
-        self._weights = WeightReader(graph, self._columns, model, parts)
+        self._weights = WeightReader(graph, self._columns, model, parts_of(model, together))
         self._reads = TensorReads(graph, self._columns)
         calls = SiteCalls(self._see_output, self._see_input, self._see_attention, self._note_run)
         self._site_hooks = SiteHooks(model, self._reads.sites, dict(graph.skipped), calls)
@@ -168,12 +167,7 @@ class Observer:
         with self._lock:
             self._fold()
             table = self._total.clone()
-            parameters = dict(self.model.named_parameters(remove_duplicate=False))
-            left = {
-                name: local_of(parameters[name])
-                for name in self._weights.names
-                if name not in self._weights_seen
-            }
+            left = self._weights.of(self.model, but=self._weights_seen)
             add_weights(table, self._weights, left, gradients)
             own = Observation(
                 UnitStats(table, self._columns), frozenset(self.calls.modes), self.calls.samples,

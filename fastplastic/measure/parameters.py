@@ -1,6 +1,6 @@
 """How the weights of a graph are read: all of them by one call of the kernel."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastplastic.kernels import PARAMETER_COLUMNS, PARAMETER_ROWS, parameter_stats
 from fastplastic.measure.slots import SlotMap
-from fastplastic.model import Part
+from fastplastic.model import Part, local_of
 from fastplastic.wiring import UnitGraph, UnitLayer
 
 
@@ -117,6 +117,11 @@ class WeightReader:
             if name in self.pieces:
                 whole = self.pieces[name]
                 self.pieces[name] = [x for own in whole for x in own.within(part)] if part else []
+
+    def of(self, model: nn.Module, but: Container[str]) -> dict[str, Tensor]:
+        """Return {name: what this process has of the weight}, but for some of the weights."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        return {name: local_of(parameters[name]) for name in self.names if name not in but}
 
     def add(
         self,
