@@ -8,32 +8,40 @@ from helpers.together import different_models, profiled, refused, without_gradie
 from fastplastic.stats import STATISTICS
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def pool(request, tmp_path_factory):
-    pool = Pool(request.param, str(tmp_path_factory.mktemp("together") / "store"))
-    pool.size = request.param
-    yield pool
-    pool.close()
+@pytest.fixture(scope="module")
+def pool_of(tmp_path_factory):
+    """Return processes by their number, made when first needed."""
+    pools = {}
+
+    def made(size):
+        if size not in pools:
+            store = tmp_path_factory.mktemp("together") / "store"
+            pools[size] = Pool(size, str(store))
+        return pools[size]
+
+    yield made
+    for pool in pools.values():
+        pool.close()
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "count"),
+    ("size", "kind", "name", "count"),
     [
-        ("copies", "mlp", 5),
-        ("fsdp", "mlp", 6),
+        (2, "copies", "mlp", 5),
+        (2, "fsdp", "test_resnet", 4),
+        (4, "copies", "test_resnet", 4),
+        (4, "fsdp", "mlp", 6),
+        (4, "fsdp", "test_vit", 3),
         # Processes without any batch.
-        ("copies", "mlp", 1),
-        ("fsdp", "mlp", 1),
-        ("fsdp", "test_resnet", 4),
-        ("copies", "test_resnet", 4),
-        ("fsdp", "test_vit", 3),
+        (4, "copies", "mlp", 1),
+        (4, "fsdp", "mlp", 1),
         # Two copies, each spread over half of the processes.
-        ("hybrid", "mlp", 5),
+        (4, "hybrid", "mlp", 5),
     ],
 )
-def test_the_profile_is_that_of_one_process(pool, kind, name, count):
+def test_the_profile_is_that_of_one_process(pool_of, size, kind, name, count):
     expected = profiled(0, 1, "whole", name, count)
-    first, *others = pool.run(profiled, pool.size, kind, name, count)
+    first, *others = pool_of(size).run(profiled, size, kind, name, count)
     for layer, table in expected["tables"].items():
         scale = table.abs().nan_to_num(0, 0, 0).amax(1, keepdim=True) + 1e-12
         torch.testing.assert_close(
@@ -50,19 +58,19 @@ def test_the_profile_is_that_of_one_process(pool, kind, name, count):
 
 
 @pytest.mark.parametrize("kind", ["copies", "fsdp"])
-def test_forward_alone(pool, kind):
+def test_forward_alone(pool_of, kind):
     expected = without_gradients(0, 1, "whole")
-    for found in pool.run(without_gradients, pool.size, kind):
+    for found in pool_of(4).run(without_gradients, 4, kind):
         assert found == expected
 
 
-def test_no_batch_in_any_is_an_error_in_all(pool):
+def test_no_batch_in_any_is_an_error_in_all(pool_of):
     text = "there are no batches, expected at least one: check the data"
-    assert pool.run(refused, pool.size, "copies", "mlp", 0) == [text] * pool.size
+    assert pool_of(2).run(refused, 2, "copies", "mlp", 0) == [text] * 2
 
 
-def test_different_models_are_named(pool):
-    texts = set(pool.run(different_models, pool.size))
+def test_different_models_are_named(pool_of):
+    texts = set(pool_of(2).run(different_models, 2))
     assert len(texts) == 1
     text = texts.pop()
     assert text.startswith("profile: the model is ") and "in process 1 and" in text
