@@ -97,18 +97,14 @@ def profile(
     mean = MeanGradient(model)
     with undisturbed(model), torch.inference_mode(False), torch.enable_grad(), EagerStance():
         stream = read_batches(batches, device)
-        batches_of = Rounds(stream, model, together)
-        if isinstance(example_inputs, UnitGraph):
-            graph = example_inputs
-        else:
-            example = batches_of.spare.example() if example_inputs is None else example_inputs
-            graph = build_graph(model, example)
+        rounds = Rounds(stream, model, together)
+        graph = _graph_of(model, rounds, example_inputs)
         samples = _row_samples() if ranks else None
         read = None if samples is None else samples.read
         observer = Observer(model, graph, sample=read, positions=positions, together=together)
         try:
             observer.attach()
-            every = _watched(batches_of, observer)
+            every = _watched(rounds, observer)
             if backward:
                 notes = _run(model, every, loss_fn, mean, progress)
             else:
@@ -239,6 +235,14 @@ def _meet(model: nn.Module, *, backward: bool, ranks: bool, gradients: bool) -> 
         )
     together.meet("profile", {"the model": fingerprint(model)[:12], "backward": str(backward)})
     return together
+
+
+def _graph_of(model: nn.Module, rounds: Rounds, example_inputs: Any) -> UnitGraph:
+    """Return the wiring that was passed, or that of a trace."""
+    if isinstance(example_inputs, UnitGraph):
+        return example_inputs
+    example = rounds.spare.example() if example_inputs is None else example_inputs
+    return build_graph(model, example)
 
 
 def _watched(rounds: Rounds, observer: Observer) -> Iterator[tuple[Batch, bool]]:
