@@ -61,7 +61,10 @@ def test_the_profile_is_that_of_one_process(pool_of, size, kind, name, count):
 def test_forward_alone(pool_of, kind):
     expected = without_gradients(0, 1, "whole")
     for found in pool_of(4).run(without_gradients, 4, kind):
-        assert found == expected
+        assert found[:2] == expected[:2]
+        # What was gathered for the forward pass is not read in the place of parts.
+        for layer, sums in expected[2].items():
+            torch.testing.assert_close(found[2][layer], sums, rtol=1e-5, atol=1e-6)
 
 
 def test_no_batch_in_any_is_an_error_in_all(pool_of):

@@ -112,7 +112,7 @@ class WeightReader:
         self.names = tuple(self.pieces)
         for layer in graph.layers:
             self._map(layer, columns[layer.name].start)
-        self._whole = not parts
+        self._parts = parts
         for name, part in parts.items():
             if name in self.pieces:
                 whole = self.pieces[name]
@@ -145,7 +145,7 @@ class WeightReader:
             for piece in pieces
         ]
         groups = [piece.groups for piece in pieces]
-        if self._whole and len(weights) == len(self.names):
+        if not self._parts and len(weights) == len(self.names):
             parameter_stats(given, steps, groups, out=tables)
             return
         rows, columns = parameter_stats(given, steps, groups)

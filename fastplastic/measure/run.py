@@ -30,6 +30,7 @@ from fastplastic.model import (
     is_spread,
     loss_of,
     read_batches,
+    reshard,
     undisturbed,
     weights_of,
 )
@@ -263,6 +264,7 @@ def _run_forward(
             model(*batch.args, **batch.kwargs)
             if progress is not None:
                 progress(done)
+    reshard(model)
     return ()
 
 

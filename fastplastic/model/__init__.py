@@ -11,7 +11,7 @@ from fastplastic.model.checks import (
 )
 from fastplastic.model.left_as_found import attributes_kept, undisturbed
 from fastplastic.model.lent_head import LentHead, give_head, loss_head, output_layers
-from fastplastic.model.spread import Part, is_spread, local_of, part_of
+from fastplastic.model.spread import Part, is_spread, local_of, part_of, reshard
 from fastplastic.model.watchers import note_watcher
 from fastplastic.model.weights import MeanGradient, Weights, weights_of
 
@@ -39,6 +39,7 @@ __all__ = [
     "part_of",
     "read_batch",
     "read_batches",
+    "reshard",
     "undisturbed",
     "weights_of",
 ]

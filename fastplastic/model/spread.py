@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastplastic.errors import InputError
 
@@ -74,3 +74,14 @@ def local_of(tensor: Tensor) -> Tensor:
     spread: Any = tensor.detach()
     local: Tensor = spread.to_local()
     return local
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what FSDP2 has gathered of parameters and kept, as the first one does after a forward.
+
+    Without a backward pass to come that is never freed, and parameters are not what they were.
+    """
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules() if fsdp is not None else ():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()

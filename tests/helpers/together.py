@@ -67,7 +67,8 @@ def without_gradients(rank, size, kind):
         spread(model, size, kind)
     batches = batches_of("test_resnet", 3)[rank::size]
     profile = fastplastic.profile(model, batches, backward=False)
-    return units_of(profile, "dormant"), profile.samples, profile.batches
+    sums = {layer.name: layer.stats["sum_abs_w"] for layer in profile}
+    return units_of(profile, "dormant"), (profile.samples, profile.batches), sums
 
 
 def units_of(profile, criterion):
