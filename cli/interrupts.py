@@ -22,7 +22,7 @@ def terminate(number: int, frame: object) -> NoReturn:
     raise Terminated
 
 
-class Watch:
+class SignalWatch:
     """Ends the process when a signal was not answered in time.
 
     Libraries swallow Ctrl-C, and code that is not Python's does not see it. A thread is woken by

@@ -6,9 +6,9 @@ from typing import NoReturn
 
 def run() -> NoReturn:
     """Run the program, and answer Ctrl-C from the first moment on."""
-    from fastplastic.cli.interrupts import TEXT, Watch
+    from fastplastic.cli.interrupts import TEXT, SignalWatch
 
-    watch = Watch()
+    watch = SignalWatch()
     try:
         from fastplastic.cli.main import main
 

@@ -85,7 +85,7 @@ def raises(number):
 MOMENTS = [
     "fastplastic.sources.create_model", "fastplastic.sources.data.collate_readable",
     "fastplastic.graph.build.export_program", "fastplastic.profile", "fastplastic.plan",
-    "fastplastic.files.save_state_dict",
+    "fastplastic.sources.saving.save_state_dict",
 ]  # fmt: skip
 
 

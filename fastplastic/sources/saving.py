@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastplastic.errors import FileError
 from fastplastic.files import (
+    UNFITTED,
     load_state_dict,
     save_folder,
     save_state_dict,
@@ -23,8 +24,8 @@ def save_model(
     loaded: LoadedModel,
     *,
     force: bool,
-    metadata: Mapping[str, str],
-    replacing: Callable[[], object],
+    metadata: Mapping[str, str] | None = None,
+    replacing: Callable[[], object] = lambda: None,
 ) -> None:
     """Write the weights of a model to a .safetensors file, or to a folder where it is of one.
 
@@ -35,13 +36,15 @@ def save_model(
         path: The file or folder.
         loaded: The model.
         force: Replace what there is.
-        metadata: More text to store with the weights.
+        metadata: More text to store with the weights; by default whether the head was fitted.
         replacing: Called when a new file is complete, before it takes the place of an old one.
 
     Raises:
         FileError: There is such a file and `force` is not set, it is the model's own folder, or it
             cannot be written.
     """
+    if metadata is None:
+        metadata = UNFITTED if loaded.head else {}
     if loaded.folder is None:
         save_state_dict(
             path, loaded.model, force, dtypes=loaded.dtypes, metadata=metadata, replacing=replacing
