@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,10 @@ from fastplastic.cli.parsing import typed
 from fastplastic.cli.plot import require_matplotlib
 from fastplastic.cli.session import Measured, measure, norms_of_other_data, precision
 from fastplastic.cli.terminal import can_print, console, follow, progress
+from fastplastic.naming import ModelName
 
 if TYPE_CHECKING:
+    from fastplastic.cli.page import DataDigest
     from fastplastic.comparison import GateResult
     from fastplastic.trials import Advice
 
@@ -31,14 +33,7 @@ def run(options: ProfileOptions) -> None:
 
     options.check()
     gates = parse_gates(options.fail_if, change=False)
-    digest = None
-    if options.plot:
-        require_matplotlib()
-    if options.html:
-        from fastplastic.cli.page import DataDigest, require_jinja2
-
-        require_jinja2()
-        digest = DataDigest()
+    digest = _digest(options)
     measured = measure(
         options, pretrained=options.pretrained, ranks=options.ranks,
         watch=digest.watch if digest else None,
@@ -47,16 +42,39 @@ def run(options: ProfileOptions) -> None:
     schema = measured.profile.to_dict(
         model=options.model, weights=measured.loaded.weights, data=measured.source.name
     )
+    schema |= _conditions(measured, digest)
     results = check_gates(gates, [figures_of(schema)]) if gates else ()
     # Nobody sees it otherwise, and it may take more passes.
     unseen = options.quiet and not (options.json or options.html)
     advice = None if unseen else _advice(options, measured)
     _write(options, schema, advice, results)
-    if digest:
-        _write_page(options, measured, advice, digest.value)
+    if options.html:
+        _write_page(options, measured, advice, digest.value if digest else None)
     if not options.quiet and STDOUT not in (options.json, options.csv):
         _print(options, measured, advice, said(results))
     enforce(results)
+
+
+def _digest(options: ProfileOptions) -> "DataDigest | None":
+    """Return what tells the data from others in files; refuse files that cannot be made."""
+    if options.plot:
+        require_matplotlib()
+    if not (options.html or options.json):
+        return None
+    from fastplastic.cli.page import DataDigest, require_jinja2
+
+    if options.html:
+        require_jinja2()
+    return DataDigest()
+
+
+def _conditions(measured: Measured, digest: "DataDigest | None") -> dict[str, Any]:
+    """Return what a comparison with others has to know beside the profile itself."""
+    heads = [text for name, text in measured.facts if name == "head"]
+    return {
+        "data_sha256": digest.value if digest else None,
+        "lent_head": heads[0] if heads else None,
+    }
 
 
 def _write(
@@ -128,8 +146,9 @@ def _advice(options: ProfileOptions, measured: Measured) -> "Advice | None":
     import fastplastic
     from fastplastic.trials import advise, recalibrate_norms
 
-    # The limit was set by trials on images.
-    if measured.loaded.weights == "random" or measured.loaded.texts is not None:
+    # The limit was set by trials on images, and nobody knows what a function has trained.
+    made = ModelName.of(options.model).kind == "factory" and not options.checkpoint
+    if made or measured.loaded.weights == "random" or measured.loaded.texts is not None:
         return None
     model, source = measured.loaded.model, measured.source
     if not norms_of_other_data(measured.loaded, source):
@@ -138,4 +157,7 @@ def _advice(options: ProfileOptions, measured: Measured) -> "Advice | None":
     with precision(options), progress(len(source), quiet=options.quiet, text="advice") as done:
         recalibrate_norms(model, source)
         found = fastplastic.profile(model, source, backward=False, progress=done)
-    return advise(found)
+    advice = advise(found)
+    if advice is None:
+        return None
+    return replace(advice, text=f"with the norms measured anew on these images, {advice.text}")

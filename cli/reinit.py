@@ -120,7 +120,11 @@ def run(options: ReinitOptions) -> None:
     from fastplastic.cli import render
     from fastplastic.cli.report import plan_facts, plan_view
 
-    shown = (*job.facts, *plan_facts(job.plan), *_written(options, job, report, file))
+    shown = (
+        *job.facts,
+        *plan_facts(job.plan, read=options.plan is not None),
+        *_written(options, job, report, file),
+    )
     view = plan_view(job.plan, shown, report.notes)
     out = console(sys.stdout)
     out.print(render.plan(view))
@@ -148,7 +152,7 @@ def _written(
 
 def _loss(job: _Job, report: "ReinitReport") -> tuple[tuple[str, str], ...]:
     if job.source is None:
-        return ()
+        return (("loss", "not measured: pass --data"),)
     classes = job.source.num_classes
     if not _has_its_head(job):
         head = job.loaded.model.num_classes

@@ -75,8 +75,13 @@ def _fixed(layers: Iterable[LayerProfile]) -> tuple[tuple[str, int, int], ...]:
     return tuple((reason, number, touched[reason]) for reason, number in units.most_common())
 
 
-def plan_facts(plan: Plan) -> tuple[tuple[str, str], ...]:
-    """Return what a plan does and how healthy that is, as facts for the header."""
+def plan_facts(plan: Plan, *, read: bool = False) -> tuple[tuple[str, str], ...]:
+    """Return what a plan does and how healthy that is, as facts for the header.
+
+    Args:
+        plan: The plan.
+        read: Whether it was read from a file, and the weights may be others by now.
+    """
     amount = f"ratio {plan.ratio:g}" if plan.ratio is not None else f"threshold {plan.threshold:g}"
     share = f"{plan.count:,} of {plan.eligible:,} eligible {plan.granularity}s"
     what = f"{share}: {plan.criterion}, {amount}, {plan.scope}, seed {plan.seed}"
@@ -85,9 +90,10 @@ def plan_facts(plan: Plan) -> tuple[tuple[str, str], ...]:
     rule = CRITERIA[plan.criterion]
     side = "at most" if rule.candidate == "small" else "at least"
     weak = (
-        f"{plan.beyond:,} of the {plan.count:,} chosen are beyond the threshold of {rule.name} "
-        f"({side} {rule.threshold:g})"
+        f"{plan.beyond:,} of the {plan.count:,} chosen {'were' if read else 'are'} beyond the "
+        f"threshold of {rule.name} ({side} {rule.threshold:g})"
     )
+    weak += " when they were planned" * read
     return ("plan", what), ("weak", weak)
 
 

@@ -175,12 +175,12 @@ def test_a_gate_that_fails_ends_with_its_exit_code_after_the_report(run, files):
     outcome = run("compare", *files, *gates, "--json", "new.json")
     assert outcome.code == 4
     assert outcome.error == (
-        "fastplastic: error: --fail-if dead>0.1: dead is 0.157895 over all units\n"
-        "fastplastic: error: --fail-if conv:dead>20%: dead in 1 of 1 layers: conv 0.25\n"
+        "fastplastic: error: --fail-if dead>0.1: dead is 15.79 % over all units\n"
+        "fastplastic: error: --fail-if conv:dead>20%: dead in 1 of 1 layers: conv 25 %\n"
     )
     text = words(outcome.output)
-    assert "gate FAILED: dead>0.1: dead is 0.157895 over all units" in text
-    assert "gate passed: frozen>0: frozen is 0 over all units" in text
+    assert "gate FAILED: dead>0.1: dead is 15.79 % over all units" in text
+    assert "gate passed: frozen>0: frozen is 0 % over all units" in text
     found = json.loads(Path("new.json").read_text())["gates"]
     assert [gate["passed"] for gate in found] == [False, False, True]
     quiet = run("compare", *files, *gates, "--quiet")
@@ -196,7 +196,7 @@ def test_gates_on_the_change(run, files):
     assert failing == (
         4, "",
         "fastplastic: error: --fail-if change:c*:dead>0.02: the change of dead in 1 of 1 layers: "
-        "conv +0.25\n",
+        "conv +25 %\n",
     )  # fmt: skip
 
 

@@ -190,9 +190,22 @@ def test_trained_weights_get_advice(run):
     torch.save(weights_before(seed=5), "weights.pth")
     trained = (MODEL, "--checkpoint", "weights.pth", *SMALL[2:])
     text = " ".join(run("profile", *trained).output.split())
-    assert re.search(r"advice re-initialisation is (not )?likely to help: \d+ % of the units", text)
+    assert re.search(
+        r"advice (with the norms .*, )?re-initialisation is (not )?likely to help: \d+ % of", text
+    )
     advice = json.loads(run("profile", *trained, "--json", "-").output)["advice"]
     assert 0 <= advice["share"] <= 1 and advice["helps"] == (advice["share"] >= advice["limit"])
     assert advice["text"] in text
     assert "advice" not in run("profile", *SMALL).output
     assert "advice" not in json.loads(run("profile", *SMALL, "--json", "-").output)
+
+
+def test_the_json_tells_other_batches_and_a_head_that_was_lent(run):
+    for size, name in ((32, "a.json"), (48, "b.json")):
+        own = ("--img-size", str(size), "--batches", "2", "-b", "8", "--quiet")
+        assert run("profile", MODEL, "--no-pretrained", *own, "--json", name).code == 0
+    first, second = (json.loads(Path(name).read_text()) for name in ("a.json", "b.json"))
+    assert len(first["data_sha256"]) == 64 and first["data_sha256"] != second["data_sha256"]
+    assert "a fresh head of 10 was used" in first["lent_head"]
+    text = run("compare", "a.json", "b.json").output
+    assert "the batches differ" in text and "a fresh head was lent" in text

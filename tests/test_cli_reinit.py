@@ -25,10 +25,12 @@ def test_the_loss_is_shown_where_the_head_is_for_the_classes(run):
     before, after = loss(outcome)
     assert before == pytest.approx(2.3, abs=0.3) and after == pytest.approx(2.3, abs=0.3)
     assert run("plan", *SMALL, "--ratio", "0.3", "--criterion", "random", "-o", "p.json").code == 0
-    # The same on data beside a plan, and none without data.
+    # The same on data beside a plan, and not without data.
     outcome = run("reinit", *SMALL, "--plan", "p.json", "--dry-run")
     assert loss(outcome) == (before, after) and "data     sample" in outcome.output
-    assert "loss" not in run("reinit", *OWN, "--plan", "p.json", "--dry-run").output
+    assert "were beyond the threshold" not in outcome.output
+    without = run("reinit", *OWN, "--plan", "p.json", "--dry-run").output
+    assert "loss     not measured: pass --data" in without
 
 
 def test_recalibrated_and_compensated_norms(run):

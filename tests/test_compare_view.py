@@ -114,8 +114,8 @@ def test_gates_and_notes_stand_in_the_report():
     before, after = epochs(2)
     output = " ".join(shown(before, after | {"seed": 5}, gates=["dead>0.5", "s*:dead>0"]).split())
     assert output.index("note the seed differs (0 in A, 5 in B)") < output.index("in all")
-    assert "gate passed: dead>0.5: dead is 0.02 over all units" in output
-    assert "gate FAILED: s*:dead>0: dead in 1 of 1 layers: stem 0.03" in output
+    assert "gate passed: dead>0.5: dead is 2 % over all units" in output
+    assert "gate FAILED: s*:dead>0: dead in 1 of 1 layers: stem 3 %" in output
 
 
 def test_worse_is_yellow_and_better_green():

@@ -224,3 +224,23 @@ def test_a_saved_profile_whose_table_is_damaged():
         "bad.safetensors: layer 'conv': 'saturated_fraction' is nan, expected null or a number in "
         "0..1; the file is damaged: profile the model again"
     )
+
+
+def test_other_batches_of_the_same_data_are_said():
+    same = [a_profile(a_layer("a")) | {"data_sha256": "aa"} for _ in range(2)]
+    other = same[0] | {"data_sha256": "bb"}
+    assert compared(*same).notes == compared(same[0], a_profile(a_layer("a"))).notes == ()
+    (note,) = compared(same[0], other).notes
+    assert note.startswith("the batches differ, though the name of the data does not")
+    # What names them differently says it already.
+    (note,) = compared(same[0], other | {"data": "photos"}).notes
+    assert note.startswith("the data differs")
+
+
+def test_a_head_that_was_lent_is_said():
+    own = a_profile(a_layer("a"))
+    found = compared(own | {"lent_head": "fresh, of 10 classes"}, own | {"lent_head": None})
+    assert found.notes == (
+        "a fresh head was lent for the loss in A: its gradients say little, and mean|g| is "
+        "not to be compared",
+    )

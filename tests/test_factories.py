@@ -132,7 +132,7 @@ FORMS = "expected NAME, torchvision:NAME, hf:FOLDER, package.module:factory, hf-
         ("mine.nets:number", "mine.nets:number: is a int, expected a function that returns a mod"),
         (
             "mine.nets:text",
-            "mine.nets:text: returned a str, expected a torch.nn.Module: return the",
+            "mine.nets:text: returned str, expected a torch.nn.Module: return the",
         ),
         (
             "mine.nets:fails",

@@ -81,7 +81,27 @@ def test_what_cannot_be_reset_is_said():
     with torch.no_grad():
         model.stream.weight[:3] = 0
     finding = found(measured(model), "are dead")
-    assert finding.action.startswith("none of them can be re-initialised by itself")
+    assert finding.action.startswith("none of them can be re-initialised:")
+
+
+def test_units_that_are_reset_with_others_can_be_reached():
+    """Depthwise filters are units, and re-initialised with the channels that they filter."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=6), nn.ReLU(), nn.Flatten(),
+        nn.Linear(6 * 4, 3),
+    )  # fmt: skip
+    with torch.no_grad():
+        for layer, units in ((model[0], slice(0, 2)), (model[2], slice(1, 4))):
+            layer.weight[units] = 0
+            layer.bias[units] = -1
+    batches = [(torch.randn(64, 3, 4, 4), torch.zeros(64, dtype=torch.int64))]
+    profile = fastplastic.profile(model, batches)
+    finding = found(profile, "are dead")
+    # Two of the first layer and those of the second one that get nothing or give nothing.
+    dead = {layer.name: int(layer.dead.sum()) for layer in profile}
+    assert dead["0"] == 2 and dead["2"] >= 3
+    assert finding.evidence.startswith(f"{sum(dead.values())} of 15 units in 2 layers")
+    assert finding.action.startswith("re-initialising can reach all of them")
 
 
 def test_frozen_units_are_not_counted_as_dead_too():
@@ -284,7 +304,7 @@ def test_the_more_severe_comes_first_and_dead_before_frozen():
     with torch.no_grad():
         model[0].weight[2:4] *= 1e6
     texts = [finding.text for finding in findings(measured(model, samples=512))]
-    assert [text.split()[5] for text in texts[:2]] == ["dead:", "frozen:"]
+    assert [text.split()[5] for text in texts[:2]] == ["dead:", "frozen"]
     kill(model[0], 1)
     with torch.no_grad():
         model[0].weight[1] = 1

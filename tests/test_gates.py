@@ -166,36 +166,36 @@ def test_a_gate_is_about_the_last_profile():
 def test_what_a_gate_on_the_model_says():
     found = result("dead>0.1")
     assert found.values == ((None, 10 / 60),) and found.left_out == ("odd",)
-    assert found.reason == "dead>0.1: dead is 0.166667 over all units"
+    assert found.reason == "dead>0.1: dead is 16.67 % over all units"
     assert found.gap == "dead>0.1: dead is not known of 1 layer, left out: odd"
     assert found.to_dict() == {
         "expression": "dead>0.1", "passed": False,
         "values": [{"layer": None, "value": 10 / 60}], "left_out": ["odd"],
     }  # fmt: skip
     change = result("change:dormant>0.5")
-    assert change.reason == "change:dormant>0.5: the change of dormant is -0.113333 over all units"
+    assert change.reason == "change:dormant>0.5: the change of dormant is -11.33 % over all units"
     assert change.gap == ""
 
 
 def test_what_a_gate_on_layers_says():
     found = result("*:dead>=0.15")
     assert found.values == (("a.fc", 0.2), ("a.conv", 0.15), ("stem", 0.1))
-    assert found.reason == "*:dead>=0.15: dead in 2 of 3 layers: a.fc 0.2, a.conv 0.15"
+    assert found.reason == "*:dead>=0.15: dead in 2 of 3 layers: a.fc 20 %, a.conv 15 %"
     assert found.left_out == ("odd",)
     below = result("*:dead<0.01")
     assert [name for name, _ in below.values] == ["stem", "a.conv", "a.fc"]
-    assert below.reason == "*:dead<0.01: dead is 0.1 at worst of 3 layers, in stem"
+    assert below.reason == "*:dead<0.01: dead is 10 % at worst of 3 layers, in stem"
     change = result("change:*:dead>0.09")
     assert change.values == (("stem", 0.1), ("a.conv", 0.1))
     assert change.reason == (
-        "change:*:dead>0.09: the change of dead in 2 of 2 layers: stem +0.1, a.conv +0.1"
+        "change:*:dead>0.09: the change of dead in 2 of 2 layers: stem +10 %, a.conv +10 %"
     )
 
 
 def test_of_many_layers_the_worst_are_named():
     many = figures_of(a_profile(*(a_layer(f"l{number}", 10, dead=number) for number in range(9))))
     assert result("*:dead>0.1", many).reason == (
-        "*:dead>0.1: dead in 7 of 9 layers: l8 0.8, l7 0.7, l6 0.6, l5 0.5, l4 0.4 and 2 more"
+        "*:dead>0.1: dead in 7 of 9 layers: l8 80 %, l7 70 %, l6 60 %, l5 50 %, l4 40 % and 2 more"
     )
 
 
@@ -226,3 +226,8 @@ def test_a_figure_that_is_not_known_at_all(expression):
     for profiles in ((unknown, unknown), (BEFORE, unknown)):
         with pytest.raises(InputError, match=r"dead is not known of any layer .* \(a, b\): take"):
             result(expression, *profiles)
+
+
+def test_a_column_of_the_report_names_its_metric():
+    (gate,) = parse_gates(["conv*:sat>90%"])
+    assert (gate.metric, gate.pattern, gate.bound) == ("saturated", "conv*", 0.9)

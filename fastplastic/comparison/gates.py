@@ -33,6 +33,8 @@ _NUMBER = re.compile(
     r"(?P<digits>[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,2})?)\s*(?P<percent>%?)\s*", re.I
 )
 _SHOWN = 5
+# What columns of the report are called.
+_ALIASES = {"sat": "saturated"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class Gate:
     def holds(self, value: float) -> bool:
         """Tell whether a value makes the check fail."""
         return _OPERATORS[self.operator](value, self.bound)
+
+    def shown(self, value: float) -> str:
+        """Return a value in words; shares in percent."""
+        sign = "+" if self.change else ""
+        return f"{100 * value:{sign}.4g} %" if self.metric in SHARES else f"{value:{sign}.6g}"
 
 
 @dataclass(frozen=True)
@@ -88,15 +95,14 @@ class GateResult:
     def reason(self) -> str:
         """What was found, in a line."""
         own, failed = self.gate, self.failed
-        sign = "+" if own.change else ""
         what = f"the change of {own.metric}" if own.change else own.metric
         where = "" if own.pattern is None else f" of {len(self.values)} layers"
         if own.pattern is None:
-            return f"{own.expression}: {what} is {self.values[0][1]:{sign}.6g} over all units"
+            return f"{own.expression}: {what} is {own.shown(self.values[0][1])} over all units"
         if not failed:
             name, value = self.values[0]
-            return f"{own.expression}: {what} is {value:{sign}.6g} at worst{where}, in {name}"
-        values = [f"{name} {value:{sign}.6g}" for name, value in failed]
+            return f"{own.expression}: {what} is {own.shown(value)} at worst{where}, in {name}"
+        values = [f"{name} {own.shown(value)}" for name, value in failed]
         return f"{own.expression}: {what} in {len(failed)}{where}: {_some(values)}"
 
     @property
@@ -141,7 +147,7 @@ def _parse(expression: str) -> Gate:
     form = _FORM.fullmatch(expression)
     if form is None:
         raise _refused(expression, _GRAMMAR)
-    metric = form["metric"]
+    metric = _ALIASES.get(form["metric"], form["metric"])
     if metric not in METRICS:
         raise _refused(expression, f"{no_such('metric', metric, METRICS)}; {_GRAMMAR}")
     change = form["change"] is not None

@@ -27,12 +27,35 @@ def notes_on(profiles: Sequence[ProfileFigures], labels: Sequence[str]) -> tuple
     if unnamed:
         text = "does not name its data" if len(unnamed) == 1 else "do not name their data"
         notes.append(f"{listed(unnamed)} {text}: whether they are the same cannot be told")
-    return (*notes, *_widths(profiles))
+    return (*notes, *_batches(profiles), *_heads(profiles, labels), *_widths(profiles))
 
 
 def listed(names: Sequence[str]) -> str:
     """Return names as a list in words: A, B and C."""
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _batches(profiles: Sequence[ProfileFigures]) -> list[str]:
+    """Say that data of one name are not the same numbers."""
+    differ = [len({getattr(own, key) for own in profiles}) > 1 for key in ("data", "samples")]
+    digests = {own.data_sha256 for own in profiles} - {None}
+    if any(differ) or len(digests) < 2:
+        return []
+    return [
+        "the batches differ, though the name of the data does not: other images, or another size, "
+        "order or batch size: which units are dead, dormant or saturated depends on them"
+    ]
+
+
+def _heads(profiles: Sequence[ProfileFigures], labels: Sequence[str]) -> list[str]:
+    """Say whose gradients are those of a head that is not the model's."""
+    lent = [label for label, own in zip(labels, profiles, strict=True) if own.lent_head]
+    if not lent:
+        return []
+    return [
+        f"a fresh head was lent for the loss in {listed(lent)}: its gradients say little, and "
+        "mean|g| is not to be compared"
+    ]
 
 
 def _each(labels: Sequence[str], values: Sequence[object]) -> str:

@@ -40,7 +40,10 @@ _PART = _or_null("a number in 0..1", lambda v: is_number(v) and 0 <= v <= 1)
 _MEAN = _or_null("a number from 0 on", lambda v: is_number(v) and 0 <= v <= _LARGEST)
 # What a layer or a profile may have beside the fields that are always there.
 _MORE_OF_LAYER = {"unknown": OBJECT, "tied": NAMES, "ranks": OBJECT}
-_MORE_OF_PROFILE = {"advice": OBJECT, "gates": LIST, "notes": LIST}
+_MORE_OF_PROFILE = {
+    "advice": OBJECT, "gates": LIST, "notes": LIST, "data_sha256": NAME_OR_NULL,
+    "lent_head": NAME_OR_NULL,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class ProfileFigures:
     """The figures of a profile, and where they are from; names are None where they are not known.
 
     Attributes:
+        data_sha256: Digest of the batches as the model got them.
+        lent_head: What is to be said of a head that was there for the loss only.
         by_name: The layers by their names.
     """
 
@@ -78,6 +83,8 @@ class ProfileFigures:
     seed: int
     fastplastic_version: str
     layers: tuple[LayerFigures, ...]
+    data_sha256: str | None = None
+    lent_head: str | None = None
     by_name: Mapping[str, LayerFigures] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -140,6 +147,8 @@ def figures_of(values: Mapping[str, Any]) -> ProfileFigures:
         samples=top.get("samples", integer(0)),
         seed=top.get("seed", integer()),
         layers=layers,
+        data_sha256=values.get("data_sha256"),
+        lent_head=values.get("lent_head"),
     )
 
 

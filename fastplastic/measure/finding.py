@@ -79,7 +79,7 @@ def _dead(profile: Profile) -> Iterator[Finding]:
 def _frozen(profile: Profile) -> Iterator[Finding]:
     yield from _units(
         profile,
-        "frozen",
+        "frozen but not dead",
         lambda layer: layer.frozen & ~layer.dead,
         "pass no gradient on, as their activation function is flat wherever they were seen",
     )
@@ -89,7 +89,7 @@ def _dormant(profile: Profile) -> Iterator[Finding]:
     threshold = CRITERIA["dormant"].threshold
     yield from _units(
         profile,
-        "dormant",
+        "dormant but not dead",
         lambda layer: layer.dormant & ~layer.dead & ~layer.frozen,
         f"hardly add anything, with a mean |h| of at most {threshold:g} of the layer's",
     )
@@ -106,7 +106,8 @@ def _units(
     shares = {layer.name: float(units.double().mean()) for layer, units in touched}
     striking = [layer for layer, _ in touched if shares[layer.name] >= _MEDIUM]
     total = sum(int(units.sum()) for _, units in touched)
-    hidden = sum(int((units & layer.hidden).sum()) for layer, units in touched)
+    within = _resettable(profile)
+    hidden = sum(int((units & within[layer.name]).sum()) for layer, units in touched)
     worst = max(shares, key=lambda name: shares[name])
     where = "Some units" if not striking else f"From {striking[0].name} on, units"
     severity: Severity = "low"
@@ -121,9 +122,23 @@ def _units(
     )
 
 
+def _resettable(profile: Profile) -> dict[str, Tensor]:
+    """Return which units of each layer are re-initialised, by themselves or with those of others.
+
+    Returns:
+        {layer name: bool [units]}.
+    """
+    found = {layer.name: layer.hidden.clone() for layer in profile}
+    for layer in profile:
+        for member in layer.wiring.coupled:
+            rows = member.row_of_unit[layer.hidden]
+            found[member.name][rows[rows >= 0]] = True
+    return found
+
+
 def _what_to_do(hidden: int, total: int) -> str:
     if not hidden:
-        return "none of them can be re-initialised by itself: the wiring of their layers says why"
+        return "none of them can be re-initialised: the wiring of their layers says why"
     number = "all of them" if hidden == total else f"{hidden:,} of them"
     return f"re-initialising can reach {number}; a trial tells whether it helps on your task"
 

@@ -163,7 +163,7 @@ class WeightReader:
     ) -> None:
         """Make the pieces of a weight."""
         rows, columns = shape[:2]
-        size = rows // parts
+        size = rows // parts if transposed else rows
         if transposed:
             rows, columns = columns, size
         self.pieces[name] = [

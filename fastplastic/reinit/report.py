@@ -62,7 +62,7 @@ class ReinitReport:
     def __repr__(self) -> str:
         elements = sum(written.elements for written in self.written)
         units = self.granularity == "unit"
-        where = "layers" if units else "tensors"
+        where = ("layer" if units else "tensor") + "s" * (len(self.layers) != 1)
         outgoing = f", outgoing {self.outgoing}" if units else ""
         known = self.loss_before is not None
         loss = f"; loss {self.loss_before:.4g} to {self.loss_after:.4g}" if known else ""

@@ -114,7 +114,7 @@ def _called(
         raise _failed(request.name, f"calling it with {given or 'no arguments'}", error) from error
     if not isinstance(model, nn.Module):
         raise InputError(
-            f"{request.name}: returned a {type(model).__name__}, expected a torch.nn.Module: "
+            f"{request.name}: returned {type(model).__name__}, expected a torch.nn.Module: "
             "return the model"
         )
     check_built(model)

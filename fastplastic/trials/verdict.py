@@ -64,6 +64,9 @@ def _compared(test: Comparison, other: str) -> str:
     unseen = f"an effect under {100 * test.detectable:.1f} points would hardly have been seen"
     if test.detectable > 1:
         unseen = "too few to show any: take more"
+    found = test.difference
+    if found.low is not None and found.high is not None and found.low * found.high > 0:
+        unseen += "; the interval is of this comparison alone, p of all of them"
     return f"no difference to {other} shown ({_gain(test)}, {seeds}; {unseen})"
 
 
