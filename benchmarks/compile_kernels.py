@@ -45,6 +45,10 @@ TARGETS = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Columns of a weight: there numbers of elements take a division.
 _PARTS = [WeightShard((256, 2048), (0, 512))]
+# With `quick`: of functions that are made alike, one.
+_KINDS = (
+    "identity", "relu", "leaky_relu", "elu", "selu", "gelu", "mish", "tanh", "hardswish",
+)  # fmt: skip
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -85,8 +89,8 @@ class _Device:
 def cases(quick: int = 0) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield the launches whose kernels are compiled, by name, dtype first.
 
-    With `quick` 1 fp16 is left out, and activation functions are compiled in bf16 alone, but for
-    ReLU and GELU; with 2, two functions and fewer layouts and scores are left.
+    With `quick` 1 fp16 is left out, and activation functions of each kind are compiled in bf16
+    alone, but for ReLU and GELU; with 2, two functions and fewer layouts and scores are left.
     What differs only in how a dtype is converted is not repeated.
     """
     for dtype in ("fp32", "bf16") if quick else DTYPES:
@@ -113,7 +117,7 @@ def _stats_cases(dtype: str, quick: int) -> Iterator[tuple[str, Callable[[], obj
     for layout, x in layouts.items():
         if layout in ("tokens", "planes"):
             every = {("bf16", "tokens"): 1, ("fp32", "planes"): 0}.get((dtype, layout), -1) >= quick
-            names = ACTIVATIONS if every else ("relu", "gelu")
+            names = ("relu", "gelu") if not every else _KINDS if quick else tuple(ACTIVATIONS)
         elif dtype == "fp32" and quick < 2:
             names = ("gelu",)
         else:

@@ -137,7 +137,7 @@ def test_activations_in_long_runs(name):
     check_activation(long, 1, name)
 
 
-@pytest.mark.parametrize("name", ["gelu", "silu", "tanh", "leaky_relu", "hardswish"])
+@pytest.mark.parametrize("name", ["gelu", "leaky_relu"])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_half_precision_functions(name, dtype):
     z = noise(300, 7, dtype=dtype)
