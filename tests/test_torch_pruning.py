@@ -94,7 +94,6 @@ CASES = {
     "selecsls42": from_timm("selecsls42", 64, 41, 41),
     "dla34": from_timm("dla34", 32, 19, 19),
     # Depthwise filters are rows of the unit that they filter.
-    "mobilenetv2": from_timm("mobilenetv2_050", 32, 20, 20),
     "efficientnet_lite0": from_timm("efficientnet_lite0", 32, 19, 19),
     # Squeeze-and-excite: the channels of its gate belong to the gated units for torch-pruning.
     "mobilenetv3": from_timm("mobilenetv3_small_050", 32, 23, 14),
