@@ -168,11 +168,8 @@ def measure(
 
         loaded, source = _loaded(options, pretrained=pretrained)
         source = source if watch is None else watch(source)
-    if gradients and not source.labelled:
-        raise InputError(
-            f"--granularity weight: the texts in {options.data} have no labels, expected some to "
-            "compute gradients from: pass a .jsonl file with labels, or choose units"
-        )
+    if gradients:
+        _require_labels(options.data, source)
     model = loaded.model
     head: AbstractContextManager[LentHead | None] = nullcontext()
     if loaded.texts is None and source.num_classes != model.num_classes:
@@ -189,6 +186,15 @@ def measure(
         )  # fmt: skip
     warn_of_left_out(source)
     return Measured(loaded, profile, source, _facts(options, loaded, source, profile))
+
+
+def _require_labels(data: str, source: "DataSource") -> None:
+    """Refuse texts without labels where single weights are to be chosen: InputError."""
+    if not source.labelled:
+        raise InputError(
+            f"--granularity weight: the texts in {data} have no labels, expected some to compute "
+            "gradients from: pass a .jsonl file with labels, or choose units"
+        )
 
 
 def _checked_wiring(

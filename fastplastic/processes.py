@@ -2,7 +2,7 @@
 
 All goes through a group of its own (gloo, on the host), so that what the training sends is never
 mixed with it. Before anything is added up all processes meet: one that is elsewhere, has other
-options or has failed is named on all of them, instead of letting them wait for ever.
+options or is gone is named on all of them, instead of letting them wait for ever.
 """
 
 import json
@@ -27,14 +27,12 @@ class _Message:
     """What a process says when it meets the others.
 
     Attributes:
-        step: What it is about to do, or has done.
+        step: What it is about to do.
         facts: What has to be the same in all processes.
-        error: What went wrong in it, "" if nothing did.
     """
 
     step: str
     facts: Mapping[str, str]
-    error: str = ""
 
 
 class Processes:
@@ -63,24 +61,6 @@ class Processes:
         """
         self._exchange(_Message(step, dict(facts)))
 
-    @contextmanager
-    def together(self, step: str) -> Iterator[None]:
-        """Do something that has to succeed in all processes, or is an error in all.
-
-        Raises:
-            ProcessError: It failed in another process.
-        """
-        try:
-            yield
-        except Exception as error:
-            said = f"{type(error).__name__}: {error}"
-            try:
-                self._exchange(_Message(step, {}, said))
-            except ProcessError:
-                raise error from None
-        else:
-            self._exchange(_Message(step, {}))
-
     def add_(self, table: Tensor) -> None:
         """Add up a table over all processes, in place; each gets the same bits."""
         torch.distributed.all_reduce(table, group=self._group)
@@ -104,7 +84,7 @@ class Processes:
 
     def _exchange(self, message: _Message) -> None:
         """Tell the first process, and hear from it whether all is well."""
-        text = json.dumps([message.step, dict(message.facts), message.error])
+        text = json.dumps([message.step, dict(message.facts)])
         if self.rank == 0:
             verdict = self._collect(text)
         else:
@@ -147,9 +127,6 @@ class Processes:
 
 def _difference(said: Mapping[int, _Message]) -> str:
     """Return what the processes do not have in common, in words; "" for nothing."""
-    failed = {rank: message.error for rank, message in said.items() if message.error}
-    if failed:
-        return "; ".join(f"process {rank} failed ({why})" for rank, why in failed.items())
     first = said[0]
     for rank, message in said.items():
         if message.step != first.step:

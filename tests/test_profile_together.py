@@ -3,7 +3,14 @@
 import pytest
 import torch
 from helpers.processes import Pool
-from helpers.together import different_models, profiled, refused, without_gradients
+from helpers.together import (
+    different_models,
+    no_loss_is_finite,
+    one_fails,
+    profiled,
+    refused,
+    without_gradients,
+)
 
 from fastplastic.stats import STATISTICS
 
@@ -75,3 +82,15 @@ def test_different_models_are_named(pool_of):
     assert len(texts) == 1
     text = texts.pop()
     assert text.startswith("profile: the model is ") and "in process 1 and" in text
+
+
+def test_who_fails_is_named_in_the_others(pool_of):
+    found = pool_of(4).run(one_fails, 4)
+    text = "profile: process 1 failed: see the error there"
+    assert [said for said, _ in found] == [text, "by hand", text, text]
+    assert [batches for _, batches in found] == [12] * 4
+
+
+@pytest.mark.parametrize("kind", ["copies", "fsdp"])
+def test_without_any_finite_loss_there_are_no_gradients(pool_of, kind):
+    assert pool_of(4).run(no_loss_is_finite, 4, kind) == [[False] * 3] * 4

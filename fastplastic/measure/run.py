@@ -94,7 +94,8 @@ def profile(
     device = device_of(model)
     seed = torch.initial_seed()
     positions = PositionSample(sample_positions, seed)
-    together = _meet(model, backward=backward, ranks=ranks, gradients=gradients)
+    options = {"backward": str(backward), "sample_positions": str(sample_positions)}
+    together = _meet(model, options, ranks=ranks, gradients=gradients)
     mean = MeanGradient(model)
     with undisturbed(model), torch.inference_mode(False), torch.enable_grad(), EagerStance():
         stream = read_batches(batches, device)
@@ -110,6 +111,9 @@ def profile(
                 notes = _run(model, every, loss_fn, mean, progress)
             else:
                 notes = _run_forward(model, every, progress)
+        except Exception as error:
+            rounds.fail(error)
+            raise
         finally:
             observer.detach()
         means = mean.take(together)
@@ -224,7 +228,9 @@ def _row_samples() -> "RowSamples":
     return RowSamples()
 
 
-def _meet(model: nn.Module, *, backward: bool, ranks: bool, gradients: bool) -> Processes | None:
+def _meet(
+    model: nn.Module, options: Mapping[str, str], *, ranks: bool, gradients: bool
+) -> Processes | None:
     """Return the processes that share the model, when all are here with the same options."""
     together = all_processes()
     if together is None:
@@ -234,7 +240,7 @@ def _meet(model: nn.Module, *, backward: bool, ranks: bool, gradients: bool) -> 
             f"{together.size} processes and {'ranks' if ranks else 'gradients of spread weights'}, "
             "expected one process: leave it out"
         )
-    together.meet("profile", {"the model": fingerprint(model)[:12], "backward": str(backward)})
+    together.meet("profile", {"the model": fingerprint(model)[:12], **options})
     return together
 
 

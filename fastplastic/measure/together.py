@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastplastic.errors import InputError
+from fastplastic.errors import InputError, ProcessError
 from fastplastic.measure.observation import Observation
 from fastplastic.model import Batch, Part, is_spread, part_of
 from fastplastic.processes import Processes
@@ -138,9 +138,24 @@ class Rounds:
             elif self._all_run:
                 yield self.spare, False
 
+    def fail(self, error: Exception) -> None:
+        """Tell the others, who wait for the next round, that it does not come to that here."""
+        if self._together is not None and not isinstance(error, ProcessError):
+            self._told(self._together, having=False, failed=True)
+
     def _any_has(self, batch: Batch | None) -> bool:
         if self._together is None:
             return batch is not None
-        having = torch.tensor([batch is not None], dtype=torch.int64)
-        self._together.add_(having)
-        return bool(having)
+        having, failed = self._told(self._together, having=batch is not None, failed=False)
+        if failed:
+            names = ", ".join(map(str, failed))
+            raise ProcessError(f"profile: process {names} failed: see the error there")
+        return having
+
+    @staticmethod
+    def _told(together: Processes, *, having: bool, failed: bool) -> tuple[bool, list[int]]:
+        """Tell whether there is a batch, and hear whether any has one and who failed."""
+        said = torch.zeros(1 + together.size, dtype=torch.int64)
+        said[0], said[1 + together.rank] = having, failed
+        together.add_(said)
+        return bool(said[0]), said[1:].nonzero().flatten().tolist()

@@ -120,7 +120,9 @@ class MeanGradient:
     def _mean_of_all(self, totals: dict[str, Tensor], together: Processes) -> dict[str, Tensor]:
         known = together.share((self.batches, sorted(totals)))
         batches = sum(number for number, _ in known)
-        means = {}
+        means: dict[str, Tensor] = {}
+        if not batches:
+            return means
         for name in sorted({name for _, names in known for name in names}):
             parameter = self._parameters[name]
             total = totals[name] if name in totals else torch.zeros_like(parameter.detach())

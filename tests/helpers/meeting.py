@@ -39,17 +39,6 @@ def meeting(rank, steps, facts):
     )
 
 
-def failing(rank):
-    found = all_processes()
-
-    def act():
-        with found.together("write"):
-            if rank == 1:
-                raise ZeroDivisionError("by hand")
-
-    return attempt(act), attempt(lambda: found.meet("the end", {}))
-
-
 def dying(rank, late):
     module.WAIT = timedelta(seconds=4)
     found = module.Processes()

@@ -92,3 +92,34 @@ def different_models(rank, size):
     except FastPlasticError as error:
         return str(error)
     return ""
+
+
+def one_fails(rank, size):
+    """Let the loss of one process fail in its second batch; all go on with the next profile."""
+    model, batches = model_of("mlp"), batches_of("mlp", 3)
+    seen = []
+
+    def bad(output, targets):
+        if rank == 1 and seen:
+            raise ValueError("by hand")
+        seen.append(1)
+        return output.sum()
+
+    said = ""
+    try:
+        fastplastic.profile(model, batches, loss_fn=bad)
+    except (FastPlasticError, ValueError) as error:
+        said = str(error)
+    return said, fastplastic.profile(model, batches).batches
+
+
+def no_loss_is_finite(rank, size, kind):
+    """Return whether any weight has a gradient where no loss is a number."""
+    model = model_of("mlp")
+    if kind == "fsdp":
+        spread(model, size, kind)
+    profile = fastplastic.profile(
+        model, batches_of("mlp", 2), loss_fn=lambda output, _: output.sum() * float("nan")
+    )
+    rows = ("n_dw", "n_nonfinite_dw")
+    return [any(bool(layer.stats[row].any()) for row in rows) for layer in profile]
