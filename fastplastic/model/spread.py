@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastplastic.errors import InputError
+from fastplastic.kernels import WeightShard
 
 
 def is_spread(tensor: Tensor) -> bool:
@@ -36,6 +37,11 @@ class Part:
     def whole(self) -> bool:
         """Whether it is all of the tensor."""
         return self.sizes == self.shape
+
+    @property
+    def shard(self) -> WeightShard:
+        """The same, as kernels take it."""
+        return WeightShard(self.shape, self.offsets, counted=self.first)
 
 
 def part_of(name: str, tensor: Tensor) -> Part:
