@@ -98,7 +98,7 @@ class Ledger:
         self.norms: list[NormCall] = []
         self.follows: list[tuple[int, int]] = []
         self.texts: list[str] = [""]
-        self.code = torch.zeros(0, dtype=torch.int32)
+        self.code = self._codes = torch.zeros(0, dtype=torch.int32)
         self.parent: list[int] = []
         self.program = Program()
         self.made: dict[Node, Any] = {}
@@ -144,16 +144,23 @@ class Ledger:
         """Add `count` units and return the number of the first."""
         start = len(self.parent)
         self.parent.extend(range(start, start + count))
-        self.code = torch.cat([self.code, torch.zeros(count, dtype=torch.int32)])
+        if len(self.parent) > len(self._codes):
+            # Twice as many: one more of every size, for each layer, would leave gaps in memory.
+            grown = torch.zeros(2 * len(self.parent), dtype=self.code.dtype)
+            grown[:start] = self.code
+            self._codes = grown
+        self.code = self._codes[: len(self.parent)]
         return start
 
     def leak(self, ids: Tensor | None, reason: str) -> None:
         """Mark every unit in `ids` as not hidden, unless it already is."""
         if ids is None:
             return
-        hit = torch.zeros(len(self.code) + 1, dtype=torch.bool)
-        hit[without_repeats(ids).reshape(-1).long().clamp(min=-1)] = True
-        self.code[hit[:-1] & (self.code == 0)] = self._number(reason)
+        units = without_repeats(ids).reshape(-1)
+        units = units[units >= 0].long()
+        number = self._number(reason)
+        if len(units):
+            self.code[units] = torch.where(self.code[units] == 0, number, self.code[units])
 
     def _number(self, reason: str) -> int:
         """Return the place of a reason in `texts`."""
