@@ -156,15 +156,12 @@ def test_spread_models_are_refused(mesh):
     model = mlp()
     fully_shard(model, mesh=mesh)
     batches = [(torch.randn(4, 6), torch.zeros(4, dtype=torch.int64))]
-    with fastplastic.alone():
-        plan = fastplastic.plan(fastplastic.profile(mlp(), batches), criterion="random", ratio=0.2)
     text = (
         "'0.weight' is spread over processes (a DTensor, as of fully_shard or "
         "parallelize_module), expected a whole tensor in each: call this before the model is spread"
     )
     for call in (
         lambda: fastplastic.Monitor(model, batches[0][0]),
-        lambda: fastplastic.reinit_(model, plan),
         lambda: Recycler(model, batches[0][0], torch.optim.SGD(model.parameters()), "redo"),
     ):
         with pytest.raises(InputError) as error:

@@ -305,7 +305,7 @@ def _pytorch_law(target: Target, model: nn.Module) -> Law:
         bound = math.sqrt(6 / (weight.shape[0] + weight.shape[1]))
     else:
         # As in torch.nn.init, the fan is taken from the first row in memory.
-        bound = 1 / math.sqrt(weight[0].numel())
+        bound = 1 / math.sqrt(math.prod(weight.shape[1:]))
     return uniform(-bound, bound)
 
 
@@ -317,7 +317,7 @@ def _pytorch_law_alone(target: Target, owner: nn.Module) -> Law:
     weight = getattr(owner, "weight", None)
     if isinstance(owner, (nn.Linear, nn.modules.conv._ConvNd)) and kind == "bias":
         assert isinstance(weight, Tensor)
-        bound = 1 / math.sqrt(weight[0].numel())
+        bound = 1 / math.sqrt(math.prod(weight.shape[1:]))
         return uniform(-bound, bound)
     if kind in ("in_proj_bias", "bias") and isinstance(owner, nn.MultiheadAttention):
         return _ZERO

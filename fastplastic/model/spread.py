@@ -26,12 +26,14 @@ class Part:
         offsets: Where the part begins, in each dimension.
         sizes: Its shape.
         first: Whether no process before this one holds the same part.
+        cut: Whether processes hold different parts; the same in all of them.
     """
 
     shape: tuple[int, ...]
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     first: bool = True
+    cut: bool = False
 
     @property
     def whole(self) -> bool:
@@ -70,7 +72,10 @@ def part_of(name: str, tensor: Tensor) -> Part:
         )
     where = mesh.get_coordinate() or ()
     first = all(at == 0 for p, at in zip(placements, where, strict=True) if p.is_replicate())
-    return Part(tuple(tensor.shape), tuple(chunks[0].offsets), local, first)
+    # Where processes form several meshes, each has a copy of the whole.
+    first = first and 0 in mesh.mesh
+    cut = any(p.is_shard() and size > 1 for p, size in zip(placements, mesh.shape, strict=True))
+    return Part(tuple(tensor.shape), tuple(chunks[0].offsets), local, first, cut)
 
 
 def local_of(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastplastic.errors import FileError, InputError
 from fastplastic.initial import Target
 from fastplastic.kernels import DTYPES, Law
-from fastplastic.model import check_built
+from fastplastic.model import Part, check_built, is_spread, part_of
 from fastplastic.planning import Plan
 from fastplastic.wiring import Consumer, Norm, UnitLayer
 
@@ -42,14 +42,46 @@ class Region:
             return tensor
         return tensor.view(self.groups, -1, *tensor.shape[1:])
 
+    def within(self, part: Part) -> "Region":
+        """Return the same in the part of the tensor that this process holds."""
+        if part.whole:
+            return self
+        if self.groups > 1:
+            return Region(self.name, _pairs_within(self, part))
+        sides = zip(self.index, part.offsets, part.sizes, strict=False)
+        return Region(self.name, tuple(_side_within(*side) for side in sides))
+
     def size(self, tensor: Tensor) -> int:
-        """Return the number of elements of the tensor in the region."""
-        shape = list(self.view(tensor).shape)
+        """Return the number of elements of the whole tensor in the region."""
+        shape = list(tensor.shape)
+        if self.groups > 1:
+            shape = [self.groups, shape[0] // self.groups, *shape[1:]]
         indices = [(dim, part) for dim, part in enumerate(self.index) if isinstance(part, Tensor)]
         for dim, _ in indices:
             shape[dim] = 1
         # Several index tensors name elements together, not a grid.
         return math.prod(shape) * len(indices[0][1])
+
+
+def _side_within(index: Tensor | slice, begin: int, size: int) -> Tensor | slice:
+    """Return which of some indices of a dimension are in a stretch of it, counted from there."""
+    if isinstance(index, slice):
+        return index
+    return index[(index >= begin) & (index < begin + size)] - begin
+
+
+def _pairs_within(region: Region, part: Part) -> tuple[Tensor, Tensor]:
+    """Return (row, column) of each pair in a part, of columns of the groups of a weight."""
+    groups, _, columns = region.index
+    assert isinstance(groups, Tensor) and isinstance(columns, Tensor)
+    # A part may begin and end inside of a group.
+    chosen = torch.zeros(region.groups, part.shape[1], dtype=torch.bool)
+    chosen[groups, columns] = True
+    rows = torch.arange(part.offsets[0], part.offsets[0] + part.sizes[0])
+    group_of_row = rows // (part.shape[0] // region.groups)
+    begin, size = part.offsets[1], part.sizes[1]
+    row, column = chosen[group_of_row, begin : begin + size].nonzero(as_tuple=True)
+    return row, column
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,11 +90,15 @@ class Elements:
 
     Attributes:
         name: Name of the parameter.
-        mask: bool, in the shape of the parameter, on the CPU.
+        mask: bool, in the shape of the part of the parameter that this process holds, on the CPU.
     """
 
     name: str
     mask: Tensor
+
+    def within(self, part: Part) -> "Elements":
+        """Return the same: a mask is of the part that this process holds."""
+        return self
 
     def size(self, tensor: Tensor) -> int:
         """Return the number of elements."""
@@ -99,15 +135,13 @@ class Tensors:
     """The parameters and buffers of a model by name."""
 
     def __init__(self, model: nn.Module) -> None:
-        check_built(model)
+        check_built(model, spread=True)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         self.parameters = parameters.keys()
         self._all = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
-        self._names_at: dict[int, list[str]] = {}
+        self._names_at: dict[int | tuple[str, int], list[str]] = {}
         for name, tensor in self._all.items():
-            # Tensors without elements have no address.
-            if tensor.numel():
-                self._names_at.setdefault(tensor.data_ptr(), []).append(name)
+            self._names_at.setdefault(_address(tensor), []).append(name)
 
     def __contains__(self, name: str) -> bool:
         return name in self._all
@@ -120,7 +154,7 @@ class Tensors:
                 "(computed weights cannot be re-initialised): plan again with this model"
             )
         tensor = self._all[name]
-        sharing = [other for other in self._names_at.get(tensor.data_ptr(), ()) if other != name]
+        sharing = [other for other in self._names_at[_address(tensor)] if other != name]
         if sharing:
             raise InputError(
                 f"{name!r} shares its values with {sharing[0]!r}, expected a tensor of its own: "
@@ -134,6 +168,13 @@ class Tensors:
         return tensor
 
 
+def _address(tensor: Tensor) -> int | tuple[str, int]:
+    """Return by what tensors that share their values are known."""
+    # Tensors without elements have no address, nor have DTensors, which are shared as they are.
+    spread = is_spread(tensor)
+    return ("id", id(tensor)) if spread or not tensor.numel() else tensor.data_ptr()
+
+
 def selected_elements(tensors: Tensors, plan: Plan) -> list[Elements]:
     """Return the elements that the masks of a plan select.
 
@@ -142,8 +183,8 @@ def selected_elements(tensors: Tensors, plan: Plan) -> list[Elements]:
         InputError: A parameter is shared with another layer or not floating-point.
     """
     for name, mask in plan.masks.items():
-        shape = tuple(tensors[name].shape)
-        if mask.dtype != torch.bool or mask.shape != tensors[name].shape:
+        shape = part_of(name, tensors[name]).sizes
+        if mask.dtype != torch.bool or mask.shape != shape:
             raise FileError(
                 f"the mask of {name!r} is {mask.dtype} {tuple(mask.shape)}, expected torch.bool "
                 f"{shape}: plan again with this model"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastplastic.kernels import resample_
+from fastplastic.model import local_of, part_of
 from fastplastic.reinit.optimizer_state import StateTensor, set_step, step_of
 from fastplastic.reinit.regions import (
     Draw,
@@ -110,9 +111,15 @@ def _draw(tensors: Tensors, draws: Sequence[Draw], seed: int) -> None:
         by_device.setdefault(tensors[draw.where.name].device, []).append(draw)
     for together in by_device.values():
         names = [draw.where.name for draw in together]
-        weights = [tensors[name] for name in names]
-        masks = [_mask(draw.where, tensor) for draw, tensor in zip(together, weights, strict=True)]
-        resample_(weights, names, [draw.law for draw in together], seed=seed, masks=masks)
+        parts = [part_of(name, tensors[name]) for name in names]
+        weights = [local_of(tensors[name]) for name in names]
+        masks = [
+            _mask(draw.where.within(part), weight)
+            for draw, part, weight in zip(together, parts, weights, strict=True)
+        ]
+        shards = [part.shard for part in parts]
+        laws = [draw.law for draw in together]
+        resample_(weights, names, laws, seed=seed, masks=masks, shards=shards)
 
 
 def _mask(where: Where, tensor: Tensor) -> Tensor:
@@ -153,8 +160,9 @@ class Place(Protocol):
 
 
 def place_of(tensor: Tensor, where: Where) -> Place:
-    """Return a place in a tensor."""
-    tensor = tensor.detach()
+    """Return a place in a tensor; of one that is spread, what is in the part of this process."""
+    where = where.within(part_of(where.name, tensor))
+    tensor = local_of(tensor.detach())
     return _Some(tensor, where) if isinstance(where, Elements) else _Regular(tensor, where)
 
 
