@@ -6,8 +6,9 @@ options or is gone is named on all of them, instead of letting them wait for eve
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
@@ -47,6 +48,7 @@ class Processes:
         distributed = torch.distributed
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
         self._group: Any = distributed.new_group(backend="gloo", timeout=WAIT)
+        self._step = ""
 
     def meet(self, step: str, facts: Mapping[str, str]) -> None:
         """Wait until all processes are about to do the same.
@@ -59,28 +61,60 @@ class Processes:
             ProcessError: One does something else, is gone or did not come in time; the same error
                 in all processes.
         """
+        self._step = step
+        self._check_together()
         self._exchange(_Message(step, dict(facts)))
 
     def add_(self, table: Tensor) -> None:
         """Add up a table over all processes, in place; each gets the same bits."""
-        torch.distributed.all_reduce(table, group=self._group)
+        self._call(torch.distributed.all_reduce, table)
 
     def least_(self, table: Tensor) -> None:
         """Take the least of all processes, element by element, in place."""
-        least: Any = torch.distributed.ReduceOp.MIN
-        torch.distributed.all_reduce(table, least, group=self._group)
+        self._call(torch.distributed.all_reduce, table, torch.distributed.ReduceOp.MIN)
 
     def share(self, value: Any) -> list[Any]:
         """Return what each process passes, by its number; anything that can be pickled."""
         found: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(found, value, group=self._group)
+        self._call(torch.distributed.all_gather_object, found, value)
         return found
 
     def hear(self, value: Any, rank: int) -> Any:
         """Return what the process with a number passes, in all of them."""
         found = [value if self.rank == rank else None]
-        torch.distributed.broadcast_object_list(found, group=self._group, group_src=rank)
+        self._call(torch.distributed.broadcast_object_list, found, group_src=rank)
         return found[0]
+
+    def leave(self) -> None:
+        """Break off: who waits for this process gets an error at once, and so does all from now on.
+
+        A process that fails where others wait for it is to do so.
+        """
+        group, self._group = self._group, None
+        if group is not None:
+            # The world itself may have been ended before.
+            with suppress(RuntimeError, ValueError):
+                torch.distributed.destroy_process_group(group)
+
+    def _call(self, function: Callable[..., object], *arguments: Any, **options: Any) -> None:
+        """Call what all processes call; where it fails here, it fails in all of them."""
+        self._check_together()
+        reason = ""
+        try:
+            function(*arguments, group=self._group, **options)
+        except RuntimeError as error:
+            reason = _reason(error)
+        # Not before the error is gone, which holds on to the connections.
+        if reason:
+            self.leave()
+            raise ProcessError(f"{self._step}: another process {reason}")
+
+    def _check_together(self) -> None:
+        if self._group is None:
+            raise ProcessError(
+                f"{self._step}: the processes have lost each other by an error before, expected "
+                "all of them: start them again"
+            )
 
     def _exchange(self, message: _Message) -> None:
         """Tell the first process, and hear from it whether all is well."""
@@ -109,7 +143,8 @@ class Processes:
         verdict = verdict or _difference(said)
         for rank in set(said) - {0}:
             # Who is gone by now will not miss it.
-            _ignoring(self._send, verdict, rank)
+            with suppress(RuntimeError):
+                self._send(verdict, rank)
         return verdict
 
     def _send(self, text: str, rank: int) -> None:
@@ -145,17 +180,11 @@ def _difference(said: Mapping[int, _Message]) -> str:
 
 
 def _reason(error: RuntimeError) -> str:
-    text = str(error).partition("\n")[0]
+    # gloo begins with a line of its source in brackets.
+    text = re.sub(r"^\[\S*\] ", "", str(error).partition("\n")[0])
     if "imed out" in text or "imeout" in text:
         return f"did not come within {WAIT.total_seconds():g} s: each has to make the same calls"
     return f"is gone ({text[:120]})"
-
-
-def _ignoring(function: Callable[..., object], *arguments: Any) -> None:
-    try:
-        function(*arguments)
-    except RuntimeError:
-        pass
 
 
 _known: dict[Any, Processes] = {}
