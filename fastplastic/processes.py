@@ -1,8 +1,11 @@
 """The processes that train one model together: they agree on what they do, and add up tables.
 
-All goes through a group of its own (gloo, on the host), so that what the training sends is never
-mixed with it. Before anything is added up all processes meet: one that is elsewhere, has other
-options or is gone is named on all of them, instead of letting them wait for ever.
+All goes through groups of its own (gloo, on the host), so that what the training sends is never
+mixed with it: tables through one, by which each process waits for its neighbours, and words through
+another, by which all talk to the first one. Before anything is added up all processes meet: one
+that is elsewhere, has other options or is gone is named on all of them, instead of letting them
+wait for ever. Who fails later breaks the first group off, which ends all waiting, and says so
+through the second.
 """
 
 import json
@@ -30,10 +33,12 @@ class _Message:
     Attributes:
         step: What it is about to do.
         facts: What has to be the same in all processes.
+        failed: Whether it has failed at that.
     """
 
     step: str
     facts: Mapping[str, str]
+    failed: bool = False
 
 
 class Processes:
@@ -42,13 +47,15 @@ class Processes:
     Attributes:
         rank: Number of this process.
         size: Number of processes.
+        step: What they met for last.
     """
 
     def __init__(self) -> None:
         distributed = torch.distributed
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
-        self._group: Any = distributed.new_group(backend="gloo", timeout=WAIT)
-        self._step = ""
+        self._words: Any = distributed.new_group(backend="gloo", timeout=WAIT)
+        self._tables: Any = distributed.new_group(backend="gloo", timeout=WAIT)
+        self.step = ""
 
     def meet(self, step: str, facts: Mapping[str, str]) -> None:
         """Wait until all processes are about to do the same.
@@ -61,9 +68,23 @@ class Processes:
             ProcessError: One does something else, is gone or did not come in time; the same error
                 in all processes.
         """
-        self._step = step
-        self._check_together()
+        self.step = step
         self._exchange(_Message(step, dict(facts)))
+        if self._tables is None:
+            self._tables = torch.distributed.new_group(backend="gloo", timeout=WAIT)
+
+    def agree(self) -> None:
+        """Wait until all have come as far as this one; ProcessError if one fails before."""
+        self._exchange(_Message(self.step, {}))
+
+    def fail(self) -> None:
+        """Tell the others, whatever they wait for, that this process has failed since they met.
+
+        They get a ProcessError that names it, and can meet again.
+        """
+        self._break_off()
+        with suppress(ProcessError):
+            self._exchange(_Message(self.step, {}, failed=True))
 
     def add_(self, table: Tensor) -> None:
         """Add up a table over all processes, in place; each gets the same bits."""
@@ -85,40 +106,36 @@ class Processes:
         self._call(torch.distributed.broadcast_object_list, found, group_src=rank)
         return found[0]
 
-    def leave(self) -> None:
-        """Break off: who waits for this process gets an error at once, and so does all from now on.
+    def _call(self, function: Callable[..., object], *arguments: Any, **options: Any) -> None:
+        """Call what all processes call; where it fails here, it fails in all of them."""
+        if self._tables is None:
+            raise ProcessError(
+                f"{self.step}: the processes have lost each other by an error before, expected "
+                "them to meet again"
+            )
+        reason = ""
+        try:
+            function(*arguments, group=self._tables, **options)
+        except RuntimeError as error:
+            reason = _reason(error)
+        # Not before the error is gone, which holds on to the connections.
+        if reason:
+            self._break_off()
+            # Who is gone or has failed is known here.
+            self.agree()
+            raise ProcessError(f"{self.step}: another process {reason}")
 
-        A process that fails where others wait for it is to do so.
-        """
-        group, self._group = self._group, None
+    def _break_off(self) -> None:
+        """Let whoever waits for a table of this process get an error at once."""
+        group, self._tables = self._tables, None
         if group is not None:
             # The world itself may have been ended before.
             with suppress(RuntimeError, ValueError):
                 torch.distributed.destroy_process_group(group)
 
-    def _call(self, function: Callable[..., object], *arguments: Any, **options: Any) -> None:
-        """Call what all processes call; where it fails here, it fails in all of them."""
-        self._check_together()
-        reason = ""
-        try:
-            function(*arguments, group=self._group, **options)
-        except RuntimeError as error:
-            reason = _reason(error)
-        # Not before the error is gone, which holds on to the connections.
-        if reason:
-            self.leave()
-            raise ProcessError(f"{self._step}: another process {reason}")
-
-    def _check_together(self) -> None:
-        if self._group is None:
-            raise ProcessError(
-                f"{self._step}: the processes have lost each other by an error before, expected "
-                "all of them: start them again"
-            )
-
     def _exchange(self, message: _Message) -> None:
         """Tell the first process, and hear from it whether all is well."""
-        text = json.dumps([message.step, dict(message.facts)])
+        text = json.dumps([message.step, dict(message.facts), message.failed])
         if self.rank == 0:
             verdict = self._collect(text)
         else:
@@ -128,6 +145,7 @@ class Processes:
             except RuntimeError as error:
                 verdict = f"process 0 {_reason(error)}"
         if verdict:
+            self._break_off()
             raise ProcessError(f"{message.step}: {verdict}")
 
     def _collect(self, own: str) -> str:
@@ -150,18 +168,21 @@ class Processes:
     def _send(self, text: str, rank: int) -> None:
         values = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
         for tensor in (torch.tensor([len(values)]), values):
-            torch.distributed.send(tensor, group=self._group, group_dst=rank)
+            torch.distributed.send(tensor, group=self._words, group_dst=rank)
 
     def _receive(self, rank: int) -> str:
         length = torch.zeros(1, dtype=torch.int64)
-        torch.distributed.recv(length, group=self._group, group_src=rank)
+        torch.distributed.recv(length, group=self._words, group_src=rank)
         values = torch.zeros(int(length), dtype=torch.uint8)
-        torch.distributed.recv(values, group=self._group, group_src=rank)
+        torch.distributed.recv(values, group=self._words, group_src=rank)
         return bytes(values.tolist()).decode().strip()
 
 
 def _difference(said: Mapping[int, _Message]) -> str:
     """Return what the processes do not have in common, in words; "" for nothing."""
+    failed = [str(rank) for rank, message in said.items() if message.failed]
+    if failed:
+        return f"process {', '.join(failed)} failed: see the error there"
     first = said[0]
     for rank, message in said.items():
         if message.step != first.step:
@@ -184,7 +205,40 @@ def _reason(error: RuntimeError) -> str:
     text = re.sub(r"^\[\S*\] ", "", str(error).partition("\n")[0])
     if "imed out" in text or "imeout" in text:
         return f"did not come within {WAIT.total_seconds():g} s: each has to make the same calls"
-    return f"is gone ({text[:120]})"
+    return f"is gone ({text.partition('. ')[0][:120]})"
+
+
+@contextmanager
+def all_or_nothing(
+    together: Processes | None, step: str, facts: Callable[[], Mapping[str, str]]
+) -> Iterator[None]:
+    """Let a block end well in all processes or in none.
+
+    Where it fails in one, the others get a ProcessError that names it, also while they wait for
+    tables in the block, and at its end at the latest.
+
+    Args:
+        together: The processes; None where this is the only one.
+        step: What they are about to do, in words.
+        facts: Returns what has to be the same in all; it may fail.
+
+    Raises:
+        ProcessError: In all processes; in the one that failed the error is its own.
+    """
+    if together is None:
+        yield
+        return
+    together.step = step
+    try:
+        together.meet(step, facts())
+        yield
+        together.agree()
+    except ProcessError:
+        # All of them know.
+        raise
+    except BaseException:  # also KeyboardInterrupt and MemoryError
+        together.fail()
+        raise
 
 
 _known: dict[Any, Processes] = {}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.meeting import by_itself, dying, meeting, sums
+from helpers.meeting import by_itself, dying, dying_within, failing, meeting, sums
 from helpers.processes import Pool
 
 from fastplastic.processes import all_processes
@@ -59,6 +59,29 @@ def test_one_that_is_gone_or_late_is_named(tmp_path):
             assert done and "profile: process" in said, said
             if late:
                 pool._pipes[1].recv()
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_who_fails_is_named_in_the_others(three, who):
+    found = three.run(failing, who)
+    for rank, (first, second, third) in enumerate(found):
+        own = rank == who
+        text = f"process {who} failed: see the error there"
+        assert first == ("ZeroDivisionError('by hand')" if own else f"work: {text}")
+        assert second == ("ZeroDivisionError('at the end')" if own else f"more: {text}")
+        assert third == ""
+
+
+def test_one_that_dies_among_tables_is_named(tmp_path):
+    pool = Pool(4, str(tmp_path / "store"))
+    try:
+        for pipe in pool._pipes:
+            pipe.send((dying_within, ()))
+        for rank in (0, 2, 3):
+            done, said = pool._pipes[rank].recv()
+            assert done and said.startswith("work: process 1 is gone (Connection closed"), said
     finally:
         pool.close()
 

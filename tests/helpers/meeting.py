@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from fastplastic import processes as module
 from fastplastic.errors import ProcessError
-from fastplastic.processes import all_processes, alone
+from fastplastic.processes import all_or_nothing, all_processes, alone
 
 
 def attempt(function):
@@ -58,3 +58,37 @@ def by_itself(rank):
         return None
     with alone():
         return all_processes()
+
+
+def failing(rank, who):
+    """Let one process fail among tables that are added up; all go on with the next call."""
+    found = all_processes()
+
+    def work():
+        with all_or_nothing(found, "work", dict):
+            found.add_(torch.ones(3))
+            if rank == who:
+                raise ZeroDivisionError("by hand")
+            found.add_(torch.ones(3))
+
+    def end():
+        with all_or_nothing(found, "more", dict):
+            found.add_(torch.ones(3))
+            if rank == who:
+                raise ZeroDivisionError("at the end")
+
+    return attempt(work), attempt(end), attempt(lambda: found.meet("the end", {}))
+
+
+def dying_within(rank):
+    """Let one process end without a word among tables; the others are told who."""
+    found = all_processes()
+
+    def work():
+        with all_or_nothing(found, "work", dict):
+            found.add_(torch.ones(3))
+            if rank == 1:
+                os._exit(1)
+            found.add_(torch.ones(3))
+
+    return attempt(work)
