@@ -259,6 +259,11 @@ def alone() -> Iterator[None]:
         _alone.reset(token)
 
 
+def is_alone() -> bool:
+    """Tell whether this is within `alone()`."""
+    return _alone.get()
+
+
 def all_processes() -> Processes | None:
     """Return the processes of torch.distributed; None where this is the only one, or is `alone`.
 

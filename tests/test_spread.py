@@ -161,7 +161,6 @@ def test_spread_models_are_refused(mesh):
         "parallelize_module), expected a whole tensor in each: call this before the model is spread"
     )
     for call in (
-        lambda: fastplastic.Monitor(model, batches[0][0]),
         lambda: Recycler(model, batches[0][0], torch.optim.SGD(model.parameters()), "redo"),
     ):
         with pytest.raises(InputError) as error:

@@ -56,6 +56,11 @@ def notes_of(
     if observation.dropped:
         steps = f"{observation.dropped} of {observation.steps} steps"
         notes.append(f"{steps} had gradients that are not finite under the loss scale: left out")
+    if observation.apart:
+        notes.append(
+            "gradients of weights are not measured: they differed between the processes behind "
+            "their backward passes, where DistributedDataParallel or fully_shard make them the same"
+        )
     if observation.lost:
         tensors = "1 tensor was" if observation.lost == 1 else f"{observation.lost} tensors were"
         notes.append(f"{tensors} overwritten before the end of a pass, and not read then")

@@ -9,12 +9,13 @@ from torch import nn
 
 from fastplastic.errors import InputError
 from fastplastic.graph import build_graph
+from fastplastic.measure.meeting import MonitorMeeting, Seen
 from fastplastic.measure.observer import Observer
 from fastplastic.measure.positions import PositionSample
 from fastplastic.measure.record import Profile
 from fastplastic.measure.run import assemble
 from fastplastic.measure.scale import LossScale
-from fastplastic.model import check_built
+from fastplastic.model import check_built, check_unwrapped
 
 
 class Scaler(Protocol):
@@ -46,6 +47,13 @@ class Monitor:
     that are made inside of a compiled function, those with a backward pass count. Calls that
     compiled code ran past the hooks are never left out silently: `compute` raises.
 
+    Where processes train one model together (DistributedDataParallel around it, or `fully_shard`),
+    each makes a monitor of its own and measures its own batches; `compute` gives in all of them the
+    profile of all batches. Gradients of activations are those of the loss of each process, a mean
+    over its batch. Gradients of weights are those that the processes have together, as the
+    optimizer is to see them but for what clips or unscales them: where they are accumulated, one
+    for each step of the optimizer.
+
     With activation checkpointing, what is recomputed is not counted twice. With an
     `attention_mask` argument, padding is left out.
 
@@ -72,7 +80,8 @@ class Monitor:
     Raises:
         InputError: `every` or `sample_positions` is not a positive integer, or `grad_scale` not a
             positive number, or a parameter or buffer has no values yet (lazy, or on the meta
-            device).
+            device), or the model is a wrapper, or placed in a way that is not understood.
+        ProcessError: The processes have different models or options, or one is gone.
     """
 
     def __init__(
@@ -90,13 +99,21 @@ class Monitor:
             )
         self._seed = torch.initial_seed()
         self._positions = PositionSample(sample_positions, self._seed)
-        check_built(model)
+        check_unwrapped(model, "Monitor")
+        check_built(model, spread=True)
         self._model = model
         scale = _scale_function(grad_scale)
+        options = {
+            "every": every,
+            "sample_positions": sample_positions,
+            "scaled": scale is not None,
+        }
+        self._meeting = MonitorMeeting(model, options)
         self._graph = build_graph(model, example_inputs)
         self._observer = Observer(
-            model, self._graph, parameters=True, every=every, scale=scale, positions=self._positions
-        )
+            model, self._graph, parameters=True, every=every, scale=scale,
+            positions=self._positions, together=self._meeting.processes,
+        )  # fmt: skip
 
     def __enter__(self) -> "Monitor":
         self.attach()
@@ -134,13 +151,22 @@ class Monitor:
     def compute(self) -> Profile:
         """Return the profile of what was seen since the start or the last `reset`.
 
+        Where processes train together all of them call it, and each gets the same; within
+        `fastplastic.alone()` it is of what this process has seen.
+
         Raises:
-            InputError: No layer was measured, or compiled code ran some calls past the hooks.
+            InputError: No layer was measured, or compiled code ran some calls past the hooks, or
+                one process alone asks for the weights that others have parts of.
+            ProcessError: Another process is elsewhere, failed or is gone.
         """
+        seen = self._meeting.gather(self._seen)
+        notes = self._positions.notes(seen.largest)
+        return assemble(self._model, self._graph, seen.observation, seed=seen.seed, notes=notes)
+
+    def _seen(self) -> Seen:
         # Weights without any gradient so far are read as they are now.
-        observation = self._observer.observation({})
-        notes = self._positions.notes()
-        return assemble(self._model, self._graph, observation, seed=self._seed, notes=notes)
+        own = self._observer.own_observation({})
+        return Seen(own, self._seed, self._positions.largest)
 
 
 class Pause:

@@ -11,6 +11,23 @@ from fastplastic.stats import UnitStats
 
 
 @dataclass(frozen=True, eq=False)
+class Copies:
+    """What is seen of the weights that all processes have whole, and each reads.
+
+    Attributes:
+        table: float64 [statistics, units] on the CPU, rows as in `STATISTICS`.
+        steps: How often their gradients were read.
+        first: Sum of abs(dw) the first time; None before it.
+        total: The same of all times.
+    """
+
+    table: Tensor
+    steps: int
+    first: float | None
+    total: float
+
+
+@dataclass(frozen=True, eq=False)
 class Observation:
     """What an observer has seen so far.
 
@@ -26,6 +43,8 @@ class Observation:
         unseen: Calls that ran in compiled code that hooks did not see, or not all of.
         stale: Whether code had been compiled before there were hooks.
         lost: Tensors that had been overwritten before they were read.
+        copies: What `stats` leaves out, because all processes have seen the same; None for nothing.
+        apart: Whether they have not: gradients differed, and are left out.
     """
 
     stats: UnitStats
@@ -39,6 +58,8 @@ class Observation:
     unseen: int
     stale: bool
     lost: int = 0
+    copies: Copies | None = None
+    apart: bool = False
 
 
 @dataclass

@@ -39,11 +39,12 @@ from fastplastic.measure.reader import Readers
 from fastplastic.measure.scale import LossScale
 from fastplastic.measure.slots import TensorRead, TensorReads
 from fastplastic.measure.sums import DeviceSums, add_weights, reading
-from fastplastic.measure.together import parts_of, put_together
+from fastplastic.measure.together import parts_of, put_alone, put_together
 from fastplastic.measure.traced import TracedReads
-from fastplastic.model import mode_of, note_watcher
+from fastplastic.measure.weight_gradients import ReducedGradients, WeightGradients
+from fastplastic.model import is_spread, mode_of, note_watcher
 from fastplastic.processes import Processes
-from fastplastic.stats import UnitStats, columns_of, empty_table, merge_into
+from fastplastic.stats import UnitStats, columns_of, empty_table
 from fastplastic.wiring import Argument, UnitGraph, UnitLayer
 
 
@@ -78,38 +79,47 @@ class Observer:
         positions: PositionSample | None = None,
         together: Processes | None = None,
     ) -> None:
-        self.model, self._together = model, together
+        self.model, self.together = model, together
         self.paused = False
         self._columns = columns_of({layer.name: layer.n_units for layer in graph.layers})
         self._units = sum(layer.n_units for layer in graph.layers)
-        self._weights = WeightReader(graph, self._columns, model, parts_of(model, together))
+        parts, copies = parts_of(model, together, each=parameters)
+        self._weights = WeightReader(graph, self._columns, model, parts, copies)
         self._reads = TensorReads(graph, self._columns)
         calls = SiteCalls(self._see_output, self._see_input, self._see_attention, self._note_run)
         self._site_hooks = SiteHooks(model, self._reads.sites, dict(graph.skipped), calls)
         self._parameters, self._gradients, self._training = parameters, gradients, training
         self._every, self._pace = every, Pace(every)
         self._scale, self._sample, self._positions = scale, sample, positions or PositionSample()
+        self._spread = any(map(is_spread, model.parameters()))
         # Gradient hooks run on threads of the autograd engine.
         self._lock = RLock()
         self._handles: list[RemovableHandle] = []
-        self._hooked: set[str] = set()
         # Whether the current step is measured, and whether its forward pass is on.
         self._measuring = self._running = False
         self._tokens: Tokens | None = None
         self._mask: Tensor | None = None
         self._traced = TracedReads(gradients, self._positions)
         self._readers = Readers(self._reads, self._weights, self._positions, self._lock, scale)
+        self._weight_gradients = self._gradients_of_weights()
         self.reset()
 
     def __reduce__(self) -> tuple[Callable[[], "Observer"], tuple[()]]:
         # The hooks go along when a model is copied or pickled: the copy is not observed.
         return _idle_observer, ()
 
+    def _gradients_of_weights(self) -> WeightGradients:
+        """Return what reads them: behind the reduction, where processes train together."""
+        what = self.model, self._weights, self._readers, self._see_parameter
+        if self.together is None and not self._spread:
+            return WeightGradients(*what)
+        return ReducedGradients(*what, self._lock)
+
     def reset(self) -> None:
         """Forget everything seen, and start counting steps anew."""
         with self._lock, reading():
-            self._total = empty_table(self._units)
-            self._weights_seen: set[str] = set()
+            self._total, self._copies = empty_table(self._units), empty_table(self._units)
+            self._weight_gradients.clear()
             self._readers.clear()
             self._pace.restart()
             self._positions.restart()
@@ -122,14 +132,17 @@ class Observer:
         if self._handles:
             return
         run_as_is(*_ON_THE_WAY)
-        begin = self.model.register_forward_pre_hook(self._on_begin, with_kwargs=True)
+        # Before FSDP2 gathers weights: hooks go on the parts.
+        begin = self.model.register_forward_pre_hook(
+            self._on_begin, with_kwargs=True, prepend=self._spread
+        )
         # Called after an exception too: what runs outside of the model's forward is not read.
         end = self.model.register_forward_hook(self._on_end, always_call=True)
         self._handles.extend((begin, end))
         self._site_hooks.put_on()
         self._prepare_tables()
         if self._parameters:
-            self._hook_parameters()
+            self._weight_gradients.put_on()
         self._pace.attach(paused=self.paused)
         note_watcher(self, watches=True)
 
@@ -153,29 +166,35 @@ class Observer:
         self._handles.clear()
         self._site_hooks.take_off()
         self._pace.detach()
-        self._hooked.clear()
+        self._weight_gradients.take_off()
         self._measuring = self._running = False
         self._tokens = self._mask = None
 
     def observation(self, gradients: Mapping[str, Tensor]) -> Observation:
-        """Return what was seen so far, and the weights as they are now.
+        """Return what all processes have seen so far, and the weights as they are now.
 
         Args:
             gradients: {weight name: gradient} of the weights of which no gradient was seen, as far
                 as they have one.
         """
+        own = self.own_observation(gradients)
+        return put_alone(own) if self.together is None else put_together(own, self.together)
+
+    def own_observation(self, gradients: Mapping[str, Tensor]) -> Observation:
+        """Return what this process has seen, to be put together with that of others."""
         with self._lock:
+            with reading():
+                self._weight_gradients.close()
             self._fold()
-            table = self._total.clone()
-            left = self._weights.of(self.model, but=self._weights_seen)
-            add_weights(table, self._weights, left, gradients)
-            own = Observation(
+            table, copies = self._total.clone(), self._copies.clone()
+            left = self._weights.of(self.model, but=self._weight_gradients.seen)
+            add_weights(table, copies, self._weights, left, gradients)
+            return Observation(
                 UnitStats(table, self._columns), frozenset(self.calls.modes), self.calls.samples,
                 self.calls.steps, self._dropped, self.calls.masked, dict(self._problems),
                 frozenset(self._unforeseen), self._pace.unseen, self._pace.stale,
-                self._readers.lost,
+                self._readers.lost, self._weight_gradients.copies(copies),
             )  # fmt: skip
-            return own if self._together is None else put_together(own, self._together)
 
     def _on_begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if torch.compiler.is_dynamo_compiling():
@@ -226,9 +245,11 @@ class Observer:
             self._positions.begin()
             self._mask = padding_mask(self.model, kwargs)
             self._count_call(samples_of([*args, *kwargs.values()]), self._mask)
+            with reading():
+                self._weight_gradients.close(cleared=True)
             self._readers.begin(self.model.training)
             if self._parameters:
-                self._hook_parameters()
+                self._weight_gradients.put_on()
 
     def _count_call(self, samples: int, mask: Tensor | None) -> None:
         mode = mode_of(self.model)
@@ -253,16 +274,6 @@ class Observer:
             elif not self.paused:
                 self._pace.end_unmeasured()
             self._running = False
-
-    def _hook_parameters(self) -> None:
-        named = dict(self.model.named_parameters(remove_duplicate=False))
-        for name in self._weights.names:
-            weight = named.get(name)
-            # Looked at before every step: a parameter may be unfrozen in between.
-            if weight is not None and weight.requires_grad and name not in self._hooked:
-                self._hooked.add(name)
-                hook = partial(self._see_parameter, name, weight)
-                self._handles.append(hook_gradient(weight, hook))
 
     def _see_output(
         self, reads: Sequence[TensorRead], _: nn.Module, args: tuple[Any, ...], output: Any
@@ -357,32 +368,19 @@ class Observer:
             self._readers.on(gradient.device).gradient(read, gradient, tokens)
 
     @untraced
-    def _see_parameter(self, name: str, weight: Tensor, gradient: Tensor) -> None:
+    def _see_parameter(self, name: str, weight: nn.Parameter, gradient: Tensor) -> None:
         if self.paused:
             return
         with self._lock:
             if self._pace.gradient(torch._C._current_graph_task_id()):
                 self._measuring = False
-            if not self._measuring:
-                return
-            self._readers.on(weight.device).weight(name, weight, gradient)
-            self._weights_seen.add(name)
+            self._weight_gradients.take(name, weight, gradient, measured=self._measuring)
 
     def _fold(self) -> None:
         """Add the sums since the last time to the total, and clear them."""
         with reading():
-            self._readers.settle()
-            dropped = 0
-            for reader in self._readers:
-                sums = reader.sums
-                table = empty_table(self._units)
-                sums.fold_into(table, self._reads)
-                merge_into(self._total, table)
-                self.calls.add_counted(sums.calls)
-                if sums.scaled is not None:
-                    dropped = max(dropped, int(sums.scaled.dropped))
-                sums.clear()
-            self._dropped += dropped
+            tables = self._total, self._copies
+            self._dropped += self._readers.fold_into(tables, self._reads, self.calls)
 
 
 def _idle_observer() -> Observer:

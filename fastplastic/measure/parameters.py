@@ -84,9 +84,11 @@ class WeightReader:
         model: Its parameters give the shapes.
         parts: {name: what this process reads of the weight}, of those that it does not read whole;
             None for nothing.
+        copies: Names of weights that each process reads, though all have the same.
 
     Attributes:
         names: The names of the weights.
+        copies: See above.
         pieces: {name: what the kernel reads of the weight}.
         rows: Slots of the sums over incoming rows.
         columns: Slots of the sums over outgoing columns.
@@ -98,6 +100,7 @@ class WeightReader:
         columns: Mapping[str, slice],
         model: nn.Module,
         parts: Mapping[str, Part | None],
+        copies: Iterable[str] = (),
     ) -> None:
         self.rows, self.columns = SlotMap(), SlotMap()
         self.pieces: dict[str, list[WeightPiece]] = {}
@@ -117,6 +120,20 @@ class WeightReader:
             if name in self.pieces:
                 whole = self.pieces[name]
                 self.pieces[name] = [x for own in whole for x in own.within(part)] if part else []
+        self.copies = frozenset(self.names).intersection(copies)
+
+    def split(
+        self, tables: tuple[Tensor, Tensor]
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Return tables of the sums over `copies` alone, and of those over all other weights."""
+        rows, columns = tables
+        copies = torch.zeros_like(rows), torch.zeros_like(columns)
+        others = rows.clone(), columns.clone()
+        for piece in (piece for name in self.copies for piece in self.pieces[name]):
+            for own, rest in zip(piece.of(copies), piece.of(others), strict=True):
+                own.copy_(rest)
+                rest.zero_()
+        return copies, others
 
     def of(self, model: nn.Module, but: Container[str]) -> dict[str, Tensor]:
         """Return {name: what this process has of the weight}, but for some of the weights."""

@@ -31,6 +31,9 @@ class PositionSample:
         limit: At how many of each tensor with many more; None for all.
         seed: Any integer.
 
+    Attributes:
+        largest: Positions of the largest tensor that was not read whole; 0 for none.
+
     Raises:
         InputError: The limit is not a positive integer.
     """
@@ -50,7 +53,7 @@ class PositionSample:
 
     def restart(self, step: int = 0) -> None:
         """Forget what was read, and draw as at the start of this step of a training."""
-        self._step, self._call, self._largest = step, 0, 0
+        self._step, self._call, self.largest = step, 0, 0
         self._drawn.clear()
 
     def begin(self) -> None:
@@ -88,7 +91,7 @@ class PositionSample:
         near = x.stride(axis) == 1 or units == 1
         if n <= self.limit * (_BESIDE if near else _APART):
             return unpadded(x, axis, tokens)
-        self._largest = max(self._largest, n)
+        self.largest = max(self.largest, n)
         chosen = self._choose(n, x.device)
         if tokens and padded:
             chosen = tokens.positions.index_select(0, chosen)
@@ -119,14 +122,19 @@ class PositionSample:
             found = self._drawn[n, device] = torch.from_numpy(chosen).to(device)
         return found
 
-    def notes(self) -> tuple[str, ...]:
-        """Return what a reader of the numbers has to know; nothing where all was read."""
-        if self.limit is None or not self._largest:
+    def notes(self, largest: int | None = None) -> tuple[str, ...]:
+        """Return what a reader of the numbers has to know; nothing where all was read.
+
+        Args:
+            largest: As `largest`, of all processes; by default of this one.
+        """
+        largest = self.largest if largest is None else largest
+        if self.limit is None or not largest:
             return ()
-        error = ((1 - self.limit / self._largest) / self.limit) ** 0.5
+        error = ((1 - self.limit / largest) / self.limit) ** 0.5
         return (
             f"tensors with many positions were read at {self.limit:,} of them in each step, drawn "
-            f"at random (sample_positions; the largest has {self._largest:,}): the standard error "
+            f"at random (sample_positions; the largest has {largest:,}): the standard error "
             f"of a mean of one step is up to {error:.1%} of the spread, minima and maxima are "
             "bounds, and a unit that is active at a share p of the positions seems dead or frozen "
             "with probability (1 - p)^n where n of them were read",

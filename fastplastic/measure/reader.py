@@ -18,12 +18,14 @@ from fastplastic.kernels import (
     untraced,
 )
 from fastplastic.measure.late import LateReads, LateWeights, Waiting, at_once
+from fastplastic.measure.observation import CallCount
 from fastplastic.measure.padding import Tokens
 from fastplastic.measure.parameters import WeightReader
 from fastplastic.measure.positions import PositionSample
 from fastplastic.measure.scale import LossScale
 from fastplastic.measure.slots import TensorRead, TensorReads
 from fastplastic.measure.sums import DeviceSums, reading
+from fastplastic.stats import empty_table, merge_into
 
 
 class Reader:
@@ -266,6 +268,30 @@ class Readers:
             # A step is dropped on all devices, or on none.
             bad = torch.stack([count.to(device, non_blocking=True) for count in counts]).sum()
             sums.end_step(factor, bad)
+
+    def fold_into(self, tables: tuple[Tensor, Tensor], reads: TensorReads, calls: CallCount) -> int:
+        """Add the sums since the last time to statistics tables, and clear them.
+
+        Args:
+            tables: The two that `DeviceSums.fold_into` adds to.
+            reads: What is read of tensors.
+            calls: The calls that compiled code counted are added to these.
+
+        Returns:
+            How many steps were dropped since, under a factor on the loss.
+        """
+        self.settle()
+        dropped = 0
+        for sums in (reader.sums for reader in self):
+            own = empty_table(tables[0].shape[1]), empty_table(tables[1].shape[1])
+            sums.fold_into(*own, reads)
+            for table, new in zip(tables, own, strict=True):
+                merge_into(table, new)
+            calls.add_counted(sums.calls)
+            if sums.scaled is not None:
+                dropped = max(dropped, int(sums.scaled.dropped))
+            sums.clear()
+        return dropped
 
     def clear(self) -> None:
         """Forget everything seen."""

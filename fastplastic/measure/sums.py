@@ -110,38 +110,50 @@ class DeviceSums:
             given = [piece.view(weight)], [piece.view(gradient)]
             parameter_stats(*given, [piece.groups], out=out)
 
-    def fold_into(self, table: Tensor, reads: TensorReads) -> None:
-        """Add all sums to a statistics table on the CPU, float64 [statistics, units].
+    def fold_into(self, table: Tensor, copies: Tensor, reads: TensorReads) -> None:
+        """Add all sums to statistics tables on the CPU, float64 [statistics, units].
 
         Under a factor on the loss, those of gradients are of the steps that ended.
+
+        Args:
+            table: For all but what follows.
+            copies: For the sums over weights that each process reads, though all have the same.
+            reads: What is read of tensors.
         """
         gradients, rows, columns = self.gradients, *self.parameters
         if self.scaled is not None:
             gradients, rows, columns = self.scaled.total
         _fold(table, ACTIVATION_STATISTICS, reads.activations, self.activations)
         _fold(table, GRADIENT_STATISTICS, reads.gradients, gradients)
-        fold_weights(table, self.weights, (rows, columns))
+        fold_weights(table, copies, self.weights, (rows, columns))
 
 
-def fold_weights(table: Tensor, weights: WeightReader, sums: tuple[Tensor, Tensor]) -> None:
-    """Add the sums over weights to a statistics table on the CPU."""
+def fold_weights(
+    table: Tensor, copies: Tensor, weights: WeightReader, sums: tuple[Tensor, Tensor]
+) -> None:
+    """Add the sums over weights to statistics tables on the CPU, as `DeviceSums.fold_into`."""
+    if weights.copies:
+        own, sums = weights.split(sums)
+        _fold(copies, ROW_STATISTICS, weights.rows, own[0])
+        _fold(copies, COLUMN_STATISTICS, weights.columns, own[1])
     _fold(table, ROW_STATISTICS, weights.rows, sums[0])
     _fold(table, COLUMN_STATISTICS, weights.columns, sums[1])
 
 
 def add_weights(
     table: Tensor,
+    copies: Tensor,
     reader: WeightReader,
     weights: Mapping[str, Tensor],
     gradients: Mapping[str, Tensor],
 ) -> None:
-    """Add weights as they are now, by their names, to a statistics table on the CPU."""
+    """Add weights as they are now, by their names, to tables as `DeviceSums.fold_into` does."""
     with reading():
         for device in {weight.device for weight in weights.values()}:
             here = {name: weight for name, weight in weights.items() if weight.device == device}
             sums = reader.new_tables(device)
             reader.add(sums, here, gradients)
-            fold_weights(table, reader, sums)
+            fold_weights(table, copies, reader, sums)
 
 
 @contextmanager

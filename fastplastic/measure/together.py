@@ -1,36 +1,51 @@
 """What several processes that train one model see of it, put together."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastplastic.errors import InputError, ProcessError
-from fastplastic.measure.observation import Observation
+from fastplastic.measure.observation import Copies, Observation
 from fastplastic.model import Batch, Part, is_spread, part_of
 from fastplastic.processes import Processes
-from fastplastic.stats import MAX_ROW, MIN_ROW, UnitStats
+from fastplastic.stats import MAX_ROW, MIN_ROW, STATISTICS, UnitStats, merge_into
+
+# Gradients that were reduced are the same bits; those of different batches are not that close.
+_SAME = 1e-6
 
 
-def parts_of(model: nn.Module, together: Processes | None) -> dict[str, Part | None]:
+def parts_of(
+    model: nn.Module, together: Processes | None, *, each: bool = False
+) -> tuple[dict[str, Part | None], frozenset[str]]:
     """Return what this process reads of weights, so that each element is read by one process.
 
+    Args:
+        model: The model.
+        together: The processes that share it; None where this is the only one.
+        each: Whether each process reads what all have whole, to be counted once in the end.
+
     Returns:
-        {parameter name: the part that it reads}, None for nothing, of those not read whole.
+        {parameter name: the part that it reads}, None for nothing, of those not read whole; and the
+        names of those that each process reads.
 
     Raises:
         InputError: A parameter is placed in a way that is not understood.
     """
     sharded = _sharded(model)
     parts: dict[str, Part | None] = {}
+    copies = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         part = part_of(name, parameter)
         if is_spread(parameter):
             _check_placed(name, parameter, together, fsdp=id(parameter) in sharded)
             mine = part.first
+        elif each and together is not None:
+            copies.add(name)
+            mine = True
         else:
             # Each process has the same: the first one reads it.
             mine = together is None or together.rank == 0
@@ -38,7 +53,7 @@ def parts_of(model: nn.Module, together: Processes | None) -> dict[str, Part | N
             parts[name] = None
         elif not part.whole:
             parts[name] = part
-    return parts
+    return parts, frozenset(copies)
 
 
 def _sharded(model: nn.Module) -> set[int]:
@@ -68,18 +83,25 @@ def put_together(observation: Observation, together: Processes) -> Observation:
 
     The table goes over the wire once: its sums are added up, minima and maxima compared.
     """
-    table = observation.stats.table
-    extremes = torch.stack((table[MIN_ROW], -table[MAX_ROW]))
-    together.least_(extremes)
-    rows = [row for row in range(len(table)) if row not in (MIN_ROW, MAX_ROW)]
-    sums = table[rows]
-    together.add_(sums)
-    table = torch.empty_like(table)
-    table[rows], table[MIN_ROW], table[MAX_ROW] = sums, extremes[0], -extremes[1]
-    own = replace(observation, stats=UnitStats(torch.empty(0), {}))
+    table, copies = observation.stats.table, observation.copies
+    nothing = torch.empty(0)
+    own = replace(
+        observation, stats=UnitStats(nothing, {}),
+        copies=None if copies is None else replace(copies, table=nothing),
+    )  # fmt: skip
     seen: list[Observation] = together.share(own)
+    read = [one.copies for one in seen if one.copies is not None]
+    apart = _differ(read)
+    if copies is not None:
+        if apart:
+            _forget_gradients(copies.table)
+        # Who has seen most speaks for all: others may have had no batch.
+        most = max(range(len(read)), key=lambda rank: read[rank].steps)
+        if together.rank == most:
+            table = table.clone()
+            merge_into(table, copies.table)
     return Observation(
-        stats=UnitStats(table, observation.stats.columns),
+        stats=UnitStats(_reduced(table, together), observation.stats.columns),
         modes=frozenset().union(*(one.modes for one in seen)),
         samples=sum(one.samples for one in seen),
         steps=sum(one.steps for one in seen),
@@ -90,7 +112,42 @@ def put_together(observation: Observation, together: Processes) -> Observation:
         unseen=sum(one.unseen for one in seen),
         stale=any(one.stale for one in seen),
         lost=sum(one.lost for one in seen),
+        apart=apart,
     )
+
+
+def put_alone(observation: Observation) -> Observation:
+    """Return what this process has seen, all in one table."""
+    if observation.copies is None:
+        return observation
+    table = observation.stats.table.clone()
+    merge_into(table, observation.copies.table)
+    return replace(observation, stats=UnitStats(table, observation.stats.columns), copies=None)
+
+
+def _reduced(table: Tensor, together: Processes) -> Tensor:
+    extremes = torch.stack((table[MIN_ROW], -table[MAX_ROW]))
+    together.least_(extremes)
+    rows = [row for row in range(len(table)) if row not in (MIN_ROW, MAX_ROW)]
+    sums = table[rows]
+    together.add_(sums)
+    table = torch.empty_like(table)
+    table[rows], table[MIN_ROW], table[MAX_ROW] = sums, extremes[0], -extremes[1]
+    return table
+
+
+def _differ(read: Sequence[Copies]) -> bool:
+    """Tell whether processes saw other gradients: they were not reduced when they were read."""
+    first = [copies.first for copies in read if copies.first is not None]
+    most = max((copies.steps for copies in read), default=0)
+    total = [copies.total for copies in read if copies.steps == most]
+    return any(abs(x - own[0]) > _SAME * abs(own[0]) for own in (first, total) for x in own)
+
+
+def _forget_gradients(table: Tensor) -> None:
+    for row, name in enumerate(STATISTICS):
+        if "dw" in name:
+            table[row] = 0
 
 
 class Rounds:

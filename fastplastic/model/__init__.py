@@ -3,6 +3,7 @@
 from fastplastic.model.batches import Batch, loss_of, outputs_of, read_batch, read_batches
 from fastplastic.model.checks import (
     check_built,
+    check_unwrapped,
     device_of,
     dtype_of,
     fingerprint,
@@ -23,6 +24,7 @@ __all__ = [
     "Weights",
     "attributes_kept",
     "check_built",
+    "check_unwrapped",
     "device_of",
     "dtype_of",
     "fingerprint",

@@ -1,9 +1,12 @@
 """What is asked of a model: whether it has values, what it is made of, and in which mode it is."""
 
 import hashlib
+import sys
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from fastplastic.errors import InputError
@@ -39,6 +42,32 @@ def check_built(model: nn.Module, *, spread: bool = False) -> None:
                 "parallelize_module), expected a whole tensor in each: call this before the model "
                 "is spread"
             )
+
+
+def check_unwrapped(model: nn.Module, what: str) -> None:
+    """Refuse what torch wraps around a model: its calls are not those of the model.
+
+    Args:
+        model: The model.
+        what: What it was passed to, as in `Monitor(model.module)`.
+
+    Raises:
+        InputError: Says what to pass.
+    """
+    own = getattr(model, "_orig_mod", model)
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and any(
+        isinstance(m, fsdp.FullyShardedDataParallel) for m in own.modules()
+    ):
+        raise InputError(
+            "the model is in a FullyShardedDataParallel, which joins weights of all layers to flat "
+            "ones, expected one spread by torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
+    if isinstance(own, (DataParallel, DistributedDataParallel)):
+        raise InputError(
+            f"the model is wrapped in a {type(own).__name__}, expected the module inside: "
+            f"{what}(model.module)"
+        )
 
 
 def nonfinite_tensors(model: nn.Module) -> tuple[str, ...]:

@@ -1,0 +1,96 @@
+"""The processes that watch one model, each with a monitor of its own."""
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+from torch import distributed, nn
+
+from fastplastic.errors import InputError, ProcessError
+from fastplastic.measure.observation import Observation
+from fastplastic.measure.together import put_alone, put_together
+from fastplastic.model import fingerprint, is_spread
+from fastplastic.processes import all_processes, is_alone
+
+_STEP = "Monitor.compute()"
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What there is to make a profile of.
+
+    Attributes:
+        observation: What was seen.
+        seed: Of the profile.
+        largest: Positions of the largest tensor that was not read whole; 0 for none.
+    """
+
+    observation: Observation
+    seed: int
+    largest: int
+
+
+class MonitorMeeting:
+    """Brings together what the monitors of all processes have seen.
+
+    Args:
+        model: The model.
+        options: What has to be the same in all, beside the model.
+
+    Attributes:
+        processes: All of them; None where this is the only one, or is alone.
+
+    Raises:
+        ProcessError: They are not the same, or a process is gone.
+    """
+
+    def __init__(self, model: nn.Module, options: Mapping[str, object]) -> None:
+        self.processes = all_processes()
+        self._spread = any(map(is_spread, model.parameters()))
+        self._facts = {name: str(value) for name, value in options.items()}
+        if self.processes is not None:
+            self._facts["the model"] = fingerprint(model)[:12]
+            self.processes.meet("Monitor()", self._facts)
+
+    def gather(self, read: Callable[[], Seen]) -> Seen:
+        """Return what all processes have seen, or this one where it is alone.
+
+        Args:
+            read: Returns what this process has seen.
+
+        Raises:
+            InputError: This process alone asks for the weights that others have parts of, or the
+                processes are no longer in a group.
+            ProcessError: Another process is elsewhere, failed or is gone.
+        """
+        together = self.processes
+        if together is None or is_alone():
+            return self._alone(read)
+        if not distributed.is_initialized():
+            raise InputError(
+                f"{_STEP} behind destroy_process_group(), expected before it: the processes put "
+                "together what they have seen; or call it within fastplastic.alone()"
+            )
+        try:
+            own = read()
+        except Exception:
+            # The others hear of it, instead of waiting.
+            with suppress(ProcessError):
+                together.meet(f"{_STEP}, which failed", {})
+            raise
+        facts = dict(self._facts)
+        if self._spread:
+            facts["the number of measured calls"] = str(own.observation.steps)
+        together.meet(_STEP, facts)
+        said = together.share((own.seed, own.largest))
+        observation = put_together(own.observation, together)
+        return Seen(observation, said[0][0], max(largest for _, largest in said))
+
+    def _alone(self, read: Callable[[], Seen]) -> Seen:
+        if self.processes is not None and self._spread:
+            raise InputError(
+                f"{_STEP} of one process alone, which has parts of the weights: expected the same "
+                "call in all processes, without fastplastic.alone()"
+            )
+        own = read()
+        return Seen(put_alone(own.observation), own.seed, own.largest)
