@@ -8,6 +8,8 @@ import time
 from contextlib import suppress
 from typing import NoReturn
 
+from fastplastic.cli.launch import is_first
+
 TEXT = "fastplastic: error: interrupted"
 # How long what is half done may take to be taken away.
 _SECONDS = 0.8
@@ -62,8 +64,9 @@ class SignalWatch:
             atomic.remove_unfinished()
         # Not by print: another thread may be in the middle of one. A bar has hidden the cursor.
         shown = "\x1b[?25h" * os.isatty(2)
-        with suppress(OSError):
-            os.write(2, f"{shown}{TEXT}\n".encode())
+        if is_first():
+            with suppress(OSError):
+                os.write(2, f"{shown}{TEXT}\n".encode())
         self._end()
 
     def _end(self) -> NoReturn:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -23,6 +23,7 @@ from fastplastic.cli import (
     examples,
     explain,
     finetune,
+    launch,
     listing,
     options,
     parsing,
@@ -33,8 +34,9 @@ from fastplastic.cli import (
     trial,
 )
 from fastplastic.cli.interrupts import Terminated, terminate
+from fastplastic.cli.outcomes import Outcome
 from fastplastic.cli.terminal import printable
-from fastplastic.errors import FileError, GateError, InputError
+from fastplastic.errors import FileError, GateError, InputError, ProcessError
 
 # Typer carries its own copy of click, whose base class of usage errors has no public name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -49,15 +51,16 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+# With what becomes of them where torchrun starts several processes.
 _COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
-    "profile": (options.ProfileOptions, profile.run),
-    "compare": (compare_options.CompareOptions, compare.run),
-    "plan": (options.PlanOptions, plan.run),
-    "reinit": (options.ReinitOptions, reinit.run),
-    "trial": (training_options.TrialOptions, trial.run),
-    "finetune": (training_options.FinetuneOptions, finetune.run),
-    "explain": (explain.ExplainOptions, explain.run),
-    "list": (listing.ListOptions, listing.run),
+    "profile": (options.ProfileOptions, launch.together(profile.run)),
+    "compare": (compare_options.CompareOptions, launch.by_first(compare.run)),
+    "plan": (options.PlanOptions, launch.together(plan.run)),
+    "reinit": (options.ReinitOptions, launch.together(reinit.run)),
+    "trial": (training_options.TrialOptions, launch.by_itself(trial.run)),
+    "finetune": (training_options.FinetuneOptions, launch.by_itself(finetune.run)),
+    "explain": (explain.ExplainOptions, launch.by_first(explain.run)),
+    "list": (listing.ListOptions, launch.by_first(listing.run)),
 }
 _CONFIG = config.config_option({name: kept for name, (kept, _) in _COMMANDS.items()})
 for _name, (_options, _run_it) in _COMMANDS.items():
@@ -111,6 +114,8 @@ def _outcome(error: BaseException) -> tuple[int, tuple[str, ...]]:
         return _USAGE, (str(error),)
     if isinstance(error, FileError):
         return _FILE, (str(error),)
+    if isinstance(error, ProcessError):
+        return _UNEXPECTED, (str(error),)
     return _UNEXPECTED, (f"{type(error).__name__}: {error} (FASTPLASTIC_DEBUG=1 shows where)",)
 
 
@@ -156,14 +161,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (debug or sys.warnoptions):
         # The libraries below warn about themselves; what matters to the user, the commands say.
         warnings.simplefilter("ignore")
+    shown = sys.stderr if debug else None
+    with launch.others_silent():
+        own = _attempt(sys.argv[1:] if arguments is None else arguments, shown)
+    return launch.end(own, _say_error)
+
+
+def _attempt(arguments: Sequence[str], shown: TextIO | None) -> Outcome:
+    """Run the program, and print the traceback of what it raises, if it is to be shown."""
     try:
         with _terminable():
-            return _run(sys.argv[1:] if arguments is None else arguments)
+            return Outcome(_run(arguments))
     # Not Exception alone: Ctrl-C ends the program in one line too.
     except (Exception, KeyboardInterrupt) as error:
-        if debug:
-            traceback.print_exc()
+        if shown:
+            traceback.print_exc(file=shown)
         code, lines = _outcome(error)
-        for line in lines:
-            print(f"fastplastic: error: {printable(line)}", file=sys.stderr)
-        return code
+        # Torch says in words of its own that another process is gone.
+        lost = isinstance(error, RuntimeError) and "gloo" in str(error)
+        return Outcome(code, lines, isinstance(error, ProcessError) or lost)
+
+
+def _say_error(line: str) -> None:
+    print(f"fastplastic: error: {printable(line)}", file=sys.stderr)

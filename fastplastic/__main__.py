@@ -7,6 +7,7 @@ from typing import NoReturn
 def run() -> NoReturn:
     """Run the program, and answer Ctrl-C from the first moment on."""
     from fastplastic.cli.interrupts import TEXT, SignalWatch
+    from fastplastic.cli.launch import is_first
 
     watch = SignalWatch()
     try:
@@ -14,7 +15,8 @@ def run() -> NoReturn:
 
         code = main()
     except KeyboardInterrupt:  # while it is loading, or has ended
-        print(TEXT, file=sys.stderr)
+        if is_first():
+            print(TEXT, file=sys.stderr)
         code = 130
     watch.leave(code)
 

@@ -285,3 +285,13 @@ def all_processes() -> Processes | None:
         _known.clear()
         _known[world] = Processes()
     return _known[world]
+
+
+def leave() -> None:
+    """Leave the group of all processes: who waits for this one is told that it is gone."""
+    for found in _known.values():
+        # Whoever still holds it: connections end with their last owner.
+        found._group = None
+    _known.clear()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
