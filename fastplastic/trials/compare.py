@@ -14,12 +14,14 @@ from fastplastic.model import check_built
 from fastplastic.planning import Plan
 from fastplastic.reinit import ReinitReport
 from fastplastic.trials.arms import BASELINE, Arm, parse_arm, with_controls
+from fastplastic.trials.engine import Engine, InTurn, Keep, Trainer
 from fastplastic.trials.loop import check_budget, evaluate, random_state_kept
+from fastplastic.trials.missing import Progress, run_arms
 from fastplastic.trials.outcome import outcome_of
 from fastplastic.trials.prepare import Prepared, Start
 from fastplastic.trials.record import Trial
 from fastplastic.trials.results import Results, TrialRun
-from fastplastic.trials.run import Progress, run_arms, train_prepared
+from fastplastic.trials.run import train_prepared
 from fastplastic.trials.settings import TrainSettings
 from fastplastic.trials.task import Task, TrialData, digest_of
 
@@ -164,17 +166,35 @@ def run_trial(
     seeds: Sequence[int],
     settings: TrainSettings,
     *,
+    engine: Engine | None = None,
     results: str | Path | None = None,
     progress: Callable[[Progress], None] = lambda state: None,
-    keep: Callable[[Any, nn.Module], None] = lambda run, model: None,
+    keep: Keep = lambda run, model: None,
+    settle: Callable[[TrialRun], None] = lambda run: None,
 ) -> Trial:
-    """Run a task of which model and data may depend on the seed; see `trial`."""
+    """Run a task of which model and data may depend on the seed; see `trial`.
+
+    Args:
+        task: Model and data.
+        arms: The baseline and the others.
+        seeds: One run of every arm for each.
+        settings: The budget.
+        engine: What makes the runs; by default one after the other in this process.
+        results: As for `trial`.
+        progress: As for `trial`.
+        keep: Called with each run that is made here and its trained model.
+        settle: Called with each run, wherever it was made, before it is kept.
+    """
     check_budget(settings)
     told = {**settings.to_dict(), **task.facts}
     store = Results(None if results is None else Path(results), told)
+    chosen = engine or InTurn(Trainer(task, settings, keep))
     with store.locked(), random_state_kept():
-        run_arms(task, arms, seeds, settings, store, progress=progress, keep=keep)
-    runs = [run for run in store.runs if run.seed in seeds]
+        run_arms(chosen, arms, seeds, store, progress=progress, settle=settle)
+    # In the order of the seeds, whichever run ended first.
+    runs = sorted(
+        (run for run in store.runs if run.seed in seeds), key=lambda run: seeds.index(run.seed)
+    )
     found = outcome_of(arms, runs, told)
     return replace(found, notes=(store.note, *found.notes)) if store.note else found
 
