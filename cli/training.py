@@ -55,8 +55,13 @@ class Learner:
         return {"label_names": json.dumps(classes), "pretrained_cfg": json.dumps(config)}
 
 
-def learner(options: TrainingOptions, *, validation_share: float = 0.0) -> Learner:
+def learner(options: TrainingOptions, *, validation_share: float = 0.0, place: str = "") -> Learner:
     """Load the model and the data, and give the model a head for the classes.
+
+    Args:
+        options: The options.
+        validation_share: Share of the training images that are kept apart to choose by.
+        place: Where it is trained, in words, if not here.
 
     Raises:
         InputError: The options do not suit the model or the data.
@@ -92,7 +97,9 @@ def learner(options: TrainingOptions, *, validation_share: float = 0.0) -> Learn
         if ModelName.of(options.model).kind == "factory"
         else _fresh(options, splits.num_classes),
         settings=settings,
-        facts=_facts(options, loaded, splits, head, settings),
+        facts=_facts(
+            options, loaded, splits, head, settings, place or str(device_of(options.device))
+        ),
         digest=digest_of(loaded.model),
         keywords=options.keywords(),
         dtypes=loaded.dtypes,
@@ -136,6 +143,7 @@ def _facts(
     splits: "Splits",
     head: str,
     settings: "TrainSettings",
+    place: str,
 ) -> tuple[tuple[str, str], ...]:
     from fastplastic.trials import norms_of
 
@@ -147,7 +155,7 @@ def _facts(
     epochs = f"{options.epochs} epoch{'s' * (options.epochs != 1)}"
     budget = (
         f"{epochs} of {options.opt} at {options.lr:g}, {options.sched}, batch "
-        f"{options.batch_size}{amp}, on {device_of(options.device)}"
+        f"{options.batch_size}{amp}, on {place}"
     )
     fitted = "fitted to the training images first" if settings.probe_first else "not fitted first"
     norms = [("norms", "BatchNorm measured anew on the training images first")]

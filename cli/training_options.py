@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from fastplastic.cli.engine_options import EngineOptions
 from fastplastic.cli.options import ModelOptions
 from fastplastic.cli.outputs import check_outputs, check_suffix
 from fastplastic.cli.parsing import given, option, strings
@@ -189,7 +190,7 @@ class TrainingOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrialOptions(LayerChoice, TrainingOptions):
+class TrialOptions(EngineOptions, LayerChoice, TrainingOptions):
     """The options of `fastplastic trial`."""
 
     arm: Annotated[
@@ -243,6 +244,7 @@ class TrialOptions(LayerChoice, TrainingOptions):
         """Refuse what needs no model to be refused: InputError or FileError."""
         super().check()
         self.check_layers()
+        self.check_engine(self.device)
         if self.seeds < 1:
             raise InputError(
                 f"--seeds {self.seeds}: expected 1 or more; for an interval, 3 or more"

@@ -1,14 +1,14 @@
 """`fastplastic trial`: fine-tune in several arms side by side, and say which is better."""
 
 import shlex
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from fastplastic.cli.engine_options import on_ray
 from fastplastic.cli.following import tuned_file
 from fastplastic.cli.outputs import STDOUT, write_json
 from fastplastic.cli.parsing import arguments
@@ -16,11 +16,13 @@ from fastplastic.cli.plot import draw, require_matplotlib
 from fastplastic.cli.terminal import console, follow, run_progress, warn
 from fastplastic.cli.training import Learner, learner
 from fastplastic.cli.training_options import TrainingOptions, TrialOptions
+from fastplastic.cli.trial_weights import KeptWeights
 
 if TYPE_CHECKING:
-    from torch import nn
+    from fastplastic.trials import Arm, Engine, Task, Trainer, Trial
 
-    from fastplastic.trials import Arm, Task, Trial, TrialRun
+# Labels and values of the header.
+Facts = tuple[tuple[str, str], ...]
 
 
 def run(options: TrialOptions) -> None:
@@ -39,16 +41,17 @@ def run(options: TrialOptions) -> None:
     options.settings()
     arms = with_controls(options.arm or DEFAULT_ARMS, **options.common())
     seeds = range(options.seed, options.seed + options.seeds)
-    loaded = learner(options, validation_share=options.choose_split if options.output else 0.0)
-    kept = _Kept(options, loaded)
+    loaded, engine, where = _placed(options)
+    kept = KeptWeights(options.output, options.results_file)
     with run_progress(quiet=options.quiet) as told, _resumable(options):
         trial = run_trial(
-            _task(options, loaded), arms, seeds, loaded.settings, results=options.results_file,
-            progress=told, keep=kept.keep,
+            _task(options, loaded), arms, seeds, loaded.settings, engine=engine,
+            results=options.results_file, progress=told, keep=partial(kept.keep, loaded),
+            settle=kept.settle,
         )  # fmt: skip
     for note in trial.notes:
         warn(note)
-    kept.write(trial)
+    kept.write(trial, force=options.force)
     if options.json:
         write_json(options.json, trial.to_dict(), force=options.force)
     if options.plot:
@@ -58,9 +61,40 @@ def run(options: TrialOptions) -> None:
     from fastplastic.cli import trial_view
 
     out = console(sys.stdout)
-    facts = (*loaded.facts, ("seeds", _seeds(options)), ("results", str(options.results_file)))
+    results = ("results", str(options.results_file))
+    facts = (*loaded.facts, *where, ("seeds", _seeds(options)), results)
     out.print(trial_view.trial(trial, facts, kept.said(trial), width=out.width))
     follow(out, _following(options, trial, arms))
+
+
+def _placed(options: TrialOptions) -> "tuple[Learner, Engine | None, Facts]":
+    """Return model and data, what makes the runs if not this process, and what is said of it."""
+    if options.engine == "local":
+        return _learner(options), None, ()
+    from fastplastic.trials import OnRay, require_ray
+
+    require_ray()
+    device, share = on_ray(options, options.device)
+    there = replace(options, device=device)
+    # Here nothing is trained: GPUs are left to the runs.
+    loaded = _learner(replace(options, device="cpu"), place=f"{device} by Ray")
+    facts = {**loaded.settings.to_dict(), **_task(options, loaded).facts}
+    work = partial(trainer, there)
+    engine = OnRay(work, facts, share, address=options.address, warn=warn)
+    return loaded, engine, (("runs", f"by Ray, {engine.place}: {share}"),)
+
+
+def trainer(options: TrialOptions) -> "Trainer":
+    """Return what makes the runs of a trial in a process that has nothing but the options."""
+    from fastplastic.trials import Trainer
+
+    loaded, kept = _learner(options), KeptWeights(options.output, options.results_file)
+    return Trainer(_task(options, loaded), loaded.settings, partial(kept.keep, loaded))
+
+
+def _learner(options: TrialOptions, *, place: str = "") -> Learner:
+    share = options.choose_split if options.output else 0.0
+    return learner(options, validation_share=share, place=place)
 
 
 def _seeds(options: TrialOptions) -> str:
@@ -100,67 +134,6 @@ def _resumable(options: TrialOptions) -> Iterator[None]:
             "command goes on from there"
         )
         raise
-
-
-class _Kept:
-    """Keeps the trained weights of the best run of every arm beside the results, for -o.
-
-    They stay there, so that the same command can write them again.
-
-    Args:
-        options: The options.
-        loaded: Says in which dtypes to write.
-    """
-
-    def __init__(self, options: TrialOptions, loaded: Learner) -> None:
-        self._options, self._loaded = options, loaded
-        self._folder = options.results_file.with_suffix(".weights")
-
-    def keep(self, run: "TrialRun", model: "nn.Module") -> None:
-        """Write the weights where no run of the arm was better on the validation images."""
-        if self._options.output is None or run.validation is None or run.diverged_at is not None:
-            return
-        from fastplastic.files import read_metadata, save_state_dict
-
-        file = self._file(run.arm)
-        best = float(read_metadata(file)["validation"]) if file.exists() else -1.0
-        if run.validation > best:
-            self._folder.mkdir(exist_ok=True)
-            score = {"validation": repr(run.validation), "seed": str(run.seed)}
-            save_state_dict(
-                file, model, force=True, dtypes=self._loaded.dtypes,
-                metadata=self._loaded.metadata | score,
-            )  # fmt: skip
-
-    def write(self, trial: "Trial") -> None:
-        """Copy the weights of the chosen arm to their place."""
-        if self._options.output is None or trial.chosen is None:
-            return
-        file = self._file(trial.chosen)
-        if not file.exists():
-            warn(
-                f"the weights of {trial.chosen} are not there (runs made without -o keep none): "
-                "fine-tune it with fastplastic finetune, or give another --results"
-            )
-            return
-        from fastplastic.files import atomic_write
-
-        with atomic_write(self._options.output, self._options.force) as temporary:
-            shutil.copyfile(file, temporary)
-
-    def said(self, trial: "Trial") -> tuple[tuple[str, str], ...]:
-        """Return what was written, as facts."""
-        if self._options.output is None or trial.chosen is None:
-            return ()
-        arm = trial[trial.chosen]
-        text = f"{self._options.output}: {arm.name}, best on validation: mean {arm.validation:.3f}"
-        kept = f"{self._folder}: of every arm; no longer needed when the trial is over"
-        text += "; the weights of its best seed"
-        return (("file", text), ("weights", kept))
-
-    def _file(self, arm: str) -> Path:
-        plain = "".join(letter if letter.isalnum() or letter in ".-+=" else "_" for letter in arm)
-        return self._folder / f"{plain}.safetensors"
 
 
 def _following(options: TrialOptions, trial: "Trial", arms: "tuple[Arm, ...]") -> str:

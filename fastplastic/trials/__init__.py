@@ -6,6 +6,7 @@ from fastplastic.trials.engine import Engine, InTurn, Made, Pending, Trainer
 from fastplastic.trials.evidence import Advice, advise, better_than_random
 from fastplastic.trials.loop import evaluate, train
 from fastplastic.trials.missing import Progress
+from fastplastic.trials.on_ray import OnRay, Share, require_ray
 from fastplastic.trials.outcome import outcome_of
 from fastplastic.trials.prepare import norms_of, recalibrate_norms
 from fastplastic.trials.probe import fit_head
@@ -29,9 +30,11 @@ __all__ = [
     "FineTuning",
     "InTurn",
     "Made",
+    "OnRay",
     "Pending",
     "Progress",
     "Results",
+    "Share",
     "Task",
     "TrainSettings",
     "Trainer",
@@ -49,6 +52,7 @@ __all__ = [
     "outcome_of",
     "parse_arm",
     "recalibrate_norms",
+    "require_ray",
     "run_trial",
     "train",
     "trial",

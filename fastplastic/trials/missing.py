@@ -111,7 +111,8 @@ class _Keeper:
     def finished(self, made: Made) -> None:
         """Keep a finished run, and tell of it."""
         try:
-            self._settle(made.run)
+            if made.error is None:
+                self._settle(made.run)
         finally:
             # Weights that cannot be kept do not cost the run.
             self._results.add(made.run)
