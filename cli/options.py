@@ -81,7 +81,7 @@ class ModelOptions:
         """Refuse what needs no model to be refused: InputError or FileError."""
         if self.checkpoint and self.pretrained:
             raise InputError("--pretrained and --checkpoint both name weights: give one of them")
-        if self.checkpoint and not self.checkpoint.is_file():
+        if self.checkpoint and not self.checkpoint.exists():
             raise FileError(f"--checkpoint {self.checkpoint}: no such file: check the path")
         if self.input_size and min(self.input_size) < 1:
             size = " ".join(map(str, self.input_size))

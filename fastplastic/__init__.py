@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fastplastic.measure import LayerProfile, Monitor, Profile, findings, profile
     from fastplastic.planning import Plan, plan
     from fastplastic.processes import alone
-    from fastplastic.reinit import ReinitReport, reinit_
+    from fastplastic.reinit import ReinitReport, reinit_, reinit_checkpoint
     from fastplastic.training import Recycler
     from fastplastic.trials import FineTuning, TrainSettings, Trial, finetune, trial
 
@@ -25,7 +25,7 @@ _NAMES = {
     "measure": ("LayerProfile", "Monitor", "Profile", "findings", "profile"),
     "planning": ("Plan", "plan"),
     "processes": ("alone",),
-    "reinit": ("ReinitReport", "reinit_"),
+    "reinit": ("ReinitReport", "reinit_", "reinit_checkpoint"),
     "training": ("Recycler",),
     "trials": ("FineTuning", "TrainSettings", "Trial", "finetune", "trial"),
 }
@@ -47,7 +47,7 @@ __all__ += [
     "plan",
     "profile",
 ]
-__all__ += ["reinit_", "trial"]
+__all__ += ["reinit_", "reinit_checkpoint", "trial"]
 
 
 def __getattr__(name: str) -> object:

@@ -25,6 +25,7 @@ PUBLIC_NAMES = {
     "plan",
     "profile",
     "reinit_",
+    "reinit_checkpoint",
     "trial",
 }
 

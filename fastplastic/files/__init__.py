@@ -9,15 +9,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastplastic.files.atomic import atomic_write
     from fastplastic.files.backup import backup_of, keep_backup
+    from fastplastic.files.beside import (
+        OptimizerBeside,
+        entries_beside,
+        optimizers_beside,
+    )
     from fastplastic.files.checkpoint import (
         UNFITTED,
         Loaded,
+        check_fit,
         load_into,
         load_state_dict,
         read_metadata,
         save_state_dict,
         save_tensors,
     )
+    from fastplastic.files.copying import changed_copy, left_out
     from fastplastic.files.fields import (
         SHARE,
         Check,
@@ -41,14 +48,17 @@ if TYPE_CHECKING:
         parse_profile_json,
         read_profile_json,
     )
+    from fastplastic.files.shard_index import sharded
+    from fastplastic.files.stores import StoredWeights, WeightStore, find_weights, open_store
     from fastplastic.files.training_file import TrainingFile, save_torch
 
 _NAMES = {
     "atomic": ("atomic_write",),
     "backup": ("backup_of", "keep_backup"),
+    "copying": ("changed_copy", "left_out"),
     "checkpoint": (
-        "UNFITTED", "Loaded", "load_into", "load_state_dict", "read_metadata", "save_state_dict",
-        "save_tensors",
+        "UNFITTED", "Loaded", "check_fit", "load_into", "load_state_dict", "read_metadata",
+        "save_state_dict", "save_tensors",
     ),
     "fields": (
         "SHARE", "Check", "Fields", "integer", "is_number", "is_share", "load_json", "one_of",
@@ -56,12 +66,15 @@ _NAMES = {
     "folder": ("save_folder",),
     "formats": ("is_safetensors",),
     "jsonable": ("plain",),
+    "beside": ("OptimizerBeside", "entries_beside", "optimizers_beside"),
     "plan_file": ("StoredPlan", "read_plan", "write_plan"),
     "profile_file": ("StoredProfile", "read_profile", "write_profile"),
     "profile_json": (
         "SCHEMA_VERSION", "LayerFigures", "ProfileFigures", "figures_of", "parse_profile_json",
         "read_profile_json",
     ),
+    "shard_index": ("sharded",),
+    "stores": ("StoredWeights", "WeightStore", "find_weights", "open_store"),
     "training_file": ("TrainingFile", "save_torch"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
@@ -74,22 +87,32 @@ __all__ = [
     "Fields",
     "LayerFigures",
     "Loaded",
+    "OptimizerBeside",
     "ProfileFigures",
     "StoredPlan",
     "StoredProfile",
+    "StoredWeights",
     "TrainingFile",
+    "WeightStore",
     "atomic_write",
     "backup_of",
+    "changed_copy",
+    "check_fit",
+    "entries_beside",
     "figures_of",
+    "find_weights",
     "integer",
     "is_number",
     "is_safetensors",
     "is_share",
     "keep_backup",
+    "left_out",
     "load_into",
     "load_json",
     "load_state_dict",
     "one_of",
+    "open_store",
+    "optimizers_beside",
     "parse_profile_json",
     "plain",
     "read_metadata",
@@ -100,6 +123,7 @@ __all__ = [
     "save_state_dict",
     "save_tensors",
     "save_torch",
+    "sharded",
     "write_plan",
     "write_profile",
 ]

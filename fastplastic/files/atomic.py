@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -9,7 +10,8 @@ from pathlib import Path
 
 from fastplastic.errors import FileError
 
-_UNFINISHED = set[Path]()
+# Temporary files and folders, to be removed where the process ends.
+UNFINISHED = set[Path]()
 
 
 @contextmanager
@@ -39,11 +41,11 @@ def atomic_write(
         old = _mode_of_old(path, target, force)
         bits = old if mode is None else mode
         try:
-            _UNFINISHED.add(temporary)
+            UNFINISHED.add(temporary)
             _create(temporary, 0o666 if bits is None else 0o600)
             bits = stat.S_IMODE(temporary.stat().st_mode) if bits is None else bits
             yield temporary
-            _sync(temporary)
+            sync(temporary)
             temporary.chmod(bits)  # safetensors makes files that only their owner can read
             _mode_of_old(path, target, force)  # another program may have written it meanwhile
             if not _take_name(temporary, target, path, force):
@@ -51,8 +53,8 @@ def atomic_write(
         finally:  # also after Ctrl-C: no temporary file may stay
             with suppress(OSError):
                 temporary.unlink()
-            _UNFINISHED.discard(temporary)
-        _sync(target.parent)
+            UNFINISHED.discard(temporary)
+        sync(target.parent)
     except OSError as error:
         reason = error.strerror or error
         raise FileError(f"{path}: cannot be written ({reason}): choose another place") from error
@@ -60,9 +62,10 @@ def atomic_write(
 
 def remove_unfinished() -> None:
     """Remove all temporary files, where the process is about to end."""
-    for temporary in list(_UNFINISHED):
+    for temporary in list(UNFINISHED):
         with suppress(OSError):
-            temporary.unlink()
+            # What is written to a folder appears in it one by one, and may still do so.
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
 
 
 def _create(path: Path, mode: int) -> None:
@@ -100,10 +103,12 @@ def _mode_of_old(path: str | os.PathLike[str], target: Path, force: bool) -> int
     return stat.S_IMODE(old.st_mode)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     if path.is_dir() and os.name != "posix":
         return  # only POSIX systems can sync a folder
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    only_read = path.is_dir() or not os.access(path, os.W_OK)
+    descriptor = os.open(path, os.O_RDONLY if only_read else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

@@ -4,11 +4,7 @@ Files are read without ever executing code from them: safetensors, or `torch.loa
 `weights_only=True`.
 """
 
-import argparse
 import os
-import pickletools
-import re
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,25 +18,23 @@ from torch import Tensor, nn
 from fastplastic.errors import FileError, InputError
 from fastplastic.files.atomic import atomic_write
 from fastplastic.files.formats import check_names, is_safetensors
-from fastplastic.files.names import fitted, without_wrappers
+from fastplastic.files.many_files import read_many
+from fastplastic.files.names import AVERAGED, fitted, without_wrappers
+from fastplastic.files.pickled import EXPECTED, first_of, load_pickled, unwrap
+from fastplastic.files.shard_index import sharded
 from fastplastic.model import fingerprint, output_layers
 
-# Where timm, and most training scripts after it, put the weights inside a checkpoint; the averaged
-# weights come first, as in timm.
-_AVERAGED = ("state_dict_ema", "model_ema")
-_WRAPPERS = (*_AVERAGED, "state_dict", "model_state_dict", "model")
-# Operations of a pickle that call something.
-_CALLS = {"GLOBAL", "STACK_GLOBAL", "REDUCE", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX"}
-_EXPECTED = "expected a state dict in safetensors or PyTorch format"
-_SHOWN, _LONGEST = 3, 120
 # What the metadata say of weights whose head was never trained.
 UNFITTED = {"head": "not fitted"}
 
 
 def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read the weights of a checkpoint file to the CPU, without executing code from it.
+    """Read the weights of a checkpoint to the CPU, without executing code from it.
 
-    Takes safetensors and PyTorch files. Weights inside a training checkpoint are found under timm's
+    Takes safetensors and PyTorch files, folders of many such files with their index, and those of
+    torch.distributed.checkpoint, of which all tensors are read.
+
+    Weights inside a training checkpoint are found under timm's
     keys ("state_dict_ema", "model_ema", "state_dict", "model") and "model_state_dict", and the
     prefixes that data-parallel and compiled models put before names ("module.", "_orig_mod.") are
     removed, as in timm.
@@ -51,20 +45,27 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return _read(Path(path))[0]
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], list[str], tuple[str, ...]]:
-    """Return the weights in a file, what was chosen or changed of them, and what is beside them."""
+def _read(
+    path: Path, model: nn.Module | None = None
+) -> tuple[dict[str, Tensor], list[str], tuple[str, ...]]:
+    """Return the weights in a file, what was chosen or changed of them, and what is beside them.
+
+    With a model those that it does not have may be without values.
+    """
+    listed = sharded(path)
+    if listed is not None:
+        return read_many(listed, model)
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "no such file"
-        raise FileError(f"{path}: {what}; {_EXPECTED}: check the path")
+        raise FileError(f"{path}: no such file; {EXPECTED}: check the path")
     try:
         checkpoint = _load_safetensors(path) if is_safetensors(path) else load_pickled(path)
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror or error}): check it") from error
     except SafetensorError as error:
         raise FileError(f"{path}: corrupt safetensors ({_line(error)}): get it anew") from error
-    state, key = _unwrap(checkpoint, path)
+    state, key = unwrap(checkpoint, path)
     state, removed = without_wrappers(state, path)
-    said = [f"averaged weights, {key}"] if key in _AVERAGED else []
+    said = [f"averaged weights, {key}"] if key in AVERAGED else []
     said += [f"prefix {removed!r} removed"] if removed else []
     return state, said, tuple(str(name) for name in checkpoint if key and name != key)
 
@@ -113,7 +114,7 @@ def load_into(model: nn.Module, path: str | os.PathLike[str], *, own_head: bool 
         FileError: As in `load_state_dict`, or tensors are missing, unexpected or of another shape;
             the first of each kind are named. The model is then as before.
     """
-    state, said, beside = _read(Path(path))
+    state, said, beside = _read(Path(path), model)
     own = model.state_dict()
     state, done = fitted(state, own, path)
     remark = "; ".join([*said, *([done] if done else [])])
@@ -147,7 +148,9 @@ def check_fit(
         if name in state and state[name].shape != own[name].shape
     ]
     found = {"missing": missing, "unexpected": unexpected, "of another shape": mismatched}
-    problems = [f"{len(names)} {kind} ({_first(names)})" for kind, names in found.items() if names]
+    problems = [
+        f"{len(names)} {kind} ({first_of(names)})" for kind, names in found.items() if names
+    ]
     if problems:
         raise FileError(
             f"{path} does not fit the model: of {len(own)} tensors expected, "
@@ -156,12 +159,14 @@ def check_fit(
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Return the metadata of a weight file; none for a file that is not safetensors.
+    """Return the metadata of a weight file; none for what is not one file of safetensors.
 
     Raises:
         FileError: The file is missing or corrupt.
     """
     path = Path(path)
+    if sharded(path) is not None:
+        return {}
     try:
         if not is_safetensors(path):
             return {}
@@ -236,60 +241,6 @@ def save_tensors(
         replacing()
 
 
-def load_pickled(path: Path) -> Any:
-    """Return what a PyTorch file holds; FileError where it is corrupt or has code in it."""
-    try:
-        # timm's training script stores its arguments beside the weights; a Namespace runs no code.
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # bytes that are no pickle can make the unpickler raise anything
-        if code := _code_in(path, str(error)):
-            raise FileError(
-                f"{path}: contains code ({code}), more than tensors and plain values, and could "
-                "run it on loading: save only the model's state_dict(), best as safetensors"
-            ) from error
-        raise FileError(f"{path}: corrupt or not a checkpoint; {_EXPECTED}: get it anew") from error
-
-
-def _code_in(path: Path, error: str) -> str:
-    """Return what a file that was refused would call on loading; "" where nothing is known."""
-    if match := re.search(r"GLOBAL (\S+)", error):
-        return match[1]
-    if "TorchScript" in error:
-        return "TorchScript"
-    try:
-        with path.open("rb") as file:
-            # Reads the operations, and runs none. Newer ones the loader stops at.
-            found = {operation.name for operation, _, _ in pickletools.genops(file)}
-    except Exception:  # as above
-        return ""
-    return "a pickle that calls functions" if found & _CALLS else ""
-
-
-def keys_of_weights(checkpoint: Mapping[Any, Any]) -> list[str]:
-    """Return under which keys a training checkpoint may have weights, the ones to take first."""
-    return [key for key in _WRAPPERS if isinstance(checkpoint.get(key), Mapping)]
-
-
-def _unwrap(checkpoint: Any, path: Path) -> tuple[dict[str, Tensor], str]:
-    """Return the weights in what a file holds, and their key in it; FileError without any."""
-    if isinstance(checkpoint, Mapping):
-        key = next(iter(keys_of_weights(checkpoint)), "")
-        state = checkpoint[key] if key else checkpoint
-        others = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
-        if others:
-            raise FileError(
-                f"{path}: not weights: {_first(others)}; {_EXPECTED}, "
-                "bare or under the key 'state_dict' or 'model': save it that way"
-            )
-        if state:
-            return {str(name): value for name, value in state.items()}, key
-    raise FileError(f"{path}: holds no weights; {_EXPECTED}: save the model's state_dict()")
-
-
 def _way_out(model: nn.Module, mismatched: list[str], others: list[str]) -> str:
     """Say how the file could fit: only the head differs, or it belongs to another model."""
     head = getattr(model, "pretrained_cfg", {}).get("classifier")
@@ -339,11 +290,6 @@ def _storage(tensor: Tensor) -> tuple[int, int, torch.Size]:
 
 def _shape(tensor: Tensor) -> str:
     return str(list(tensor.shape))
-
-
-def _first(names: list[str]) -> str:
-    shown = (name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..." for name in names[:_SHOWN])
-    return ", ".join(shown) + (", ..." if len(names) > _SHOWN else "")
 
 
 def _line(error: BaseException) -> str:

@@ -11,11 +11,11 @@ from fastplastic.files.atomic import atomic_write
 from fastplastic.files.checkpoint import save_tensors
 
 # Weights, also in the forms of other frameworks, which would be those of before.
-_WEIGHTS = (
+WEIGHTS = (
     "*.safetensors", "*.bin", "*.ot", "*.index.json", "*.pt", "*.pth", "*.h5", "*.msgpack",
     "*.onnx",
 )  # fmt: skip
-_EXPORTS = ("onnx", "openvino", "coreml")
+EXPORTS = ("onnx", "openvino", "coreml")
 
 
 def save_folder(
@@ -60,8 +60,8 @@ def _others(source: Path) -> list[Path]:
         file
         for file in files
         # Of other frameworks, and the weights themselves; parts of a pipeline have their own.
-        if not (len(file.parts) == 1 and any(file.match(x) for x in _WEIGHTS))
-        and file.parts[0] not in _EXPORTS
+        if not (len(file.parts) == 1 and any(file.match(x) for x in WEIGHTS))
+        and file.parts[0] not in EXPORTS
         and not any(part.startswith(".") for part in file.parts)
     ]
     return sorted(kept, key=lambda file: (file == Path("config.json"), file))

@@ -7,6 +7,10 @@ from torch import Tensor
 
 from fastplastic.errors import FileError
 
+# Where timm, and most training scripts after it, put the weights inside a checkpoint; the averaged
+# weights come first, as in timm.
+AVERAGED = ("state_dict_ema", "model_ema")
+WRAPPERS = (*AVERAGED, "state_dict", "model_state_dict", "model")
 # The counter that torch's AveragedModel keeps beside the weights.
 _COUNTER = "n_averaged"
 

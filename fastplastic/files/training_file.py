@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 
 from fastplastic.errors import FileError
 from fastplastic.files.atomic import atomic_write
-from fastplastic.files.checkpoint import check_fit, keys_of_weights, load_pickled
+from fastplastic.files.checkpoint import check_fit
 from fastplastic.files.names import fitted, without_wrappers
+from fastplastic.files.pickled import keys_of_weights, load_pickled
 from fastplastic.files.stored_optimizer import StoredOptimizer
 
 

@@ -12,6 +12,7 @@ from fastplastic.model.checks import (
 )
 from fastplastic.model.left_as_found import attributes_kept, undisturbed
 from fastplastic.model.lent_head import LentHead, give_head, loss_head, output_layers
+from fastplastic.model.outline import outline, stand_in
 from fastplastic.model.spread import Part, is_spread, local_of, part_of, reshard
 from fastplastic.model.watchers import note_watcher
 from fastplastic.model.weights import MeanGradient, Weights, weights_of
@@ -36,12 +37,14 @@ __all__ = [
     "mode_of",
     "nonfinite_tensors",
     "note_watcher",
+    "outline",
     "output_layers",
     "outputs_of",
     "part_of",
     "read_batch",
     "read_batches",
     "reshard",
+    "stand_in",
     "undisturbed",
     "weights_of",
 ]

@@ -1,5 +1,6 @@
 """Apply a plan to a model: the only code that writes to weights, buffers and optimizer state."""
 
+from fastplastic.reinit.checkpoint import reinit_checkpoint
 from fastplastic.reinit.fire import fire_
 from fastplastic.reinit.optimizer_state import OptimizerState, optimizers_of
 from fastplastic.reinit.report import ReinitReport, Written
@@ -9,5 +10,5 @@ from fastplastic.reinit.silence import removal
 
 __all__ = [
     "OUTGOING", "OptimizerState", "ReinitReport", "Written", "fire_", "optimizers_of", "reinit_",
-    "removal", "shrink_perturb_",
+    "reinit_checkpoint", "removal", "shrink_perturb_",
 ]  # fmt: skip

@@ -94,20 +94,20 @@ def reinit_(
     """
     means = None if isinstance(compensate, bool) else compensate
     compensated = means is not None or compensate is True
-    _check_choices(plan, outgoing, seed)
+    check_choices(plan, outgoing, seed)
     _check_adjustments(plan, outgoing, compensated, recalibrate)
     _check_batches(batches is not None, compensate is True, recalibrate)
     refuse_average(model)
     initializer = make_initializer(init, model)
     tensors = Tensors(model)
     state = None if optimizer is None else OptimizerState(optimizer, model)
-    _check_fingerprint(model, plan)
+    check_fingerprint(model, plan)
     if plan.granularity == "unit":
         change = unit_change(model, plan, tensors, initializer, outgoing)
     else:
         change = weight_change(plan, tensors, initializer)
     places = change.writes.places
-    written = _count(tensors, places)
+    written = count_written(tensors, places)
     memory = _OptimizerReset.of(state, places, written, reset_steps)
     known = None if means is None else KnownMeans(model, plan, tensors, means)
     adjust = Adjustment(model, tensors, change, batches, loss_fn, known)
@@ -125,7 +125,7 @@ def reinit_(
     return ReinitReport(
         count=sum(counts.values()),
         layers=counts,
-        shares=_shares(plan, counts),
+        shares=shares_of(plan, counts),
         granularity=plan.granularity,
         init=init,
         outgoing=outgoing if plan.granularity == "unit" else "keep",
@@ -154,7 +154,7 @@ def _frozen(tensors: Tensors, written: Iterable[Written]) -> tuple[str, ...]:
     )
 
 
-def _shares(plan: Plan, counts: dict[str, int]) -> dict[str, float]:
+def shares_of(plan: Plan, counts: dict[str, int]) -> dict[str, float]:
     """Return the share of the units of each layer, or of the weights of each tensor."""
     sizes = {name: plan.wiring[name].n_units for name in plan.units}
     sizes |= {name: mask.numel() for name, mask in plan.masks.items()}
@@ -178,7 +178,8 @@ def _check_adjustments(plan: Plan, outgoing: str, compensate: bool, recalibrate:
         )
 
 
-def _check_choices(plan: Plan, outgoing: str, seed: int) -> None:
+def check_choices(plan: Plan, outgoing: str, seed: int) -> None:
+    """Refuse arguments that are unknown: InputError."""
     if outgoing not in OUTGOING:
         raise InputError(f"outgoing {outgoing!r} is unknown, expected one of {', '.join(OUTGOING)}")
     if not isinstance(seed, Integral):
@@ -193,7 +194,8 @@ def _check_choices(plan: Plan, outgoing: str, seed: int) -> None:
         )
 
 
-def _check_fingerprint(model: nn.Module, plan: Plan) -> None:
+def check_fingerprint(model: nn.Module, plan: Plan) -> None:
+    """Refuse a plan for a model with other parameters: FingerprintError."""
     found = fingerprint(model)
     if found != plan.fingerprint:
         raise FingerprintError(
@@ -203,7 +205,8 @@ def _check_fingerprint(model: nn.Module, plan: Plan) -> None:
         )
 
 
-def _count(tensors: Tensors, places: Sequence[Where]) -> tuple[Written, ...]:
+def count_written(tensors: Tensors, places: Sequence[Where]) -> tuple[Written, ...]:
+    """Return how much is written of each tensor."""
     counted = (_count_one(tensors, name, parts) for name, parts in _by_name(places).items())
     return tuple(written for written in counted if written.elements)
 
