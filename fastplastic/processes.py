@@ -291,7 +291,7 @@ def leave() -> None:
     """Leave the group of all processes: who waits for this one is told that it is gone."""
     for found in _known.values():
         # Whoever still holds it: connections end with their last owner.
-        found._group = None
+        found._words = found._tables = None
     _known.clear()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -18,7 +18,6 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import fastplastic
 from fastplastic.errors import InputError
 from fastplastic.graph import build_graph
 from fastplastic.measure.together import parts_of
