@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastplastic.errors import InputError
 from fastplastic.initial.laws import Law, constant, normal, truncated_normal, uniform
 from fastplastic.initial.recorder import record_laws
+from fastplastic.model import Lines
 from fastplastic.wiring import UnitLayer
 
 _ZERO = constant(0.0)
@@ -53,16 +54,25 @@ class Target:
         """Whether it is the bias of the layer, with one element per unit."""
         return self.layer is not None and self.name == self.layer.bias
 
-    def live(self) -> Tensor:
-        """Return the values that stay, float64."""
-        values = self.tensor.detach()
-        if self.mask is not None:
-            return values[~self.mask.to(values.device)].double()
-        assert self.layer is not None and self.rows is not None
-        live = torch.ones(self.layer.n_units, dtype=torch.bool)
-        live[self.rows] = False
-        rows = live.nonzero().flatten().to(values.device)
-        return values.index_select(self.layer.unit_dim, rows).double()
+    def moments(self) -> tuple[float, float, float]:
+        """Return number, mean and standard deviation of the values that stay, in all processes."""
+        assert self.layer is not None
+        dim = self.layer.unit_dim
+        lines = Lines(self.name, self.tensor, dim, live=None if self.mask is None else ~self.mask)
+        staying = torch.ones(self.tensor.shape[dim], dtype=torch.bool)
+        if self.rows is not None:
+            staying[self.rows] = False
+
+        def total(power: int, centre: float = 0.0) -> float:
+            sums = lines.sums(power, centre)[0, staying].tolist()
+            # An infinity is an error to fsum.
+            return math.fsum(sums) if all(map(math.isfinite, sums)) else math.nan
+
+        count = total(0)
+        if not count:
+            return 0.0, math.nan, math.nan
+        mean = total(1) / count
+        return count, mean, math.sqrt(total(2, mean) / count) if math.isfinite(mean) else math.nan
 
 
 class Initializer(Protocol):
@@ -152,11 +162,10 @@ class Empirical:
             return self._default(target)
         if target.is_bias:
             return _ZERO
-        values = target.live()
-        if not values.numel():
+        count, mean, std = target.moments()
+        if not count:
             self._without_live.append(target.name)
             return self._default(target)
-        mean, std = float(values.mean()), float(values.std(correction=0))
         if not math.isfinite(std):
             raise InputError(
                 f"{target.name!r} has live weights that are not finite, expected numbers to "

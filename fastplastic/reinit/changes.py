@@ -16,6 +16,7 @@ from fastplastic.reinit.regions import (
     Region,
     Tensors,
     column_region,
+    columns_of,
     merged,
     norm_writes,
     row_targets,
@@ -124,7 +125,7 @@ def _inner_layers(plan: Plan) -> dict[str, set[str]]:
 def _consumer_weight(model: nn.Module, region: Region, weight: Tensor) -> Target:
     """Return the weight of a consumer as something to draw, by the law of its own rows."""
     name = region.name.rpartition(".")[0]
-    unit_dim = 1 if _column_dim(region) == 0 else 0
+    unit_dim = 1 - region.column_dim
     kind = "conv1d" if is_conv1d(model.get_submodule(name)) else "consumer"
     units = weight.shape[unit_dim]
     hidden = torch.zeros(units, dtype=torch.bool)
@@ -134,14 +135,10 @@ def _consumer_weight(model: nn.Module, region: Region, weight: Tensor) -> Target
 
 def _column_norms(region: Region, weight: Tensor) -> Tensor:
     """Return the norms of the columns that are not in the region, float32."""
-    view = region.view(weight.detach())
-    lists = [dim for dim, part in enumerate(region.index) if isinstance(part, Tensor)]
-    others = [dim for dim in range(view.dim()) if dim not in lists]
-    norms = view.float().square().sum(others).sqrt()
+    norms = columns_of(region, weight).sums(2).sqrt().float()
     live = torch.ones(norms.shape, dtype=torch.bool)
-    live[tuple(part for part in region.index if isinstance(part, Tensor))] = False
-    return norms[live.to(norms.device)]
-
-
-def _column_dim(region: Region) -> int:
-    return 0 if isinstance(region.index[0], Tensor) and region.groups == 1 else 1
+    # Of a weight without groups the table has one.
+    columns = [part for part in region.index if isinstance(part, Tensor)]
+    groups = columns[0] if region.groups > 1 else torch.tensor(0)
+    live[groups, columns[-1]] = False
+    return norms[live]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastplastic.errors import FileError, InputError
 from fastplastic.initial import Target
 from fastplastic.kernels import DTYPES, Law
-from fastplastic.model import Part, check_built, is_spread, part_of
+from fastplastic.model import Lines, Part, check_built, is_spread, part_of
 from fastplastic.planning import Plan
 from fastplastic.wiring import Consumer, Norm, UnitLayer
 
@@ -35,6 +35,11 @@ class Region:
     name: str
     index: tuple[Tensor | slice, ...]
     groups: int = 1
+
+    @property
+    def column_dim(self) -> int:
+        """The dimension that runs over columns, of a region of columns."""
+        return 0 if isinstance(self.index[0], Tensor) and self.groups == 1 else 1
 
     def view(self, tensor: Tensor) -> Tensor:
         """Return the view of the tensor that `index` is for."""
@@ -310,6 +315,11 @@ def column_region(tensors: Tensors, layer: UnitLayer, consumer: Consumer, rows: 
         )
     group, column = hit // per_group, hit % per_group
     return Region(consumer.weight, (group, slice(None), column), consumer.groups)
+
+
+def columns_of(region: Region, weight: Tensor) -> Lines:
+    """Return all columns of a weight, of which a region has some."""
+    return Lines(region.name, weight, region.column_dim, region.groups)
 
 
 def region_mask(region: Region, tensor: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from fastplastic.reinit.regions import (
     Region,
     Tensors,
     Where,
+    columns_of,
     merged_fills,
     region_mask,
 )
@@ -132,11 +133,14 @@ def _draw_columns(tensors: Tensors, place: "Place", draw: Draw, seed: int) -> No
     """Draw outgoing columns, and give them a norm if they are to have one."""
     _draw(tensors, [draw], seed)
     if draw.norm is not None:
+        assert isinstance(draw.where, Region)
+        tensor = tensors[draw.where.name]
+        columns = columns_of(draw.where, tensor)
+        # A column that is 0 has norm 0, and is not among those drawn.
+        factors = columns.spread(draw.norm / columns.sums(2).sqrt().float())
         values = place.read()
-        others = [dim for dim in range(values.dim()) if dim != place.list_dim]
-        # In float32: half precision may round a small square to 0.
-        norms = values.float().square().sum(others, keepdim=True).sqrt()
-        place.write((values.float() * (draw.norm / norms)).to(values.dtype))
+        factor = place_of(factors, draw.where.within(part_of(draw.where.name, tensor))).read()
+        place.write((values.float() * factor).to(values.dtype))
 
 
 def _fill(place: "Place", value: float) -> None:
@@ -145,9 +149,6 @@ def _fill(place: "Place", value: float) -> None:
 
 class Place(Protocol):
     """A part of a tensor: what can be read from it and written to it."""
-
-    # The dimension of what is read that runs over columns.
-    list_dim: int
 
     def read(self) -> Tensor:
         """Return a copy of the values."""
@@ -168,8 +169,6 @@ def place_of(tensor: Tensor, where: Where) -> Place:
 
 class _Some:
     """Single elements."""
-
-    list_dim = 0
 
     def __init__(self, tensor: Tensor, where: Elements) -> None:
         mask = where.mask.to(tensor.device)
@@ -199,7 +198,6 @@ class _Regular:
         lists = [dim for dim, part in enumerate(self._index) if isinstance(part, Tensor)]
         # Along one dimension there are operations that are ten times as fast as indexing.
         self._dim = lists[0] if len(lists) == 1 else None
-        self.list_dim = 0 if self._dim is None else self._dim
 
     def read(self) -> Tensor:
         if self._dim is None:
