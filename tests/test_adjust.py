@@ -96,10 +96,10 @@ def test_at_padded_edges_the_mean_is_kept():
     made = planned(model, "0", 0.125)
     outputs.clear()
     reinit_(model, made, compensate=True, batches=IMAGES)
-    # Before, each followed by a second run with the columns alone; then after.
+    # Before and after.
     n = len(IMAGES)
-    assert len(outputs) == 3 * n
-    before, after = (torch.stack(own).mean(0) for own in (outputs[: 2 * n : 2], outputs[2 * n :]))
+    assert len(outputs) == 2 * n
+    before, after = (torch.stack(own).mean(0) for own in (outputs[:n], outputs[n:]))
     torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-5)
 
 

@@ -64,6 +64,29 @@ class Lines:
             together.add_(totals)
         return totals
 
+    def weigh(self, factors: Tensor) -> Tensor:
+        """Return the sum over all lines of elements times factors, float64 [other dimension].
+
+        Where the tensor is cut, all processes have to call this, and each gets the same.
+
+        Args:
+            factors: float64 [groups, lines, dimensions after the second], 1 where all have one.
+
+        Raises:
+            InputError: Others hold parts of the tensor, and this process works alone.
+        """
+        part = part_of(self.name, self.tensor)
+        together = self._together(part)
+        sums = torch.zeros(part.shape[1 - self.dim], dtype=torch.float64)
+        at, here = part.offsets[1 - self.dim], self._here(part)
+        for group, block, _ in self._blocks(part) if part.first else ():
+            own = factors[group, here].to(block.device)
+            sums[at : at + len(block)] = (block.double() * own).sum((1, 2)).cpu()
+            at += len(block)
+        if together is not None:
+            together.add_(sums)
+        return sums
+
     def spread(self, table: Tensor) -> Tensor:
         """Return a table [groups, lines] as factors of the elements that this process holds."""
         part = part_of(self.name, self.tensor)

@@ -1,7 +1,6 @@
 """What a re-initialisation does with batches: loss, lost constants, statistics of norms."""
 
 import math
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -9,25 +8,44 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.hooks import RemovableHandle
 
 from fastplastic.errors import InputError
-from fastplastic.model import loss_of, read_batches, undisturbed
+from fastplastic.measure import Rounds
+from fastplastic.model import (
+    device_of,
+    local_of,
+    loss_of,
+    part_of,
+    read_batches,
+    reshard,
+    undisturbed,
+)
 from fastplastic.planning import some_of
+from fastplastic.processes import Processes
 from fastplastic.reinit.changes import Change
+from fastplastic.reinit.contributions import Contributions
 from fastplastic.reinit.known_means import KnownMeans
-from fastplastic.reinit.regions import Region, Tensors, region_mask
+from fastplastic.reinit.regions import Region, Tensors, shift_within
 from fastplastic.reinit.report import Written
 from fastplastic.reinit.transaction import Undo, place_of
-from fastplastic.wiring import is_conv1d
 
 
 def mean_loss(
-    model: nn.Module, batches: Iterable[Any], loss_fn: Callable[[Any, Any], Tensor]
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: Callable[[Any, Any], Tensor],
+    together: Processes | None = None,
+    contributions: Contributions | None = None,
 ) -> float:
     """Return the mean loss over batches, each of the same weight; the model is as before.
+
+    Args:
+        model: The model.
+        batches: Those of this process, to be read several times.
+        loss_fn: (output, targets) -> loss.
+        together: The processes whose batches they are; None for this one alone.
+        contributions: What watches the model meanwhile.
 
     Raises:
         InputError: There are no batches, they can be read once only, or have another form.
@@ -37,135 +55,22 @@ def mean_loss(
             f"batches is a {type(batches).__name__} that can be read once, expected a list or a "
             "DataLoader: the loss is measured before and after"
         )
-    device = next(model.parameters()).device
     losses = []
+    watched = nullcontext() if contributions is None else contributions.attached()
     # Random numbers are put back each time, so that dropout draws the same before and after.
-    with undisturbed(model), torch.no_grad():
-        for batch in read_batches(batches, device):
-            losses.append(loss_of(model, batch, loss_fn).item())
-    if not losses:
-        raise InputError("there are no batches, expected at least one: check the data")
+    with undisturbed(model), torch.no_grad(), watched:
+        for batch, counts in Rounds(read_batches(batches, device_of(model)), model, together):
+            if contributions is not None:
+                contributions.paused = not counts
+            loss = loss_of(model, batch, loss_fn).item()
+            losses += [loss] * counts
+        reshard(model)
     # A sum of infinities is an error to fsum.
-    return math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.nan
-
-
-class Contributions:
-    """Watches what some columns of weights contribute to the mean output of their modules.
-
-    That constant is lost when the columns become zero. It is measured by running each module a
-    second time with all its other columns at zero, so padding, strides and whatever lies between a
-    unit and its consumer are right. After the code of continual backpropagation (Dohare et al.,
-    Nature 2024), which multiplies the columns by the mean activation instead.
-
-    Args:
-        model: The model that will run while this is attached.
-        columns: Where the columns are.
-    """
-
-    def __init__(self, model: nn.Module, columns: Iterable[Region]) -> None:
-        self._model = model
-        self._columns: dict[str, list[Region]] = {}
-        for region in columns:
-            self._columns.setdefault(region.name, []).append(region)
-        self._sums: dict[str, tuple[Tensor, int]] = {}
-        self._norms: dict[str, str] = {}
-        # The output of each consumer as long as anything holds it, by its id.
-        self._latest: dict[int, tuple[weakref.ref[Tensor], str]] = {}
-        self._busy = False
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Watch the model inside the block."""
-        handles: list[RemovableHandle] = []
-        try:
-            for weight in self._columns:
-                module = self._model.get_submodule(weight.rpartition(".")[0])
-                if weight.endswith(".weight") and _channel_axis(module) is not None:
-                    consumer = self._consumer(weight)
-                    handles.append(module.register_forward_hook(consumer, with_kwargs=True))
-            for name, module in self._model.named_modules():
-                if isinstance(module, _BatchNorm) and module.running_mean is not None:
-                    handles.append(module.register_forward_pre_hook(self._norm(name)))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._latest.clear()
-
-    def shifts(self, fresh: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """Return {bias or running mean: what to add}, and the weights that nothing can be added to.
-
-        A convolution without bias has the constant taken from the running mean of its norm.
-
-        Args:
-            fresh: Layer name -> rows that are drawn afresh, which lose nothing.
-        """
-        found: dict[str, Tensor] = {}
-        without = []
-        for weight in self._columns:
-            module = weight.rpartition(".")[0]
-            bias = getattr(self._model.get_submodule(module), "bias", None)
-            if weight in self._sums and isinstance(bias, Tensor):
-                found[f"{module}.bias"] = self._mean(weight, fresh.get(module))
-            elif weight in self._sums and weight in self._norms:
-                mean = self._mean(weight, fresh.get(module))
-                found[f"{self._norms[weight]}.running_mean"] = -mean
-            else:
-                without.append(weight)
-        return found, without
-
-    def _mean(self, weight: str, fresh: Tensor | None) -> Tensor:
-        total, count = self._sums[weight]
-        mean = total / count
-        if fresh is not None:
-            mean[fresh] = 0.0
-        return mean
-
-    def _consumer(self, weight: str) -> Callable[..., None]:
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-        ) -> None:
-            if self._busy:
-                return
-            self._busy = True
-            try:
-                self._add(weight, module, args, kwargs)
-            finally:
-                self._busy = False
-            self._latest[id(output)] = weakref.ref(output), weight
-
-        return hook
-
-    def _add(
-        self, weight: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        whole = self._model.get_parameter(weight).detach()
-        masks = [region_mask(region, whole) for region in self._columns[weight]]
-        kept = torch.where(torch.stack(masks).any(0) if len(masks) > 1 else masks[0], whole, 0)
-        bias = getattr(module, "bias", None)
-        other = {} if bias is None else {"bias": torch.zeros_like(bias)}
-        part = functional_call(module, {"weight": kept, **other}, args, kwargs)
-        axis = _channel_axis(module)
-        assert axis is not None
-        part = part.movedim(axis, 0).flatten(1)
-        total, count = self._sums.get(weight, (torch.zeros((), dtype=torch.float64), 0))
-        own = part.sum(1, dtype=torch.float64).cpu()
-        self._sums[weight] = total + own, count + part.shape[1]
-
-    def _norm(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            latest = self._latest.get(id(args[0])) if args else None
-            if latest is not None and latest[0]() is args[0]:
-                self._norms[latest[1]] = name
-
-        return hook
-
-
-def _channel_axis(module: nn.Module) -> int | None:
-    """Return the dimension of the output that runs over units; None for what is not foreseen."""
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return 1
-    return -1 if isinstance(module, nn.Linear) or is_conv1d(module) else None
+    total = math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
+    sums = torch.tensor([total, len(losses)], dtype=torch.float64)
+    if together is not None:
+        together.add_(sums)
+    return float(sums[0] / sums[1])
 
 
 def fresh_statistics(
@@ -173,11 +78,12 @@ def fresh_statistics(
     names: Iterable[str],
     batches: Iterable[Any],
     loss_fn: Callable[[Any, Any], Tensor],
+    together: Processes | None = None,
 ) -> Mapping[str, Tensor]:
     """Return {buffer: running mean or variance} of some norms over batches; nothing is changed.
 
     All else runs in eval mode, so that dropout does not enter. The mean over batches, as
-    `torch.optim.swa_utils.update_bn` takes it.
+    `torch.optim.swa_utils.update_bn` takes it, over those of all processes.
     """
     norms = {name: model.get_submodule(name) for name in names}
     momenta = {
@@ -185,19 +91,36 @@ def fresh_statistics(
         for name, norm in norms.items()
         if isinstance(norm, _BatchNorm) and norm.track_running_stats
     }
-    found = {}
+    found, seen = {}, 0
     with undisturbed(model), _with_momenta(norms, dict.fromkeys(momenta), momenta):
         model.eval()
         for name in momenta:
-            norms[name].train()
             norms[name].reset_running_stats()  # type: ignore[operator]
         with torch.no_grad():
-            for batch in read_batches(batches, next(model.parameters()).device):
+            for batch, counts in Rounds(read_batches(batches, device_of(model)), model, together):
+                for name in momenta:
+                    norms[name].train(counts)
                 loss_of(model, batch, loss_fn)
+                seen += counts
+            reshard(model)
         for name in momenta:
             for kind in ("running_mean", "running_var"):
                 found[f"{name}.{kind}"] = getattr(norms[name], kind).clone()
-    return found
+    return found if together is None else _mean_over_processes(found, seen, together)
+
+
+def _mean_over_processes(
+    found: Mapping[str, Tensor], seen: int, together: Processes
+) -> dict[str, Tensor]:
+    """Return the means of statistics, each weighted by the number of batches it is of."""
+    count = torch.tensor(float(seen), dtype=torch.float64)
+    together.add_(count)
+    means = {}
+    for name, values in found.items():
+        sums = values.double().cpu() * seen
+        together.add_(sums)
+        means[name] = (sums / count).to(values.device, values.dtype)
+    return means
 
 
 @contextmanager
@@ -223,6 +146,7 @@ class Adjustment:
         batches: As for `fastplastic.profile`; None to measure nothing.
         loss_fn: (output, targets) -> loss.
         known: What the outgoing columns contribute, where that need not be measured.
+        together: The processes whose batches they are; None for this one alone.
     """
 
     def __init__(
@@ -233,10 +157,12 @@ class Adjustment:
         batches: Iterable[Any] | None,
         loss_fn: Callable[[Any, Any], Tensor],
         known: KnownMeans | None = None,
+        together: Processes | None = None,
     ) -> None:
         self._model, self._tensors, self._change = model, tensors, change
         self._batches, self._loss_fn, self._known = batches, loss_fn, known
-        self._contributions = Contributions(model, change.columns)
+        self._together = together
+        self._lost: tuple[dict[str, Tensor], list[str]] = ({}, [])
         self.shifts: dict[str, Tensor] = {}
         self.loss_before: float | None = None
         self.loss_after: float | None = None
@@ -246,9 +172,13 @@ class Adjustment:
         """Measure the loss before, and what would be lost."""
         if self._batches is None:
             return
-        watched = compensate and self._known is None
-        with self._contributions.attached() if watched else nullcontext():
-            self.loss_before = mean_loss(self._model, self._batches, self._loss_fn)
+        if not compensate or self._known is not None:
+            self.loss_before = self._mean_loss(self._batches)
+            return
+        watching = Contributions(self._model, self._change.columns, self._together)
+        self.loss_before = self._mean_loss(self._batches, watching)
+        # From columns that are still there.
+        self._lost = watching.shifts(self._change.rows)
 
     def apply(self, undo: Undo, compensate: bool, recalibrate: bool) -> list[Written]:
         """Write what is wanted besides, measure the loss after; return what was not yet counted."""
@@ -257,12 +187,15 @@ class Adjustment:
             return shifted
         if recalibrate:
             self._recalibrate(self._batches)
-        self.loss_after = mean_loss(self._model, self._batches, self._loss_fn)
+        self.loss_after = self._mean_loss(self._batches)
         return shifted
 
+    def _mean_loss(self, batches: Iterable[Any], watching: Contributions | None = None) -> float:
+        return mean_loss(self._model, batches, self._loss_fn, self._together, watching)
+
     def _compensate(self, undo: Undo) -> list[Written]:
-        source = self._known or self._contributions
-        self.shifts, without = source.shifts(self._change.rows)
+        known = self._known
+        self.shifts, without = known.shifts(self._change.rows) if known else self._lost
         if without:
             self.notes.append(
                 f"{len(without)} weights have no bias or BatchNorm to compensate with: "
@@ -271,18 +204,19 @@ class Adjustment:
         written = []
         for name, shift in self.shifts.items():
             _check_finite(f"what columns contributed to {name!r}", shift)
-            tensor = self._tensors[name].detach()
-            undo.keep(partial(tensor.copy_, tensor.clone()))
-            tensor.copy_(tensor.double() + shift.to(tensor.device))
+            own = local_of(self._tensors[name].detach())
+            undo.keep(partial(own.copy_, own.clone()))
+            here = shift_within(shift, part_of(name, self._tensors[name]))
+            own.copy_(own.double() + here.to(own.device))
             kind = "parameter" if name in self._tensors.parameters else "buffer"
             count = int(shift.count_nonzero())
-            written.append(Written(name, kind, count, tensor.numel()))
+            written.append(Written(name, kind, count, self._tensors[name].numel()))
         return [entry for entry in written if entry.elements]
 
     def _recalibrate(self, batches: Iterable[Any]) -> None:
         regions = {region.name: region for region in self._change.norms}
         names = [name.removesuffix(".running_mean") for name in regions]
-        fresh = fresh_statistics(self._model, names, batches, self._loss_fn)
+        fresh = fresh_statistics(self._model, names, batches, self._loss_fn, self._together)
         for norm in names:
             region = regions[f"{norm}.running_mean"]
             for kind in ("running_mean", "running_var"):

@@ -137,8 +137,5 @@ def _column_norms(region: Region, weight: Tensor) -> Tensor:
     """Return the norms of the columns that are not in the region, float32."""
     norms = columns_of(region, weight).sums(2).sqrt().float()
     live = torch.ones(norms.shape, dtype=torch.bool)
-    # Of a weight without groups the table has one.
-    columns = [part for part in region.index if isinstance(part, Tensor)]
-    groups = columns[0] if region.groups > 1 else torch.tensor(0)
-    live[groups, columns[-1]] = False
+    live[region.columns] = False
     return norms[live]

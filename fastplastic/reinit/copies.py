@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fastplastic.errors import InputError
-from fastplastic.reinit.regions import Tensors, Where
+from fastplastic.model import local_of, part_of
+from fastplastic.reinit.regions import Tensors, Where, shift_within
 from fastplastic.reinit.transaction import Undo, place_of
 
 # Under what AveragedModel, timm's ModelEma and compiled or parallel models keep the model.
@@ -44,13 +45,13 @@ class Copies:
             for copy in self._copies:
                 for name, shift in shifts.items():
                     copy.check(name, self._tensors[name])
-                    own = copy[name]
+                    own, part = local_of(copy[name]), part_of(name, copy[name])
                     undo.keep(partial(own.copy_, own.clone()))
-                    own.add_(shift.to(own))
+                    own.add_(shift_within(shift, part).to(own))
                 for where in places:
                     own = copy[where.name]
                     values = place_of(self._tensors[where.name], where).read()
-                    undo.keep_place(own, where).write(values.to(own))
+                    undo.keep_place(own, where).write(values.to(own.device, own.dtype))
 
 
 class _Copy:
@@ -78,7 +79,13 @@ class _Copy:
                 f"{name!r} of {self._called} has shape {tuple(own.shape)}, expected "
                 f"{tuple(tensor.shape)} as in the model: leave it out"
             )
-        if own.data_ptr() == tensor.data_ptr():
+        if part_of(name, own) != part_of(name, tensor):
+            raise InputError(
+                f"{name!r} of {self._called} is not spread over processes as in the model, "
+                "expected the same part in each: spread it alike, or leave it out"
+            )
+        mine, theirs = local_of(own), local_of(tensor)
+        if mine.numel() and mine.data_ptr() == theirs.data_ptr():
             raise InputError(
                 f"{name!r} of {self._called} is that of the model, expected one of its own"
             )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastplastic.errors import InputError
+from fastplastic.model import Lines
 from fastplastic.planning import Plan
 from fastplastic.reinit.regions import Tensors
 from fastplastic.wiring import Consumer, UnitLayer
@@ -66,13 +67,8 @@ class KnownMeans:
         chosen[units] = means[units].double().cpu()
         # One entry more, of 0, for -1; a column of another unit counts 0.
         of_column = chosen[consumer.unit_of_column]
-        weight = self._tensors[consumer.weight].detach().double().cpu()
-        weight = (
-            weight.movedim(consumer.column_dim, 1).flatten(2).sum(2)
-            if weight.dim() > 2
-            else (weight.movedim(consumer.column_dim, 1))
-        )
-        grouped = weight.view(consumer.groups, -1, weight.shape[1])
-        shift = torch.einsum("grc,gc->gr", grouped, of_column.view(consumer.groups, -1)).flatten()
+        weight = self._tensors[consumer.weight]
+        lines = Lines(consumer.weight, weight, consumer.column_dim, consumer.groups)
+        shift = lines.weigh(of_column.view(consumer.groups, -1, 1))
         key = f"{consumer.name}.bias"
         self._shifts[key] = self._shifts.get(key, torch.zeros_like(shift)) + shift

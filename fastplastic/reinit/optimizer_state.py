@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastplastic.errors import InputError
+from fastplastic.model import is_spread, local_of, part_of
 
 # State that begins as the weights themselves (ASGD, MADGRAD, Lookahead, schedule-free optimizers):
 # zeros would pull the weights to zero, so it takes the fresh ones.
@@ -80,6 +81,7 @@ class OptimizerState:
             weight = self._parameters.get(name)
             for key, value in self._of(weight).items():
                 if isinstance(value, Tensor) and weight is not None and _is_like(value, weight):
+                    _check_placed(name, key, value, weight)
                     yield StateTensor(name, key, value, self._start(weight, key))
 
     def steps(self, names: Iterable[str]) -> Iterator[tuple[dict[str, Any], str]]:
@@ -98,6 +100,7 @@ class OptimizerState:
             for key, value in self._of(weight).items():
                 many = isinstance(value, Tensor) and value.numel() > 1
                 if many and weight is not None and not _is_like(value, weight):
+                    _check_whole(name, key, value, weight)
                     other.add(key)
         if not other:
             return ()
@@ -134,6 +137,26 @@ def optimizers_of(optimizer: Optimizer) -> Iterator[Optimizer]:
 
 def _is_like(value: Tensor, weight: Tensor) -> bool:
     return value.shape == weight.shape and value.is_floating_point()
+
+
+def _check_whole(name: str, key: str, value: Tensor, weight: Tensor) -> None:
+    """Refuse state of the part of a weight that is kept as if that were the weight."""
+    if is_spread(weight) and not is_spread(value) and value.shape == local_of(weight).shape:
+        _refuse_placing(name, key)
+
+
+def _check_placed(name: str, key: str, value: Tensor, weight: Tensor) -> None:
+    """Refuse state of which this process has other elements than of the weight."""
+    if part_of(name, weight) != part_of(f"{name}: {key}", value):
+        _refuse_placing(name, key)
+
+
+def _refuse_placing(name: str, key: str) -> None:
+    raise InputError(
+        f"what the optimizer remembers of {name!r} ({key}) is not spread over processes as the "
+        "weight is, expected the same part of both in each: leave out the optimizer, and begin "
+        "with a fresh one"
+    )
 
 
 def step_of(state: Mapping[str, Any], key: str) -> Any:

@@ -41,6 +41,12 @@ class Region:
         """The dimension that runs over columns, of a region of columns."""
         return 0 if isinstance(self.index[0], Tensor) and self.groups == 1 else 1
 
+    @property
+    def columns(self) -> tuple[Tensor, Tensor]:
+        """Group and number in it of each column, of a region of columns."""
+        lists = [part for part in self.index if isinstance(part, Tensor)]
+        return lists[0] if self.groups > 1 else torch.tensor(0), lists[-1]
+
     def view(self, tensor: Tensor) -> Tensor:
         """Return the view of the tensor that `index` is for."""
         if self.groups == 1:
@@ -96,18 +102,20 @@ class Elements:
     Attributes:
         name: Name of the parameter.
         mask: bool, in the shape of the part of the parameter that this process holds, on the CPU.
+        count: How many they are in all of the parameter.
     """
 
     name: str
     mask: Tensor
+    count: int
 
     def within(self, part: Part) -> "Elements":
         """Return the same: a mask is of the part that this process holds."""
         return self
 
     def size(self, tensor: Tensor) -> int:
-        """Return the number of elements."""
-        return int(self.mask.count_nonzero())
+        """Return the number of elements of the whole tensor."""
+        return self.count
 
 
 Where = Region | Elements
@@ -196,7 +204,8 @@ def selected_elements(tensors: Tensors, plan: Plan) -> list[Elements]:
             )
         if name not in tensors.parameters:
             raise FileError(f"{name!r} is a buffer, expected a parameter: correct the plan")
-    return [Elements(name, mask) for name, mask in plan.masks.items()]
+    counts = plan.counts
+    return [Elements(name, mask, counts[name]) for name, mask in plan.masks.items()]
 
 
 def selected_rows(plan: Plan) -> dict[str, Tensor]:
@@ -336,6 +345,11 @@ def region_mask(region: Region, tensor: Tensor) -> Tensor:
     groups, columns = mask.shape[0], mask.shape[2]
     rows = mask.expand(groups, tensor.shape[0] // groups, columns, *mask.shape[3:])
     return rows.reshape(tensor.shape[0], columns, *mask.shape[3:]).expand(tensor.shape)
+
+
+def shift_within(shift: Tensor, part: Part) -> Tensor:
+    """Return what of a table, one number for each unit, is in a part of a bias."""
+    return shift[part.offsets[0] : part.offsets[0] + part.sizes[0]]
 
 
 def merged_fills(fills: Iterable[FillWrite]) -> Iterator[FillWrite]:
