@@ -245,7 +245,8 @@ class ReducedGradients(WeightGradients):
 
     def _cleared(self) -> bool:
         """Tell whether any gradient that was read is no longer that of its weight."""
-        return any(own() is not self._parameters[name].grad for name, own in self._open.items())
+        now = {name: self._parameters[name].grad for name in self._open}
+        return any(now[name] is None or now[name] is not own() for name, own in self._open.items())
 
     def _on_step(self, optimizer: Optimizer, *_: Any) -> None:
         with self._lock, reading():
