@@ -1,7 +1,5 @@
 """Monitors of several processes that train one model, copied (DDP) or spread (FSDP2), over gloo."""
 
-from time import monotonic
-
 import pytest
 import torch
 from helpers.processes import Pool
@@ -54,34 +52,34 @@ def check(found, expected, atol=2e-6):
 
 
 CASES = {
-    "ddp": ({"kind": "ddp", "name": "cnn", "sizes": UNEVEN}, {}),
-    "ddp, recomputed": (
-        {"kind": "ddp", "name": "block", "recompute": False,
-         "options": {"static_graph": True, "gradient_as_bucket_view": True}},
-        {},
-    ),
-    "ddp, recomputed by reentrant passes": (
-        {"kind": "ddp", "name": "block", "recompute": True}, {},
-    ),
+    "ddp": {"kind": "ddp", "name": "cnn", "sizes": UNEVEN},
+    "ddp, recomputed": {
+        "kind": "ddp", "name": "block", "recompute": False,
+        "options": {"static_graph": True, "gradient_as_bucket_view": True},
+    },
+    "ddp, recomputed in passes of their own": {"kind": "ddp", "name": "block", "recompute": True},
     # The first process never has a batch.
-    "ddp, no batch": ({"kind": "ddp", "name": "cnn", "sizes": NOBODY}, {}),
-    "ddp, every second": ({"kind": "ddp", "name": "cnn", "every": 2, "sizes": EVEN * 2}, {}),
-    "fsdp": ({"kind": "fsdp", "name": "cnn", "sizes": UNEVEN}, {}),
-    "fsdp, kept gathered, recomputed": (
-        {"kind": "fsdp", "name": "block", "recompute": False,
-         "options": {"reshard_after_forward": False}},
-        {},
-    ),
-    "fsdp, an empty batch": ({"kind": "fsdp", "name": "cnn", "sizes": NOBODY}, {}),
+    "ddp, no batch": {"kind": "ddp", "name": "cnn", "sizes": NOBODY},
+    "ddp, every second": {"kind": "ddp", "name": "cnn", "every": 2, "sizes": EVEN * 2},
+    # Weights that one process alone has used.
+    "ddp, unused": {"kind": "ddp", "name": "experts", "options": {"find_unused_parameters": True}},
+    "ddp, no optimizer": {"kind": "ddp", "name": "cnn", "by_hand": True},
+    "fsdp": {"kind": "fsdp", "name": "cnn", "sizes": UNEVEN},
+    "fsdp, kept gathered, recomputed": {
+        "kind": "fsdp", "name": "block", "recompute": False,
+        "options": {"reshard_after_forward": False},
+    },
+    "fsdp, an empty batch": {"kind": "fsdp", "name": "cnn", "sizes": NOBODY},
 }  # fmt: skip
 
 
 def test_the_profile_is_that_of_the_joined_batches(two):
-    found = two.run(several, [call for call, _ in CASES.values()])
-    for number, (case, (call, _)) in enumerate(CASES.items()):
-        options = {key: call[key] for key in ("sizes", "recompute", "every") if key in call}
+    found = two.run(several, list(CASES.values()))
+    for number, (case, call) in enumerate(CASES.items()):
+        same = call.keys() & {"sizes", "recompute", "every", "by_hand"}
+        expected = joined(call["name"], **{key: call[key] for key in same})
         try:
-            check([own[number] for own in found], joined(call["name"], **options))
+            check([own[number] for own in found], expected)
         except AssertionError as error:
             error.add_note(case)
             raise
@@ -103,7 +101,10 @@ def test_gradients_that_are_accumulated_are_read_as_the_optimizer_sees_them(two)
 
 
 def test_a_step_that_overflows_in_one_process_is_dropped_in_all(two):
-    calls = [{"kind": kind, "name": "cnn", "scaler": 1024.0, "sizes": EVEN * 2} for kind in ("ddp", "fsdp")]
+    calls = [
+        {"kind": kind, "name": "cnn", "scaler": 1024.0, "sizes": EVEN * 2}
+        for kind in ("ddp", "fsdp")
+    ]
     found = two.run(several, calls)
     expected = joined("cnn", scaler=1024.0, sizes=EVEN * 2)
     text = "{} of {} steps had gradients that are not finite under the loss scale: left out"
@@ -137,7 +138,8 @@ def test_what_is_refused_and_what_is_not_measured(two):
         "inside: Monitor(model.module)"
     )
     assert first["options"] == (
-        "ProcessError: Monitor(): every is 2 in process 1 and 1 in process 0, expected the same in all"
+        "ProcessError: Monitor(): every is 2 in process 1 and 1 in process 0, expected the same in "
+        "all"
     )
     assert first["models"].startswith("ProcessError: Monitor(): the model is ")
     assert first["apart"] == [
@@ -156,13 +158,19 @@ def test_what_is_refused_and_what_is_not_measured(two):
     assert first["again"] == second["again"] == 8
 
 
-def test_one_that_ends_within_compute_ends_the_others(tmp_path):
-    pool = Pool(2, str(tmp_path / "store"))
+def test_four_processes_and_one_that_ends_within_compute(tmp_path):
+    pool = Pool(4, str(tmp_path / "store"))
+    sizes = ((2, 2, 2, 2), (2, 1, 2, 0))
     try:
+        calls = [{"kind": kind, "name": "cnn", "sizes": sizes} for kind in ("ddp", "fsdp")]
+        found = pool.run(several, calls)
+        for number in range(2):
+            check([own[number] for own in found], joined("cnn", 4, sizes=sizes))
         for pipe in pool._pipes:
             pipe.send((dying, ()))
-        assert pool._pipes[0].poll(60), "waits for one that is gone"
-        done, said = pool._pipes[0].recv()
-        assert done and said.startswith("ProcessError: Monitor.compute()"), said
+        for rank in (0, 2, 3):
+            assert pool._pipes[rank].poll(60), "waits for one that is gone"
+            done, said = pool._pipes[rank].recv()
+            assert done and said.startswith("ProcessError: Monitor.compute(): process 1 is"), said
     finally:
         pool.close()

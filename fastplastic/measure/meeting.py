@@ -1,18 +1,19 @@
 """The processes that watch one model, each with a monitor of its own."""
 
+import hashlib
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import distributed, nn
 
-from fastplastic.errors import InputError, ProcessError
+from fastplastic.errors import InputError
 from fastplastic.measure.observation import Observation
 from fastplastic.measure.together import put_alone, put_together
 from fastplastic.model import fingerprint, is_spread
-from fastplastic.processes import all_processes, is_alone
+from fastplastic.processes import all_or_nothing, all_processes, is_alone
+from fastplastic.wiring import UnitGraph, UnitLayer
 
-_STEP = "Monitor.compute()"
+_MAKING, _COMPUTING = "Monitor()", "Monitor.compute()"
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,18 +40,29 @@ class MonitorMeeting:
 
     Attributes:
         processes: All of them; None where this is the only one, or is alone.
-
-    Raises:
-        ProcessError: They are not the same, or a process is gone.
     """
 
     def __init__(self, model: nn.Module, options: Mapping[str, object]) -> None:
         self.processes = all_processes()
         self._spread = any(map(is_spread, model.parameters()))
         self._facts = {name: str(value) for name, value in options.items()}
-        if self.processes is not None:
-            self._facts["the model"] = fingerprint(model)[:12]
-            self.processes.meet("Monitor()", self._facts)
+        self._facts["the model"] = fingerprint(model)[:12]
+
+    def traced(self, trace: Callable[[], UnitGraph]) -> UnitGraph:
+        """Return the wiring of the model, the same in all processes.
+
+        Args:
+            trace: Returns it.
+
+        Raises:
+            ProcessError: The processes differ, or one failed or is gone.
+        """
+        with all_or_nothing(self.processes, _MAKING, lambda: self._facts):
+            graph = trace()
+            if self.processes is not None:
+                said = hashlib.sha256("\n".join(map(_line, graph.layers)).encode()).hexdigest()
+                self.processes.meet(_MAKING, {"the trace with example_inputs": said[:12]})
+        return graph
 
     def gather(self, read: Callable[[], Seen]) -> Seen:
         """Return what all processes have seen, or this one where it is alone.
@@ -63,34 +75,37 @@ class MonitorMeeting:
                 processes are no longer in a group.
             ProcessError: Another process is elsewhere, failed or is gone.
         """
-        together = self.processes
+        together, own = self.processes, []
         if together is None or is_alone():
             return self._alone(read)
         if not distributed.is_initialized():
             raise InputError(
-                f"{_STEP} behind destroy_process_group(), expected before it: the processes put "
-                "together what they have seen; or call it within fastplastic.alone()"
+                f"{_COMPUTING} behind destroy_process_group(), expected before it: the processes "
+                "put together what they have seen; or call it within fastplastic.alone()"
             )
-        try:
-            own = read()
-        except Exception:
-            # The others hear of it, instead of waiting.
-            with suppress(ProcessError):
-                together.meet(f"{_STEP}, which failed", {})
-            raise
-        facts = dict(self._facts)
-        if self._spread:
-            facts["the number of measured calls"] = str(own.observation.steps)
-        together.meet(_STEP, facts)
-        said = together.share((own.seed, own.largest))
-        observation = put_together(own.observation, together)
+
+        def facts() -> dict[str, str]:
+            own.append(read())
+            # Where weights are spread, all processes make each call.
+            calls = {"the number of measured calls": str(own[0].observation.steps)}
+            return self._facts | (calls if self._spread else {})
+
+        with all_or_nothing(together, _COMPUTING, facts):
+            said = together.share((own[0].seed, own[0].largest))
+            observation = put_together(own[0].observation, together)
         return Seen(observation, said[0][0], max(largest for _, largest in said))
 
     def _alone(self, read: Callable[[], Seen]) -> Seen:
         if self.processes is not None and self._spread:
             raise InputError(
-                f"{_STEP} of one process alone, which has parts of the weights: expected the same "
-                "call in all processes, without fastplastic.alone()"
+                f"{_COMPUTING} of one process alone, which has parts of the weights: expected the "
+                "same call in all processes, without fastplastic.alone()"
             )
         own = read()
         return Seen(put_alone(own.observation), own.seed, own.largest)
+
+
+def _line(layer: UnitLayer) -> str:
+    """Return what has to be the same of a layer for its columns to be those of the same units."""
+    readers = [(consumer.weight, consumer.column_dim) for consumer in layer.consumers]
+    return str((layer.name, layer.n_units, layer.weight, layer.unit_dim, readers))

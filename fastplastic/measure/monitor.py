@@ -1,6 +1,7 @@
 """Watch a model while it is trained: the statistics of a profile, from the user's own loop."""
 
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -109,7 +110,7 @@ class Monitor:
             "scaled": scale is not None,
         }
         self._meeting = MonitorMeeting(model, options)
-        self._graph = build_graph(model, example_inputs)
+        self._graph = self._meeting.traced(partial(build_graph, model, example_inputs))
         self._observer = Observer(
             model, self._graph, parameters=True, every=every, scale=scale,
             positions=self._positions, together=self._meeting.processes,

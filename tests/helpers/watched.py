@@ -1,4 +1,4 @@
-"""Trainings in several processes with a monitor in each: functions that another process can find."""
+"""Trainings in several processes, a monitor in each: functions that another process can find."""
 
 import os
 from contextlib import nullcontext
@@ -39,9 +39,29 @@ class Block(nn.Module):
         return x + self.fc2(self.act(self.fc1(self.norm2(x))))
 
 
+class Experts(nn.Module):
+    """Each process uses an expert of its own, one process all: the other half of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        first, second = (
+            nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)) for _ in range(2)
+        )
+        self.experts = nn.ModuleList([first, second])
+        self.rank = None
+
+    def forward(self, x):
+        if self.rank is not None:
+            return self.experts[self.rank](x)
+        first, second = x.chunk(2)
+        return torch.cat([self.experts[0](first), self.experts[1](second)])
+
+
 def model_of(name, recompute=None):
     """Return a model in eval mode, the same in each process, and the shape of a sample."""
     torch.manual_seed(0)
+    if name == "experts":
+        return Experts().eval(), (6,)
     if name == "cnn":
         layers = [nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Conv2d(6, 5, 3)]
         layers += [nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)]
@@ -77,7 +97,7 @@ def loss_of(output, targets, sizes):
 
 def trained(
     rank, kind, name, sizes=EVEN, recompute=None, options=None, scaler=None, every=1, split=1,
-    sync=True, whole=False,
+    sync=True, whole=False, by_hand=False,
 ):  # fmt: skip
     """Train for some steps under a monitor, and return what it says.
 
@@ -89,6 +109,7 @@ def trained(
         split: How many batches a step is made of.
         sync: Whether gradients are reduced behind each of them.
         whole: Whether this process has the batches of all.
+        by_hand: Whether there is no optimizer, and gradients are cleared behind the forward pass.
     """
     model, shape = model_of(name, recompute)
     run = wrapped(model, kind, options or {})
@@ -97,7 +118,9 @@ def trained(
     given = amp if scaler else None
     example = batch_of(shape, 0, 0, 2)[0]
     with fastplastic.Monitor(model, example, every=every, grad_scale=given) as monitor:
-        joining = run.join() if (0 in sizes[0] and kind == "ddp") else nullcontext()
+        if name == "experts" and not whole:
+            model.rank = rank
+        joining = run.join() if kind == "ddp" and any(0 in own for own in sizes) else nullcontext()
         with joining:
             for number, own in enumerate(sizes):
                 mine = range(len(own)) if whole else [rank]
@@ -111,8 +134,12 @@ def trained(
                     x, y = (torch.cat(values) for values in zip(*pairs, strict=True))
                     with waiting(run, kind, sync or part is parts[-1]):
                         loss = loss_of(run(x), y, [len(b[1]) for b in pairs]) / len(parts)
+                        if by_hand:
+                            optimizer.zero_grad()
                         bad = float("inf") if scaler and number == 1 and len(own) - 1 in mine else 1
                         amp.scale(loss * bad).backward()
+                if by_hand:
+                    continue
                 amp.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(model.parameters(), 0.5)
                 amp.step(optimizer)
@@ -168,7 +195,9 @@ def refused(rank):
     ddp = DistributedDataParallel(model)
     found["wrapper"] = in_words(lambda: fastplastic.Monitor(ddp, x))
     found["options"] = in_words(lambda: fastplastic.Monitor(model, x, every=1 + rank))
-    found["models"] = in_words(lambda: fastplastic.Monitor(model_of("cnn" if rank else "block")[0], x))
+    found["models"] = in_words(
+        lambda: fastplastic.Monitor(model_of("cnn" if rank else "block")[0], x)
+    )
     with fastplastic.Monitor(model, x) as monitor:
         # Without the wrapper nothing makes the gradients the same.
         cross_entropy(model(x), y).backward()
