@@ -81,7 +81,7 @@ def _placed(options: TrialOptions) -> "tuple[Learner, Engine | None, Facts]":
     facts = {**loaded.settings.to_dict(), **_task(options, loaded).facts}
     work = partial(trainer, there)
     engine = OnRay(work, facts, share, address=options.address, warn=warn)
-    return loaded, engine, (("runs", f"by Ray, {engine.place}: {share}"),)
+    return loaded, engine, (("runs", f"by Ray, {engine.place}: {share} each"),)
 
 
 def trainer(options: TrialOptions) -> "Trainer":

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
@@ -27,6 +28,10 @@ from fastplastic.trials.settings import differences
 TRIES = 3
 # Nothing large travels. The least that Ray takes is three quarters of it.
 _STORE_BYTES = 100 * 2**20
+# Python hears Ctrl-C between one wait and the next.
+_WAIT_SECONDS = 0.2
+# How long the machine of an address may take to answer.
+_ANSWER_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +51,7 @@ class Share:
 
     def __str__(self) -> str:
         gpus = f"{_many(self.gpus, 'GPU')}, " * (self.gpus > 0)
-        return f"{_many(self.cpus, 'CPU')}, {gpus}{_many(self.threads, 'thread')} a run"
+        return f"{_many(self.cpus, 'CPU')}, {gpus}{_many(self.threads, 'thread')}"
 
 
 @dataclass(frozen=True)
@@ -114,14 +119,17 @@ class OnRay:
         ray, share = self._ray, self._job.share
         with _connected(ray, self._address):
             self._check_room(len(pending))
-            # By how many others a task may be tried again, Ray does not tell.
+            # Begun again below, with a word: Ray does it in silence, and for memory without end.
             task = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_retries=0)(_make)
             job = ray.put(self._job)
             going = {task.remote(job, item): (item, 1) for item in pending}
             listener.share(pending[0], 0.0)
             try:
                 while going:
-                    (first, *_), _ = ray.wait(list(going))
+                    finished, _ = ray.wait(list(going), timeout=_WAIT_SECONDS)
+                    if not finished:
+                        continue
+                    (first,) = finished
                     item, tries = going.pop(first)
                     made = self._made(first, item, tries)
                     if made is None:
@@ -172,10 +180,10 @@ class OnRay:
             if self._address == "local":
                 raise InputError(f"{text}: take less by --cpus-per-run and --gpus-per-run")
             self._warn(f"{text}; runs wait until one joins the cluster")
-        elif sum(rooms) == 1 < runs:
+        elif sum(rooms) == 1 < min(runs, share.threads):
             self._warn(
                 f"there is room for one run at a time ({share}): with OMP_NUM_THREADS=1 before the "
-                "command, or a smaller --cpus-per-run, there is more"
+                "command there is for more"
             )
 
 
@@ -243,6 +251,7 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
 
 
 def _begin(ray: Any, address: str) -> None:
+    _check_reachable(address)
     local = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
     own = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
@@ -252,15 +261,30 @@ def _begin(ray: Any, address: str) -> None:
             **(local if address == "local" else {}),
         )  # fmt: skip
     except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(
-            f"--address {address}: there is no cluster of Ray ({reason}): start one with ray start "
-            "--head, or leave it out"
-        ) from error
+        raise _no_cluster(address, error) from error
     finally:
         if own:
             # Ray takes SIGTERM for itself.
             signal.signal(signal.SIGTERM, before)
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse an address where nobody answers, for which Ray tries for minutes: InputError."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdecimal()):
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
+    except OSError as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> InputError:
+    reason = " ".join(str(error).split()).partition(". ")[0][:160]
+    return InputError(
+        f"--address {address}: there is no cluster of Ray ({reason}): start one by ray start "
+        "--head, or leave it out"
+    )
 
 
 def _room(node: Mapping[str, float], share: Share) -> int:
