@@ -57,7 +57,7 @@ _COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "compare": (compare_options.CompareOptions, launch.by_first(compare.run)),
     "plan": (options.PlanOptions, launch.together(plan.run)),
     "reinit": (options.ReinitOptions, launch.together(reinit.run)),
-    "trial": (training_options.TrialOptions, launch.by_itself(trial.run)),
+    "trial": (training_options.TrialOptions, launch.together(trial.run)),
     "finetune": (training_options.FinetuneOptions, launch.by_itself(finetune.run)),
     "explain": (explain.ExplainOptions, launch.by_first(explain.run)),
     "list": (listing.ListOptions, launch.by_first(listing.run)),

@@ -17,6 +17,7 @@ from fastplastic.cli.terminal import console, follow, run_progress, warn
 from fastplastic.cli.training import Learner, learner
 from fastplastic.cli.training_options import TrainingOptions, TrialOptions
 from fastplastic.cli.trial_weights import KeptWeights
+from fastplastic.errors import InputError
 
 if TYPE_CHECKING:
     from fastplastic.trials import Arm, Engine, Task, Trainer, Trial
@@ -32,23 +33,30 @@ def run(options: TrialOptions) -> None:
     for each dose as many units at random: each with several seeds, the same batches in the same
     order, and nothing chosen by the test images. Every finished run is kept in a file, so that the
     same command goes on after an interruption.
+
+    Runs are made one after the other, or several at once: by Ray (--engine ray), or by the
+    processes of torchrun, which divide them.
     """
     options.check()
     if options.plot:
         require_matplotlib()
+    from fastplastic.processes import all_processes
     from fastplastic.trials import DEFAULT_ARMS, run_trial, with_controls
 
     options.settings()
     arms = with_controls(options.arm or DEFAULT_ARMS, **options.common())
     seeds = range(options.seed, options.seed + options.seeds)
     loaded, engine, where = _placed(options)
-    kept = KeptWeights(options.output, options.results_file)
+    kept, processes = KeptWeights(options.output, options.results_file), all_processes()
     with run_progress(quiet=options.quiet) as told, _resumable(options):
         trial = run_trial(
             _task(options, loaded), arms, seeds, loaded.settings, engine=engine,
             results=options.results_file, progress=told, keep=partial(kept.keep, loaded),
             settle=kept.settle,
         )  # fmt: skip
+    if processes is not None and processes.rank:
+        # The first one says and writes it.
+        return
     for note in trial.notes:
         warn(note)
     kept.write(trial, force=options.force)
@@ -69,8 +77,19 @@ def run(options: TrialOptions) -> None:
 
 def _placed(options: TrialOptions) -> "tuple[Learner, Engine | None, Facts]":
     """Return model and data, what makes the runs if not this process, and what is said of it."""
+    from fastplastic.processes import all_processes
+
+    processes = all_processes()
     if options.engine == "local":
-        return _learner(options), None, ()
+        where = (
+            () if processes is None else (("runs", f"divided among {processes.size} processes"),)
+        )
+        return _learner(options), None, where
+    if processes is not None:
+        raise InputError(
+            f"--engine ray in {processes.size} processes: Ray starts those of the runs itself: "
+            "start the command without torchrun"
+        )
     from fastplastic.trials import OnRay, require_ray
 
     require_ray()
@@ -93,8 +112,12 @@ def trainer(options: TrialOptions) -> "Trainer":
 
 
 def _learner(options: TrialOptions, *, place: str = "") -> Learner:
+    from fastplastic.processes import alone
+
     share = options.choose_split if options.output else 0.0
-    return learner(options, validation_share=share, place=place)
+    # Every run is made with all of the data.
+    with alone():
+        return learner(options, validation_share=share, place=place)
 
 
 def _seeds(options: TrialOptions) -> str:

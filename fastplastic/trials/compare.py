@@ -1,6 +1,7 @@
 """The public functions of this room: compare arms on a model, and fine-tune one."""
 
 import copy
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 from torch import nn
 
 from fastplastic.errors import InputError
+from fastplastic.files import plain as plain_values
 from fastplastic.measure import Profile
 from fastplastic.model import check_built
 from fastplastic.planning import Plan
+from fastplastic.processes import all_processes
 from fastplastic.reinit import ReinitReport
 from fastplastic.trials.arms import BASELINE, Arm, parse_arm, with_controls
 from fastplastic.trials.engine import Engine, InTurn, Keep, Trainer
@@ -24,6 +27,7 @@ from fastplastic.trials.results import Results, TrialRun
 from fastplastic.trials.run import train_prepared
 from fastplastic.trials.settings import TrainSettings
 from fastplastic.trials.task import Task, TrialData, digest_of
+from fastplastic.trials.together import Answer, divided
 
 # What is tried where no arm is named: the setting that benchmarks/transfer tries on all networks.
 DEFAULT_ARMS = ("dormant@0.3:zero+compensate+recalibrate",)
@@ -51,6 +55,9 @@ def trial(
     images are seen at the checkpoints of the curves and nothing is chosen by them. The global
     random states are put back.
 
+    Where several processes of torch.distributed call it alike, the runs are divided among them, and
+    each gets the whole trial; the first one writes `results` and tells of the progress.
+
     Args:
         model: The pretrained model, with a head for these classes, on the device to train on.
         train: A DataLoader or another iterable with a length that yields (images, labels); what it
@@ -72,6 +79,7 @@ def trial(
 
     Raises:
         InputError: An argument is unusable, or an arm cannot be done with this model.
+        ProcessError: Another process differs, failed or is gone.
         FileError: `results` has results of other settings or cannot be written.
     """
     chosen = with_controls(arms)
@@ -144,6 +152,11 @@ def finetune(
     chosen = arm if isinstance(arm, Arm) else parse_arm(arm)
     if chosen.kind not in (BASELINE, "reinit"):
         raise InputError(f"arm {chosen.name}: expected a dose or {BASELINE}: see trial for others")
+    if (together := all_processes()) is not None:
+        raise InputError(
+            f"finetune in one of {together.size} processes: it trains in one alone, expected that "
+            "to be said: with fastplastic.alone()"
+        )
     settings = settings or TrainSettings()
     check_budget(settings)
     check_built(model)
@@ -187,16 +200,25 @@ def run_trial(
     """
     check_budget(settings)
     told = {**settings.to_dict(), **task.facts}
-    store = Results(None if results is None else Path(results), told)
-    chosen = engine or InTurn(Trainer(task, settings, keep))
-    with store.locked(), random_state_kept():
-        run_arms(chosen, arms, seeds, store, progress=progress, settle=settle)
-    # In the order of the seeds, whichever run ended first.
-    runs = sorted(
-        (run for run in store.runs if run.seed in seeds), key=lambda run: seeds.index(run.seed)
-    )
+
+    def lead(chosen: Engine) -> Answer:
+        store = Results(None if results is None else Path(results), told)
+        with store.locked():
+            run_arms(chosen, arms, seeds, store, progress=progress, settle=settle)
+        # In the order of the seeds, whichever run ended first.
+        own = (run for run in store.runs if run.seed in seeds)
+        return sorted(own, key=lambda run: seeds.index(run.seed)), store.note
+
+    trainer, together = Trainer(task, settings, keep), all_processes()
+    with random_state_kept():
+        if engine is not None or together is None:
+            runs, note = lead(engine or InTurn(trainer))
+        else:
+            asked = {"the arms": [arm.name for arm in arms], "the seeds": list(seeds), **told}
+            facts = {name: json.dumps(plain_values(value)) for name, value in asked.items()}
+            runs, note = divided(together, facts, trainer, lead)
     found = outcome_of(arms, runs, told)
-    return replace(found, notes=(store.note, *found.notes)) if store.note else found
+    return replace(found, notes=(note, *found.notes)) if note else found
 
 
 def check_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:

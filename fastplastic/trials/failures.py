@@ -1,11 +1,12 @@
 """What went wrong with a run in another process, to be raised here as it would be there."""
 
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastplastic import errors
 from fastplastic.errors import FastPlasticError, ProcessError
-from fastplastic.trials.engine import Made, Pending
+from fastplastic.trials.engine import Made, Pending, Trainer
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,24 @@ class Failure:
         return found
 
 
-def to_be_sent(made: Made, item: Pending, where: str) -> Made:
-    """Return a finished run without an error that other processes may not know."""
+def attempt(
+    trainer: Trainer,
+    item: Pending,
+    where: str,
+    tell: Callable[[float], None] = lambda share: None,
+) -> Made | Failure:
+    """Make a run, and return it or its failure, as it can be sent to another process.
+
+    Args:
+        trainer: What makes it.
+        item: Which.
+        where: On which machine or in which process this is; "" where that goes without saying.
+        tell: Called with the share of the training that is done.
+    """
+    try:
+        made = trainer.make(item, tell)
+    except Exception as error:
+        return Failure.of(error).within(item, where)
     if made.error is None:
         return made
     return Made(made.run, Failure.of(made.error).within(item, where).error())

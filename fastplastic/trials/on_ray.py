@@ -21,7 +21,7 @@ import torch
 
 from fastplastic.errors import InputError, ProcessError
 from fastplastic.trials.engine import Listener, Made, Pending, Trainer
-from fastplastic.trials.failures import Failure, to_be_sent
+from fastplastic.trials.failures import Failure, attempt
 from fastplastic.trials.settings import differences
 
 # How often a run is begun whose worker dies: killed, out of memory, its machine gone.
@@ -202,9 +202,10 @@ def _make(job: Job, item: Pending) -> Made | Failure:
     """Make a run: what is done in a worker."""
     where = f"on {platform.node()}" * job.where
     try:
-        return to_be_sent(_trainer(job).make(item, lambda share: None), item, where)
+        trainer = _trainer(job)
     except Exception as error:
         return Failure.of(error).within(item, where)
+    return attempt(trainer, item, where)
 
 
 # A worker makes one run after the other, all of one trial: model and images are loaded once.
