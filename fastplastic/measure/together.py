@@ -1,6 +1,5 @@
 """What several processes that train one model see of it, put together."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from fastplastic.errors import InputError, ProcessError
 from fastplastic.measure.observation import Copies, Observation
-from fastplastic.model import Batch, Part, is_spread, part_of
+from fastplastic.model import Batch, Part, gathered_by_fsdp, is_spread, part_of
 from fastplastic.processes import Processes
 from fastplastic.stats import MAX_ROW, MIN_ROW, STATISTICS, UnitStats, merge_into
 
@@ -35,7 +34,7 @@ def parts_of(
     Raises:
         InputError: A parameter is placed in a way that is not understood.
     """
-    sharded = _sharded(model)
+    sharded = gathered_by_fsdp(model)
     parts: dict[str, Part | None] = {}
     copies = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -54,15 +53,6 @@ def parts_of(
         elif not part.whole:
             parts[name] = part
     return parts, frozenset(copies)
-
-
-def _sharded(model: nn.Module) -> set[int]:
-    """Return the ids of the parameters that FSDP2 spreads and gathers."""
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return set()
-    modules = [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
-    return {id(parameter) for module in modules for parameter in module.parameters()}
 
 
 def _check_placed(name: str, parameter: Any, together: Processes | None, *, fsdp: bool) -> None:

@@ -87,6 +87,15 @@ def local_of(tensor: Tensor) -> Tensor:
     return local
 
 
+def gathered_by_fsdp(model: nn.Module) -> set[int]:
+    """Return the ids of the parameters that FSDP2 spreads and gathers."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return set()
+    modules = [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+    return {id(parameter) for module in modules for parameter in module.parameters()}
+
+
 def reshard(model: nn.Module) -> None:
     """Free what FSDP2 has gathered of parameters and kept, as the first one does after a forward.
 

@@ -26,7 +26,8 @@ from fastplastic.processes import Processes
 from fastplastic.reinit.changes import Change
 from fastplastic.reinit.contributions import Contributions
 from fastplastic.reinit.known_means import KnownMeans
-from fastplastic.reinit.regions import Region, Tensors, shift_within
+from fastplastic.reinit.places import Region, shift_within
+from fastplastic.reinit.regions import Tensors
 from fastplastic.reinit.report import Written
 from fastplastic.reinit.transaction import Undo, place_of
 

@@ -10,14 +10,10 @@ from torch import Tensor, nn
 from fastplastic.errors import InputError
 from fastplastic.initial import Initializer, Target, normal
 from fastplastic.planning import Plan
+from fastplastic.reinit.places import Draw, FillWrite, Region, columns_of, merged
 from fastplastic.reinit.regions import (
-    Draw,
-    FillWrite,
-    Region,
     Tensors,
     column_region,
-    columns_of,
-    merged,
     norm_writes,
     row_targets,
     selected_elements,

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from fastplastic.processes import Processes
-from fastplastic.reinit.regions import Region, columns_of
+from fastplastic.reinit.places import Region, columns_of
 from fastplastic.wiring import is_conv1d
 
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from fastplastic.errors import InputError
 from fastplastic.model import local_of, part_of
-from fastplastic.reinit.regions import Tensors, Where, shift_within
+from fastplastic.reinit.places import Where, shift_within
+from fastplastic.reinit.regions import Tensors
 from fastplastic.reinit.transaction import Undo, place_of
 
 # Under what AveragedModel, timm's ModelEma and compiled or parallel models keep the model.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Integral
 from typing import Any
 
@@ -13,15 +13,18 @@ from torch.optim import Optimizer
 
 from fastplastic.errors import FingerprintError, InputError
 from fastplastic.initial import make_initializer
-from fastplastic.model import fingerprint
+from fastplastic.model import fingerprint, reshard
 from fastplastic.planning import GRANULARITIES, Plan, some_of
+from fastplastic.processes import Processes, all_or_nothing, all_processes
 from fastplastic.reinit.adjust import Adjustment
 from fastplastic.reinit.averages import notes_of_averages, refuse_average
 from fastplastic.reinit.changes import unit_change, weight_change
 from fastplastic.reinit.copies import Copies
 from fastplastic.reinit.known_means import KnownMeans
+from fastplastic.reinit.meeting import check_batches_together, facts_of
 from fastplastic.reinit.optimizer_state import OptimizerState
-from fastplastic.reinit.regions import Elements, Region, Tensors, Where, merged
+from fastplastic.reinit.places import Elements, Region, Where, merged
+from fastplastic.reinit.regions import Tensors
 from fastplastic.reinit.report import ReinitReport, Written
 from fastplastic.reinit.transaction import StateWrites, Undo, apply
 
@@ -53,6 +56,11 @@ def reinit_(
     (SWR), arXiv 2508.00212. Which treatment did best on which networks is in
     benchmarks/transfer/README.md.
 
+    Where several processes train the model, copied or spread over them, all call this with the same
+    plan and options: each writes what it holds, the values are the same however the model is
+    spread, and all processes succeed or none. Sums over batches may differ in the last bit with the
+    number of processes.
+
     Args:
         model: The model that was profiled, or one with the same parameters.
         plan: What `fastplastic.plan` chose.
@@ -72,7 +80,7 @@ def reinit_(
         recalibrate: Measure the running statistics of fresh norm channels over `batches`, instead
             of mean 0 and variance 1.
         batches: As for `fastplastic.profile`, to be read several times: the mean loss before and
-            after is reported.
+            after is reported. Of several processes each passes its share.
         loss_fn: (output, targets) -> loss of the output as it is, as for `fastplastic.profile`.
         optimizer: The optimizer that trains the model, if it has started: what it remembers of each
             weight that is written (momentum, mean squares) begins anew. Else old momentum moves
@@ -91,45 +99,101 @@ def reinit_(
             transformed before use, not floating-point, not loaded. The optimizer is none, or not
             that of the model. The model is a moving average of another. A copy is none. There are
             no batches for what needs them.
+        ProcessError: Another process failed, is gone, or was called with something else; nothing is
+            written in any.
     """
-    means = None if isinstance(compensate, bool) else compensate
-    compensated = means is not None or compensate is True
-    check_choices(plan, outgoing, seed)
-    _check_adjustments(plan, outgoing, compensated, recalibrate)
-    _check_batches(batches is not None, compensate is True, recalibrate)
+    options = Options(
+        init, outgoing, compensate, recalibrate, batches, loss_fn, optimizer, reset_steps, copies,
+        seed,
+    )  # fmt: skip
+    together = all_processes()
+    undo = Undo()
+    # Else what FSDP2 has gathered and kept would be written to, and lost.
+    reshard(model)
+    try:
+        with all_or_nothing(together, "reinit_", lambda: facts_of(model, plan, options.facts())):
+            return _reinit(model, plan, options, together, undo)
+    except BaseException:  # also KeyboardInterrupt and MemoryError
+        undo()
+        raise
+
+
+@dataclass(frozen=True, eq=False)
+class Options:
+    """The arguments of `reinit_` beside model and plan, under the same names."""
+
+    init: str
+    outgoing: str
+    compensate: bool | Mapping[str, Tensor]
+    recalibrate: bool
+    batches: Iterable[Any] | None
+    loss_fn: Callable[[Any, Any], Tensor]
+    optimizer: Optimizer | None
+    reset_steps: bool
+    copies: Sequence[nn.Module]
+    seed: int
+
+    @property
+    def means(self) -> Mapping[str, Tensor] | None:
+        """Mean activations that are known; None where they are measured, or not asked for."""
+        return None if isinstance(self.compensate, bool) else self.compensate
+
+    @property
+    def compensated(self) -> bool:
+        """Whether anything is compensated."""
+        return self.means is not None or self.compensate is True
+
+    def facts(self) -> dict[str, object]:
+        """Return what has to be the same in all processes."""
+        given = "none" if self.batches is None else "given"
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return values | {"batches": given, "loss_fn": "", "copies": f"{len(self.copies)} copies"}
+
+    def check(self, model: nn.Module, plan: Plan, together: Processes | None) -> None:
+        """Refuse what does not fit together, or is unknown: InputError."""
+        check_choices(plan, self.outgoing, self.seed)
+        _check_adjustments(plan, self.outgoing, self.compensated, self.recalibrate)
+        measured = self.compensate is True
+        _check_batches(self.batches is not None, measured, self.recalibrate)
+        if self.batches is not None:
+            check_batches_together(model, together, looks_inside=measured or self.recalibrate)
+
+
+def _reinit(
+    model: nn.Module, plan: Plan, options: Options, together: Processes | None, undo: Undo
+) -> ReinitReport:
+    """Do what `reinit_` does; `undo` knows what is written by then."""
+    options.check(model, plan, together)
     refuse_average(model)
-    initializer = make_initializer(init, model)
+    initializer = make_initializer(options.init, model)
     tensors = Tensors(model)
+    optimizer = options.optimizer
     state = None if optimizer is None else OptimizerState(optimizer, model)
     check_fingerprint(model, plan)
     if plan.granularity == "unit":
-        change = unit_change(model, plan, tensors, initializer, outgoing)
+        change = unit_change(model, plan, tensors, initializer, options.outgoing)
     else:
         change = weight_change(plan, tensors, initializer)
     places = change.writes.places
     written = count_written(tensors, places)
-    memory = _OptimizerReset.of(state, places, written, reset_steps)
+    memory = _OptimizerReset.of(state, places, written, options.reset_steps)
+    means = options.means
     known = None if means is None else KnownMeans(model, plan, tensors, means)
-    adjust = Adjustment(model, tensors, change, batches, loss_fn, known)
-    along = Copies(copies, [entry.name for entry in written], tensors)
-    adjust.measure(compensated)
-    undo = Undo()
-    try:
-        apply(tensors, change.writes, memory.writes, seed, undo)
-        shifted = adjust.apply(undo, compensated, recalibrate)
-        along.write(places, adjust.shifts, undo)
-    except BaseException:  # also KeyboardInterrupt and MemoryError
-        undo()
-        raise
+    adjust = Adjustment(model, tensors, change, options.batches, options.loss_fn, known, together)
+    along = Copies(options.copies, [entry.name for entry in written], tensors)
+    adjust.measure(options.compensated)
+    apply(tensors, change.writes, memory.writes, options.seed, undo)
+    shifted = adjust.apply(undo, options.compensated, options.recalibrate)
+    along.write(places, adjust.shifts, undo)
     counts = plan.counts
     return ReinitReport(
         count=sum(counts.values()),
         layers=counts,
         shares=shares_of(plan, counts),
         granularity=plan.granularity,
-        init=init,
-        outgoing=outgoing if plan.granularity == "unit" else "keep",
-        seed=int(seed),
+        init=options.init,
+        outgoing=options.outgoing if plan.granularity == "unit" else "keep",
+        seed=int(options.seed),
         written=(*written, *shifted, *memory.written),
         loss_before=adjust.loss_before,
         loss_after=adjust.loss_after,

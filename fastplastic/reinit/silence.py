@@ -8,7 +8,8 @@ from torch import nn
 from fastplastic.initial import make_initializer
 from fastplastic.planning import Plan
 from fastplastic.reinit.changes import unit_change
-from fastplastic.reinit.regions import Tensors, Where, selected_elements
+from fastplastic.reinit.places import Where
+from fastplastic.reinit.regions import Tensors, selected_elements
 from fastplastic.reinit.transaction import place_of
 
 

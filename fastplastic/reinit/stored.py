@@ -12,7 +12,8 @@ from fastplastic.errors import FileError
 from fastplastic.files import StoredWeights, WeightStore
 from fastplastic.kernels import DTYPES
 from fastplastic.reinit.optimizer_state import StateTensor
-from fastplastic.reinit.regions import Tensors, Where
+from fastplastic.reinit.places import Where
+from fastplastic.reinit.regions import Tensors
 from fastplastic.reinit.transaction import Place, StateWrites, Undo, Writes, apply, place_of
 
 

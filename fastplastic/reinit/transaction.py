@@ -11,17 +11,17 @@ from torch import Tensor
 from fastplastic.kernels import resample_
 from fastplastic.model import local_of, part_of
 from fastplastic.reinit.optimizer_state import StateTensor, set_step, step_of
-from fastplastic.reinit.regions import (
+from fastplastic.reinit.places import (
     Draw,
     Elements,
     FillWrite,
     Region,
-    Tensors,
     Where,
     columns_of,
     merged_fills,
     region_mask,
 )
+from fastplastic.reinit.regions import Tensors
 
 
 @dataclass(frozen=True, eq=False)
