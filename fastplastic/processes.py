@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -118,6 +119,10 @@ class Processes:
             function(*arguments, group=self._tables, **options)
         except RuntimeError as error:
             reason = _reason(error)
+        except BaseException as error:  # KeyboardInterrupt, or out of memory
+            # Who waits for this process would wait on: the frames hold on to the connections.
+            _forget_frames(error)
+            raise
         # Not before the error is gone, which holds on to the connections.
         if reason:
             self._break_off()
@@ -206,6 +211,12 @@ def _reason(error: RuntimeError) -> str:
     if "imed out" in text or "imeout" in text:
         return f"did not come within {WAIT.total_seconds():g} s: each has to make the same calls"
     return f"is gone ({text.partition('. ')[0][:120]})"
+
+
+def _forget_frames(error: BaseException) -> None:
+    """Free what the functions held that were called from here and raised an error."""
+    here = error.__traceback__
+    clear_frames(here.tb_next if here is not None else None)
 
 
 @contextmanager
