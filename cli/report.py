@@ -112,6 +112,6 @@ def plan_view(
         )
         for name, units in plan.units.items()
     )
-    counts = plan.counts
-    masks = tuple(MaskRow(name, mask.numel(), counts[name]) for name, mask in plan.masks.items())
+    sizes, counts = plan.sizes, plan.counts
+    masks = tuple(MaskRow(name, sizes[name], counts[name]) for name in plan.masks)
     return PlanView(facts, units, masks, (*plan.notes, *notes))

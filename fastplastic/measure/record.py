@@ -186,8 +186,10 @@ class Profile:
         dtype: Type of its first floating-point parameter.
         seed: Seed of torch's random numbers when profiling began (dropout draws from them).
         fingerprint: Fingerprint of the model.
-        gradients: {parameter name: mean gradient over the batches}, if they were asked for.
+        gradients: {parameter name: mean gradient over the batches}, if they were asked for. Of
+            parameters that are spread over processes, as `weights`, the part of this process.
         weights: {parameter name: the parameter itself, not a copy}, if gradients were asked for.
+            `weights.parts` says which part of a parameter this process has, and of which.
         notes: What a reader of the numbers has to know.
     """
 
@@ -327,9 +329,11 @@ class Profile:
 
         Raises:
             FileError: The path cannot be written, or exists and `force` is not set.
-            InputError: The weights have changed since they were profiled.
+            InputError: The weights have changed since they were profiled, or are spread over
+                processes.
         """
         if self.weights is not None:
+            _check_whole(self.weights)
             self.weights.check()
         stored = StoredProfile(
             wiring=[layer.wiring for layer in self.layers],
@@ -363,6 +367,15 @@ class Profile:
             weights=None if stored.weights is None else Weights(stored.weights),
             notes=tuple(stored.notes),
             **stored.fields,
+        )
+
+
+def _check_whole(weights: Weights) -> None:
+    for name, part in weights.parts.items():
+        raise InputError(
+            f"the profile holds {part.sizes} of {name!r} {part.shape} and its gradient, the part "
+            "of this process, expected whole ones: save it without them, "
+            "dataclasses.replace(profile, gradients=None, weights=None)"
         )
 
 

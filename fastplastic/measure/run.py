@@ -94,8 +94,11 @@ def profile(
     device = device_of(model)
     seed = torch.initial_seed()
     positions = PositionSample(sample_positions, seed)
-    options = {"backward": str(backward), "sample_positions": str(sample_positions)}
-    together = _meet(model, options, ranks=ranks, gradients=gradients)
+    options = {
+        "backward": str(backward), "sample_positions": str(sample_positions),
+        "gradients": str(gradients),
+    }  # fmt: skip
+    together = _meet(model, options, ranks=ranks)
     mean = MeanGradient(model)
     with undisturbed(model), torch.inference_mode(False), torch.enable_grad(), EagerStance():
         stream = read_batches(batches, device)
@@ -228,18 +231,13 @@ def _row_samples() -> "RowSamples":
     return RowSamples()
 
 
-def _meet(
-    model: nn.Module, options: Mapping[str, str], *, ranks: bool, gradients: bool
-) -> Processes | None:
+def _meet(model: nn.Module, options: Mapping[str, str], *, ranks: bool) -> Processes | None:
     """Return the processes that share the model, when all are here with the same options."""
     together = all_processes()
     if together is None:
         return None
-    if ranks or (gradients and any(map(is_spread, model.parameters()))):
-        raise InputError(
-            f"{together.size} processes and {'ranks' if ranks else 'gradients of spread weights'}, "
-            "expected one process: leave it out"
-        )
+    if ranks:
+        raise InputError(f"{together.size} processes and ranks, expected one process: leave it out")
     together.meet("profile", {"the model": fingerprint(model)[:12], **options})
     return together
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastplastic.errors import InputError
 from fastplastic.kernels import DTYPES
-from fastplastic.model.spread import is_spread, local_of
+from fastplastic.model.spread import Part, is_cut, is_spread, local_of, part_of
 from fastplastic.processes import Processes
 
 
@@ -16,9 +16,17 @@ class Weights(Mapping[str, Tensor]):
 
     Args:
         tensors: What to keep; no copies are made.
+        parts: Which parts these are of weights that are spread over processes.
+
+    Attributes:
+        parts: {name: which part of the weight the tensor is}, of those that are spread over
+            processes, the same names in each.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], parts: Mapping[str, Part] | None = None
+    ) -> None:
+        self.parts: Mapping[str, Part] = dict(parts or {})
         self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
         self._sums = {name: _sum_of_bits(tensor) for name, tensor in self._tensors.items()}
 
@@ -46,21 +54,34 @@ class Weights(Mapping[str, Tensor]):
 
 
 def weights_of(model: nn.Module, but: Sequence[str] = ()) -> Weights:
-    """Return the floating-point parameters of a model that have one name.
+    """Return the floating-point parameters of a model that have one name, or parts of them.
 
     Args:
         model: The model.
         but: Names of modules whose parameters are left out.
     """
     left_out = tuple(f"{name}." for name in but)
-    names: dict[int, list[str]] = {}
-    tensors: dict[int, Tensor] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.dtype in DTYPES and parameter.numel():
-            names.setdefault(parameter.data_ptr(), []).append(name)
-            tensors[parameter.data_ptr()] = parameter
-    kept = {own[0]: tensors[key] for key, own in names.items() if len(own) == 1}
-    return Weights({name: x for name, x in kept.items() if not name.startswith(left_out)})
+    parameters = {
+        name: parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.dtype in DTYPES and parameter.numel()
+    }
+    names: dict[tuple[bool, int], list[str]] = {}
+    for name, parameter in parameters.items():
+        names.setdefault(_memory_of(parameter), []).append(name)
+    kept = [own[0] for own in names.values() if len(own) == 1]
+    kept = [name for name in kept if not name.startswith(left_out)]
+    return Weights(
+        {name: local_of(parameters[name]) for name in kept},
+        {name: part_of(name, parameters[name]) for name in kept if is_cut(parameters[name])},
+    )
+
+
+def _memory_of(parameter: Tensor) -> tuple[bool, int]:
+    """Return what two names of the same memory have in common."""
+    # A part without elements has no address, and whoever spreads a parameter keeps it one object.
+    spread = is_spread(parameter)
+    return spread, id(parameter) if spread else parameter.data_ptr()
 
 
 def _sum_of_bits(tensor: Tensor) -> int:

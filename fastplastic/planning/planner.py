@@ -1,5 +1,6 @@
 """What to re-initialise: a pure function from a profile to a plan. No model is seen here."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,8 +11,16 @@ from torch import Tensor
 from fastplastic.criteria import CRITERIA
 from fastplastic.errors import FileError, InputError
 from fastplastic.files import StoredPlan, read_plan, write_plan
+from fastplastic.model import Part
 from fastplastic.notebook import html_table
-from fastplastic.planning.request import DEFAULT_CRITERIA, Request, patterns, stored_checks
+from fastplastic.planning.holders import Holders
+from fastplastic.planning.request import (
+    DEFAULT_CRITERIA,
+    Choice,
+    Request,
+    patterns,
+    stored_checks,
+)
 from fastplastic.planning.units import choose_units, choose_units_like, wiring_of
 from fastplastic.planning.weights import choose_weights, choose_weights_like
 from fastplastic.wiring import UnitLayer
@@ -36,7 +45,11 @@ class Plan:
         eligible: Number of units (or weights) there were to choose from.
         fingerprint: Fingerprint of the model that was profiled.
         masks: Parameter name -> bool mask of the selected weights, on the CPU; no mask is empty.
-            There are none for granularity "unit".
+            There are none for granularity "unit". Of a parameter that is spread over processes, the
+            part of this process, and all False where it gives none.
+        parts: Parameter name -> which part of it its mask is of, of those that are spread over
+            processes; the same names in each.
+        part_counts: Parameter name -> how many weights are selected in all of it, of the same.
         notes: What a reader should know, one sentence each.
     """
 
@@ -48,6 +61,8 @@ class Plan:
     fingerprint: str
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    parts: Mapping[str, Part] = field(default_factory=dict)
+    part_counts: Mapping[str, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         amount = f"ratio {self.ratio:g}" if self.ratio is not None else f"up to {self.threshold:g}"
@@ -63,8 +78,8 @@ class Plan:
             (name, self.wiring[name].n_units, len(chosen), *_lowest_and_highest(self.scores[name]))
             for name, chosen in self.units.items()
         ]
-        counts = self.counts
-        masks = [(name, mask.numel(), counts[name]) for name, mask in self.masks.items()]
+        sizes, counts = self.sizes, self.counts
+        masks = [(name, sizes[name], counts[name]) for name in self.masks]
         if masks:
             return html_table(repr(self), ("parameter", "weights", "chosen"), masks, self.notes)
         titles = ("layer", "units", "chosen", "lowest score", "highest score")
@@ -112,9 +127,21 @@ class Plan:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of units selected in each layer, or of weights in each parameter."""
+        """Number of units selected in each layer, or of weights in each (whole) parameter."""
         chosen = {name: len(units) for name, units in self.units.items()}
-        return chosen | {name: int(mask.count_nonzero()) for name, mask in self.masks.items()}
+        for name, mask in self.masks.items():
+            spread = name in self.parts
+            chosen[name] = self.part_counts[name] if spread else int(mask.count_nonzero())
+        return chosen
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of all units of each layer in the plan, or of all weights of each parameter."""
+        found = {name: self.wiring[name].n_units for name in self.units}
+        for name, mask in self.masks.items():
+            spread = name in self.parts
+            found[name] = math.prod(self.parts[name].shape) if spread else mask.numel()
+        return found
 
     @property
     def beyond(self) -> int | None:
@@ -137,8 +164,14 @@ class Plan:
         Raises:
             FileError: The path cannot be written, or exists and `force` is false.
             InputError: Masks are to be written to a file whose name does not end in .safetensors,
-                or units to one whose name does.
+                or units to one whose name does. Masks are parts.
         """
+        if self.parts:
+            raise InputError(
+                f"{path}: {len(self.parts)} of the {len(self.masks)} masks are parts, those of "
+                "this process, expected whole ones: apply the plan in the same run (reinit_), or "
+                "make it in one process, before the model is spread"
+            )
         stored = StoredPlan(
             request=self.request.stored(), fingerprint=self.fingerprint, eligible=self.eligible,
             wiring=self.wiring, units=self.units, scores=self.scores, masks=self.masks,
@@ -195,6 +228,9 @@ def plan(
     Equal scores are ordered by a hash of (seed, name, unit or element), so the choice depends
     neither on the order of layers nor on which others are looked at.
 
+    Where processes hold parts of the weights (FSDP2), all of them call it and choose what one would
+    of the whole weights. Units are chosen without a word to each other.
+
     Args:
         profile: What `fastplastic.profile` or a `Monitor` measured; for weights, what `profile`
             measured with gradients=True, of a model whose weights are still the same.
@@ -217,6 +253,8 @@ def plan(
     Raises:
         InputError: An argument is unusable, nothing is eligible, or `max_layer_fraction` leaves
             too few units for `ratio`. The profile holds no gradients, or the weights have changed.
+        ProcessError: Another process that holds parts of the weights is gone, failed, or is asked
+            for something else.
     """
     request = Request(
         criterion=criterion or DEFAULT_CRITERIA.get(granularity, ""),
@@ -229,18 +267,27 @@ def plan(
         max_layer_fraction=max_layer_fraction,
         seed=seed,
     )
+    holders = Holders.of(profile, granularity)
+    with holders.meeting("plan", profile, request):
+        chosen = _chosen(profile, request, holders)
+    nothing = () if chosen.units or chosen.masks else (f"no {granularity} is selected",)
+    made = Plan(
+        request.plain(), chosen.units, chosen.scores, chosen.wiring, chosen.eligible,
+        profile.fingerprint, chosen.masks, (*chosen.notes, *nothing), chosen.parts,
+        chosen.part_counts,
+    )  # fmt: skip
+    return replace(made, notes=(*made.notes, *_health(made)))
+
+
+def _chosen(profile: "Profile", request: Request, holders: Holders) -> Choice:
     request.check()
     if not profile.layers:
         raise InputError(
             "the profile has no layers, expected at least one: profile the model again"
         )
-    chosen = (choose_units if granularity == "unit" else choose_weights)(profile, request)
-    nothing = () if chosen.units or chosen.masks else (f"no {granularity} is selected",)
-    made = Plan(
-        request.plain(), chosen.units, chosen.scores, chosen.wiring, chosen.eligible,
-        profile.fingerprint, chosen.masks, (*chosen.notes, *nothing),
-    )  # fmt: skip
-    return replace(made, notes=(*made.notes, *_health(made)))
+    if request.granularity == "unit":
+        return choose_units(profile, request)
+    return choose_weights(profile, request, holders)
 
 
 def plan_of_units(
@@ -279,11 +326,15 @@ def control(plan: Plan, profile: "Profile", *, seed: int) -> Plan:
     if request.threshold is not None:
         share = plan.count / max(plan.eligible, 1)
         request = replace(request, threshold=None, ratio=share)
-    choose = choose_units_like if plan.granularity == "unit" else choose_weights_like
-    chosen = choose(profile, request, plan.counts)
+    if plan.granularity == "unit":
+        chosen = choose_units_like(profile, request, plan.counts)
+    else:
+        holders = Holders.of(profile, plan.granularity)
+        with holders.meeting("control", profile, request):
+            chosen = choose_weights_like(profile, request, plan.counts, holders)
     return Plan(
         request, chosen.units, chosen.scores, chosen.wiring, plan.eligible, plan.fingerprint,
-        chosen.masks,
+        chosen.masks, parts=chosen.parts, part_counts=chosen.part_counts,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastplastic.criteria import CRITERIA, WEIGHT_CRITERIA
 from fastplastic.errors import InputError
 from fastplastic.files import SHARE, Check, integer, is_number, is_share, one_of
+from fastplastic.model import Part
 from fastplastic.wiring import UnitLayer
 
 GRANULARITIES = ("unit", "weight")
@@ -104,6 +105,8 @@ class Choice:
     scores: Mapping[str, Tensor] = field(default_factory=dict)
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    parts: Mapping[str, Part] = field(default_factory=dict)
+    part_counts: Mapping[str, int] = field(default_factory=dict)
 
 
 def criterion_among(name: str, criteria: Collection[str], granularity: str) -> str:

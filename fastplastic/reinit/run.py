@@ -220,8 +220,7 @@ def _frozen(tensors: Tensors, written: Iterable[Written]) -> tuple[str, ...]:
 
 def shares_of(plan: Plan, counts: dict[str, int]) -> dict[str, float]:
     """Return the share of the units of each layer, or of the weights of each tensor."""
-    sizes = {name: plan.wiring[name].n_units for name in plan.units}
-    sizes |= {name: mask.numel() for name, mask in plan.masks.items()}
+    sizes = plan.sizes
     return {name: count / sizes[name] for name, count in counts.items()}
 
 
