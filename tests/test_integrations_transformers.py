@@ -271,17 +271,6 @@ def test_other_processes_than_the_first_reinitialise_and_log_nothing(
     assert not any("plasticity/reset" in row for row in trainer.state.log_history)
 
 
-def test_several_processes_that_would_choose_different_units(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = trainer_of(tmp_path, bert(), max_steps=2)
-    trainer.add_callback(PlasticityCallback(trainer, "redo"))
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(InputError, match="2 processes and criterion 'dormant' of activations"):
-        trainer.train()
-
-
 def test_a_model_in_several_copies(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, bert())
     callback = PlasticityCallback(trainer, "redo")

@@ -11,7 +11,6 @@ from torch.nn.functional import cross_entropy
 
 from fastplastic import Recycler
 from fastplastic.errors import InputError
-from fastplastic.graph import build_graph
 
 
 def test_two_on_one_model() -> None:
@@ -236,25 +235,3 @@ def test_a_state_of_another_recycler() -> None:
         recycler.load_state_dict(state | {"sizes": {"0": 99, "2": 12}})
     with pytest.raises(InputError, match="saved with seed 5, this one has 0"):
         recycler.load_state_dict(state | {"seed": 5})
-
-
-@pytest.mark.parametrize(
-    ("method", "refused"), [("redo", True), ("cbp", True), ("grama", False), ("swr", False)]
-)
-def test_several_processes_that_would_choose_different_units(
-    method: str, refused: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    graph = build_graph(model, torch.randn(2, 8))
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    if refused:
-        with pytest.raises(InputError, match=r"2 processes and criterion '\w+' of activations"):
-            Recycler(model, graph, optimizer, method)
-    else:
-        Recycler(model, graph, optimizer, method).detach()
-    # Where all measure the same, all choose the same.
-    same = [batch(0)]
-    with Recycler(model, graph, optimizer, "redo", batches=lambda: same):
-        pass

@@ -8,9 +8,9 @@ from fastplastic.measure.positions import PositionSample
 from fastplastic.measure.record import Coverage, LayerProfile, Profile, Totals
 from fastplastic.measure.run import assemble, profile
 from fastplastic.measure.table import flat_rows
-from fastplastic.measure.together import Rounds
+from fastplastic.measure.together import Rounds, compare_traces
 
 __all__ = [
     "Coverage", "EagerStance", "Finding", "LayerProfile", "Monitor", "Observer", "PositionSample",
-    "Profile", "Rounds", "Totals", "assemble", "findings", "flat_rows", "profile",
+    "Profile", "Rounds", "Totals", "assemble", "compare_traces", "findings", "flat_rows", "profile",
 ]  # fmt: skip

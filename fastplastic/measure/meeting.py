@@ -1,6 +1,5 @@
 """The processes that watch one model, each with a monitor of its own."""
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -8,10 +7,10 @@ from torch import distributed, nn
 
 from fastplastic.errors import InputError
 from fastplastic.measure.observation import Observation
-from fastplastic.measure.together import put_alone, put_together
+from fastplastic.measure.together import compare_traces, put_alone, put_together
 from fastplastic.model import fingerprint, is_spread
 from fastplastic.processes import all_or_nothing, all_processes, is_alone
-from fastplastic.wiring import UnitGraph, UnitLayer
+from fastplastic.wiring import UnitGraph
 
 _MAKING, _COMPUTING = "Monitor()", "Monitor.compute()"
 
@@ -59,9 +58,7 @@ class MonitorMeeting:
         """
         with all_or_nothing(self.processes, _MAKING, lambda: self._facts):
             graph = trace()
-            if self.processes is not None:
-                said = hashlib.sha256("\n".join(map(_line, graph.layers)).encode()).hexdigest()
-                self.processes.meet(_MAKING, {"the trace with example_inputs": said[:12]})
+            compare_traces(graph, self.processes)
         return graph
 
     def gather(self, read: Callable[[], Seen]) -> Seen:
@@ -103,9 +100,3 @@ class MonitorMeeting:
             )
         own = read()
         return Seen(put_alone(own.observation), own.seed, own.largest)
-
-
-def _line(layer: UnitLayer) -> str:
-    """Return what has to be the same of a layer for its columns to be those of the same units."""
-    readers = [(consumer.weight, consumer.column_dim) for consumer in layer.consumers]
-    return str((layer.name, layer.n_units, layer.weight, layer.unit_dim, readers))

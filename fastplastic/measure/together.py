@@ -1,5 +1,6 @@
 """What several processes that train one model see of it, put together."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ from fastplastic.measure.observation import Copies, Observation
 from fastplastic.model import Batch, Part, gathered_by_fsdp, is_spread, part_of
 from fastplastic.processes import Processes
 from fastplastic.stats import MAX_ROW, MIN_ROW, STATISTICS, UnitStats, merge_into
+from fastplastic.wiring import UnitGraph, UnitLayer
 
 # Gradients that were reduced are the same bits; those of different batches are not that close.
 _SAME = 1e-6
@@ -66,6 +68,23 @@ def _check_placed(name: str, parameter: Any, together: Processes | None, *, fsdp
         f"there are {size} processes, expected all of them to share it by fully_shard alone: "
         "profile before tensor parallelism is applied"
     )
+
+
+def compare_traces(graph: UnitGraph, together: Processes | None) -> None:
+    """Wait until all processes have traced the model, to the same.
+
+    Raises:
+        ProcessError: They have other layers, of which each would take the columns for its own.
+    """
+    if together is not None:
+        said = hashlib.sha256("\n".join(map(_line, graph.layers)).encode()).hexdigest()
+        together.meet(together.step, {"the trace with example_inputs": said[:12]})
+
+
+def _line(layer: UnitLayer) -> str:
+    """Return what has to be the same of a layer for its columns to be those of the same units."""
+    readers = [(consumer.weight, consumer.column_dim) for consumer in layer.consumers]
+    return str((layer.name, layer.n_units, layer.weight, layer.unit_dim, readers))
 
 
 def put_together(observation: Observation, together: Processes) -> Observation:

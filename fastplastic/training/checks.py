@@ -12,11 +12,10 @@ from torch.optim import Optimizer
 from fastplastic.errors import InputError
 from fastplastic.graph import build_graph
 from fastplastic.initial import make_initializer
-from fastplastic.model import check_built
+from fastplastic.model import check_built, check_unwrapped
 from fastplastic.planning import matching
 from fastplastic.reinit import OptimizerState
 from fastplastic.training.methods import Method
-from fastplastic.training.processes import check_processes
 from fastplastic.wiring import UnitGraph, UnitLayer
 
 _FAILED = "running it failed"
@@ -26,19 +25,20 @@ def check_arguments(
     model: nn.Module, optimizer: Optimizer, method: Method, batches: object
 ) -> None:
     """Refuse arguments that do not fit together: InputError."""
-    check_built(model)
+    check_unwrapped(model, "Recycler")
+    check_built(model, spread=True)
     OptimizerState(optimizer, model)
     make_initializer(method.init, model)
     if batches is None:
-        check_processes(method)
-    elif method.rate is not None:
+        return
+    if method.rate is not None:
         raise InputError("batches with a rate: its averages are made of the running batches")
-    elif method.sample_positions is not None:
+    if method.sample_positions is not None:
         raise InputError(
             "batches with sample_positions: it is for the running batch, batches are read whole: "
             "leave one of them out"
         )
-    elif not callable(batches):
+    if not callable(batches):
         raise InputError(
             f"batches is a {type(batches).__name__}, expected a function that returns the batches "
             "each time that it is called: batches=lambda: [(inputs, targets)]"

@@ -12,8 +12,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from fastplastic.errors import InputError, NothingToChooseError, warn
+from fastplastic.measure import compare_traces
 from fastplastic.model import fingerprint
 from fastplastic.planning import Plan, Request, plan, plan_of_units, scored_units
+from fastplastic.processes import all_or_nothing, all_processes
 from fastplastic.randomness import stream
 from fastplastic.reinit import optimizers_of, reinit_
 from fastplastic.training.checks import (
@@ -61,6 +63,10 @@ class Recycler:
     accumulated as it saw them. Calls of the model without gradients (evaluation, acting, target
     networks) are not measured.
 
+    Where processes train one model together, each makes a Recycler of its own, with the same
+    arguments. They choose by what all have seen, so that each re-initialises the same, and make as
+    many steps: in those that are measured they wait for each other.
+
     Args:
         model: The model that the loop calls; for a wrapped one (DistributedDataParallel), the
             module inside.
@@ -83,8 +89,9 @@ class Recycler:
 
     Raises:
         InputError: A name or option is unknown or unusable, the optimizer is not that of the model,
-            another Recycler acts on the model, it has no unit to choose from, or several processes
-            would choose different units.
+            another Recycler acts on the model, it has no unit to choose from, or the model is a
+            wrapper.
+        ProcessError: The processes have different models or arguments, or one is gone.
     """
 
     def __init__(
@@ -109,14 +116,17 @@ class Recycler:
         self._model, self._optimizer, self._sync = model, optimizer, copies_of(sync)
         self._batches, self._loss_fn, self._seed = batches, loss_fn, int(seed)
         self._fingerprint = fingerprint(model)
-        graph = graph_of(model, example_inputs, optimizer, self.method)
+        self._together = all_processes()
+        with all_or_nothing(self._together, "Recycler()", self._facts):
+            graph = graph_of(model, example_inputs, optimizer, self.method)
+            compare_traces(graph, self._together)
         self._sizes = {layer.name: layer.n_units for layer in graph.layers if layer.hidden.any()}
         self._replacement = (
             None if self.method.rate is None
             else Replacement(self._sizes, self.method, self._seed)
         )  # fmt: skip
         self._schedule = Schedule(self.method)
-        self._watch = StepWatch(model, graph, self.method, self._seed)
+        self._watch = StepWatch(model, graph, self.method, self._seed, self._together)
         self._last: dict[str, Tensor] | None = None
         self._warned = False
         # Up to which step the ages are counted.
@@ -230,6 +240,19 @@ class Recycler:
 
     def _act(self) -> Reset | None:
         """Measure the step that was just made, and choose if it is time."""
+        step = f"step {self.steps} of the Recycler"
+        with all_or_nothing(self._together, step, self._facts):
+            chosen = self._chosen()
+        return self._apply(chosen) if chosen is not None and chosen.count else None
+
+    def _facts(self) -> dict[str, str]:
+        """Return what has to be the same in all processes."""
+        facts = {"the model": self._fingerprint[:12], "the seed": str(self._seed)}
+        facts["the number of copies in sync"] = str(len(self._sync))
+        return facts | {name: str(value) for name, value in asdict(self.method).items()}
+
+    def _chosen(self) -> Plan | None:
+        """Return what is to be re-initialised; None for nothing."""
         if fingerprint(self._model) != self._fingerprint:
             raise InputError(
                 "the model has other parameters than when the Recycler began: make a new one when "
@@ -237,13 +260,14 @@ class Recycler:
             )
         due = self._schedule.is_due(self.steps)
         try:
-            check_gradients(self._model, self.method)
+            check_gradients(self._model, self.method, self._together)
             chosen = self._replaced(due) if self._replacement else self._planned()
         except NothingToChooseError as error:
+            # The same in all processes.
             self.skipped.add(str(error))
             return None
         self.skipped.end_row()
-        return self._apply(chosen) if chosen is not None and chosen.count else None
+        return chosen
 
     def _planned(self) -> Plan:
         """Return the plan of a method with a threshold or a ratio."""

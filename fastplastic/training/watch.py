@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastplastic.errors import InputError, NothingToChooseError
@@ -18,7 +17,10 @@ from fastplastic.measure import (
     assemble,
     profile,
 )
+from fastplastic.model import local_of
+from fastplastic.processes import Processes
 from fastplastic.training.methods import Method
+from fastplastic.training.processes import gradient_norm
 from fastplastic.wiring import UnitGraph
 
 
@@ -33,14 +35,22 @@ class StepWatch:
         graph: Its wiring.
         method: Its criterion says what is measured.
         seed: Of a criterion that draws, and of the positions that are read.
+        together: The processes that share the model; None where this one measures by itself.
     """
 
-    def __init__(self, model: nn.Module, graph: UnitGraph, method: Method, seed: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: UnitGraph,
+        method: Method,
+        seed: int,
+        together: Processes | None = None,
+    ) -> None:
         self._model, self._graph, self._method, self._seed = model, graph, method, seed
         self._positions = PositionSample(method.sample_positions, seed)
         self._observer = Observer(
             model, graph, gradients=method.criterion == "activation_gradient", training=True,
-            positions=self._positions,
+            positions=self._positions, together=together,
         )  # fmt: skip
         self._on = False
         self._eager = EagerStance()
@@ -114,7 +124,7 @@ class StepWatch:
 
     def _gradients(self) -> Mapping[str, Tensor]:
         found = {
-            name: parameter.grad.detach().to_dense()
+            name: local_of(parameter.grad.detach().to_dense())
             for name, parameter in self._model.named_parameters(remove_duplicate=False)
             if parameter.grad is not None
         }
@@ -126,10 +136,11 @@ class StepWatch:
         return found
 
 
-def check_gradients(model: nn.Module, method: Method) -> None:
+def check_gradients(model: nn.Module, method: Method, together: Processes | None) -> None:
     """Raise NothingToChooseError where gradients are not finite, or all 0 for what reads them."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 1.0
+    norm = gradient_norm(model, together)
+    if norm is None:
+        return
     if not math.isfinite(norm):
         raise NothingToChooseError("gradients are NaN or infinite")
     if norm == 0 and method.needs_gradients:
