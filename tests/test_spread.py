@@ -22,7 +22,6 @@ from fastplastic.errors import InputError
 from fastplastic.graph import build_graph
 from fastplastic.measure.together import parts_of
 from fastplastic.model import local_of, part_of
-from fastplastic.training import Recycler
 
 
 @pytest.fixture
@@ -148,20 +147,3 @@ def test_tensor_parallelism_is_refused(mesh):
         "'0.weight' is placed as ('S(0)',) on a mesh of (4,), there are 4 processes, expected all "
         "of them to share it by fully_shard alone: profile before tensor parallelism is applied"
     )
-
-
-def test_spread_models_are_refused(mesh):
-    """Kernels that read addresses would read where nothing is."""
-    model = mlp()
-    fully_shard(model, mesh=mesh)
-    batches = [(torch.randn(4, 6), torch.zeros(4, dtype=torch.int64))]
-    text = (
-        "'0.weight' is spread over processes (a DTensor, as of fully_shard or "
-        "parallelize_module), expected a whole tensor in each: call this before the model is spread"
-    )
-    for call in (
-        lambda: Recycler(model, batches[0][0], torch.optim.SGD(model.parameters()), "redo"),
-    ):
-        with pytest.raises(InputError) as error:
-            call()
-        assert str(error.value) == text

@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import fastplastic
+from fastplastic.model import is_spread
 from helpers.watched import batch_of, in_words, loss_of, wrapped
 
 METHODS = {
@@ -46,12 +47,14 @@ def recycled(rank, kind, method, whole=False, size=2, stop=None, state=None):
         begin = state[2]["steps"]
         model.load_state_dict(state[0])
     run = wrapped(model, kind, {})
+    if kind == "fsdp":
+        wrapped(target, kind, {})
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     if state is not None:
         optimizer.load_state_dict(state[1])
-    options = {"sync": [target]} if kind != "fsdp" else {}
     own = METHODS[method]
-    with fastplastic.Recycler(model, torch.zeros(2, 6), optimizer, **own, **options) as recycler:
+    example = torch.zeros(2, 6)
+    with fastplastic.Recycler(model, example, optimizer, sync=[target], **own) as recycler:
         if state is not None:
             recycler.load_state_dict(state[2])
         for step in range(begin, stop or 6):
@@ -63,8 +66,8 @@ def recycled(rank, kind, method, whole=False, size=2, stop=None, state=None):
             optimizer.zero_grad()
     return {
         "resets": [(reset.step, reset.to_dict()["units"], reset.counts) for reset in recycler.log],
-        "model": copy.deepcopy(model.state_dict()) if kind != "fsdp" else gathered(model),
-        "target": target.state_dict(),
+        "model": gathered(model),
+        "target": gathered(target),
         "optimizer": copy.deepcopy(optimizer.state_dict()) if kind != "fsdp" else {},
         "recycler": recycler.state_dict(),
         "skipped": dict(recycler.skipped),
@@ -72,7 +75,9 @@ def recycled(rank, kind, method, whole=False, size=2, stop=None, state=None):
 
 
 def gathered(model):
-    return {name: value.full_tensor() for name, value in model.state_dict().items()}
+    """Return the whole weights."""
+    state = model.state_dict()
+    return {n: w.full_tensor() if is_spread(w) else w.clone() for n, w in state.items()}
 
 
 def each(rank, kind, methods, **options):
