@@ -4,6 +4,7 @@ The first process reads and writes the results, and makes runs as the others do.
 run when it is finished, and hear in return whether the trial goes on.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,6 +24,8 @@ from fastplastic.trials.results import TrialRun
 
 # Nobody knows how long a run takes. Of a process that has ended it is known at once.
 _WAIT = timedelta(days=365)
+# Seconds in which the others are told of an error.
+_PATIENCE = 2.0
 
 # What a trial comes to: its runs, and what is to be said of the file.
 Answer = tuple[list[TrialRun], str]
@@ -90,7 +93,7 @@ class _Line:
 def _expecting(rank: int) -> Iterator[None]:
     try:
         yield
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # the latter when this process has left the others
         raise ProcessError(
             f"trial: process {rank} is gone: finished runs are kept, the same command goes on"
         ) from None
@@ -119,15 +122,17 @@ class _Lead:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        interrupted = error is not None and not isinstance(error, Exception)
         if error is not None:
-            known = isinstance(error, Exception)
-            self.answer = Failure.of(error if known else ProcessError("process 0 was interrupted"))
+            told = ProcessError("process 0 was interrupted") if interrupted else error
+            self.answer = Failure.of(told)
         if not self._threads:
             self._begin([()] * (self._line.size - 1))
         self._over.set()
-        if error is None:
-            for thread in self._threads:
-                thread.join()
+        # After an error some are in the middle of a run, and after Ctrl-C there is no time.
+        until = time.monotonic() + (0.0 if interrupted else _PATIENCE)
+        for thread in self._threads:
+            thread.join(None if error is None else max(0.0, until - time.monotonic()))
 
     def run(self, pending: Sequence[Pending], listener: Listener) -> None:
         """Make runs, as any `Engine` does."""
