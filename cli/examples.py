@@ -83,6 +83,10 @@ EXAMPLES: Mapping[str, Sequence[Example]] = {
             "Train as you do, and keep the weights of the best arm.",
             "trial resnet50 --data DIR --epochs 20 --lr 5e-4 --mixup 0.2 -o best.safetensors",
         ),
+        (
+            "Two runs at once on each GPU of a Ray cluster.",
+            "trial resnet50 --data DIR --engine ray --address auto --gpus-per-run 0.5",
+        ),
     ),
     "finetune": (
         (

@@ -29,6 +29,9 @@ NOT_RUN = {
     ".venv/bin/ruff": ".ci/run does",
     ".ci/run": "runs these tests",
     "sphinx-build": ".ci/run does",
+    "OMP_NUM_THREADS=1 fastplastic trial": "starts Ray; test_trial_engines.py does, once",
+    "fastplastic trial resnet50 --data DIR --engine ray": "starts Ray, as above",
+    "torchrun": "starts processes that import torch; test_trial_engines.py does, once",
     "python benchmarks/pretrained.py": "test_pretrained.py does; a small file takes its place",
 }
 # What is random decides whether a condition holds; a file of options may have one too.
