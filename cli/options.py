@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from fastplastic.cli.gates import GateOptions
+from fastplastic.cli.many_files import check_many_files, refuse_batches
 from fastplastic.cli.outputs import (
     TORCH,
     check_in_place,
@@ -22,6 +23,7 @@ from fastplastic.cli.outputs import (
 from fastplastic.cli.parsing import given, option, strings
 from fastplastic.cli.selection_options import LayerChoice, Treatment, UnitSelection
 from fastplastic.errors import FileError, InputError
+from fastplastic.files import sharded
 from fastplastic.naming import ModelName
 
 SortColumn = Literal["units", "reset", "dead", "frozen", "dormant", "sat", "h", "g"]
@@ -49,7 +51,12 @@ class ModelOptions:
     ] = None
     checkpoint: Annotated[
         Path | None,
-        option("--checkpoint", panel=_MODEL, metavar="FILE", help="Take the weights from FILE."),
+        option(
+            "--checkpoint",
+            panel=_MODEL,
+            metavar="FILE",
+            help="Take the weights from FILE, or a folder of many.",
+        ),
     ] = None
     num_classes: Annotated[
         int | None,
@@ -83,6 +90,9 @@ class ModelOptions:
             raise InputError("--pretrained and --checkpoint both name weights: give one of them")
         if self.checkpoint and not self.checkpoint.exists():
             raise FileError(f"--checkpoint {self.checkpoint}: no such file: check the path")
+        if self.checkpoint and not self.checkpoint.is_file():
+            # A folder has to be one of a checkpoint.
+            sharded(self.checkpoint)
         if self.input_size and min(self.input_size) < 1:
             size = " ".join(map(str, self.input_size))
             raise InputError(f"--input-size {size}: expected three numbers above 0: C H W")
@@ -251,7 +261,8 @@ class ReinitOptions(Treatment, SelectOptions):
             "--output",
             panel=_OUTPUT,
             metavar="FILE",
-            help="Write FILE.safetensors, or FILE.pth with all that --checkpoint holds.",
+            help="Write FILE.safetensors, or FILE.pth with all that --checkpoint holds; a folder "
+            "where that is one.",
         ),
     ] = None
     in_place: Annotated[
@@ -270,6 +281,15 @@ class ReinitOptions(Treatment, SelectOptions):
     def check(self) -> None:
         """Refuse what needs no model to be refused: InputError or FileError."""
         super().check()
+        if self.many_files:
+            self.check_treatment(self.granularity)
+            if named := [x for x in ("compensate", "recalibrate") if getattr(self, x)] or (
+                self._data_named if self.plan else []
+            ):
+                refuse_batches(f"--{named[0].replace('_', '-')}", self.many_files)
+            return check_many_files(
+                self.many_files, self.output, in_place=self.in_place, force=self.force
+            )
         if self.in_place:
             check_in_place(self.checkpoint, self.output, force=self.force)
         elif self.output is None and not self.dry_run:
@@ -284,8 +304,37 @@ class ReinitOptions(Treatment, SelectOptions):
             assert self.output is not None
             return require_folder(self.output, force=self.force or self.dry_run)
         check_suffix("-o", self.output, ".safetensors", *TORCH)
+        if self.folder_read and self.output and self.output.suffix != ".safetensors":
+            raise InputError(
+                f"-o {self.output}: one file with all that a folder holds cannot be written: pass "
+                "-o with the name of a folder, or with one that ends in .safetensors, for the "
+                "weights alone"
+            )
         if not self.dry_run:
             check_outputs([self.output], force=self.force, inputs=[self.plan])
+
+    @property
+    def folder_read(self) -> Path | None:
+        """The folder of many files (or their index) that the weights are read from, if any."""
+        if self.checkpoint is not None:
+            return self.checkpoint if sharded(self.checkpoint) else None
+        if ModelName.of(self.model).kind != "folder" or self.num_classes is not None:
+            return None
+        # Where the model is measured, it is in memory anyway.
+        folder = Path(ModelName.of(self.model).rest).expanduser()
+        listed = (folder / "model.safetensors.index.json").is_file()
+        single = (folder / "model.safetensors").is_file()
+        return folder if listed and not single and self.plan and not self.needs_data else None
+
+    @property
+    def many_files(self) -> Path | None:
+        """The same where a folder is written: file by file, without the weights in memory."""
+        one = self.output is not None and self.output.name.endswith((".safetensors", *TORCH))
+        return None if self.dry_run or one or not self._folder_named else self.folder_read
+
+    @property
+    def _folder_named(self) -> bool:
+        return self.output is not None or (self.in_place and self.checkpoint is not None)
 
     @property
     def target(self) -> Path | None:
@@ -295,7 +344,9 @@ class ReinitOptions(Treatment, SelectOptions):
     @property
     def writes_folder(self) -> bool:
         """Whether the output is a folder like that of the model."""
-        folder = ModelName.of(self.model).kind == "folder"
+        folder = ModelName.of(self.model).kind == "folder" and not (
+            self.checkpoint and sharded(self.checkpoint)
+        )
         return folder and self.output is not None and self.output.suffix not in (
             ".safetensors", *TORCH
         )  # fmt: skip
@@ -315,9 +366,12 @@ class ReinitOptions(Treatment, SelectOptions):
     @property
     def needs_data(self) -> bool:
         """Whether data are read even if the plan is there already."""
+        return self.plan is None or self.compensate or self.recalibrate or bool(self._data_named)
+
+    @property
+    def _data_named(self) -> list[str]:
         own = {item.name for item in fields(DataOptions)} - {f.name for f in fields(ModelOptions)}
-        named = own & given(self).keys() - {"device", "quiet", "channels_last"}
-        return self.plan is None or self.compensate or self.recalibrate or bool(named)
+        return sorted(own & given(self).keys() - {"device", "quiet", "channels_last"})
 
 
 def _literal(text: str) -> object:

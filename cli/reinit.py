@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastplastic.cli.following import after_reinit
 from fastplastic.cli.options import ReinitOptions
+from fastplastic.cli.reinit_folder import run_many_files
 from fastplastic.cli.session import (
     choose,
     load,
@@ -103,9 +104,12 @@ def run(options: ReinitOptions) -> None:
     Takes them from --plan, or profiles the model and plans on the spot with --ratio or
     --threshold. A .safetensors file loads into the same model with strict=True. A .pth file keeps
     all else that a training checkpoint holds, such as its optimizer, to train on. Of a model
-    hf:FOLDER, -o can also name a folder, which gets all that from_pretrained reads.
+    hf:FOLDER, -o can also name a folder, which gets all that from_pretrained reads. Where
+    --checkpoint is a folder of many files, so is what is written, file by file.
     """
     options.check()
+    if options.many_files:
+        return run_many_files(options)
     from fastplastic.cli.reinit_output import WeightFile
 
     job = _job(options)
@@ -138,13 +142,11 @@ def _following(options: ReinitOptions, job: _Job) -> str:
 def _written(
     options: ReinitOptions, job: _Job, report: "ReinitReport", file: "WeightFile"
 ) -> tuple[tuple[str, str], ...]:
-    weights = [written for written in report.written if written.kind != "optimizer state"]
-    elements = sum(written.elements for written in weights)
-    change = f"{elements:,} numbers in {len(weights)} tensors"
-    outgoing = f", outgoing {report.outgoing}" if job.plan.granularity == "unit" else ""
-    outgoing += ", compensated" * options.compensate + ", recalibrated" * options.recalibrate
+    from fastplastic.cli.report import reset_fact
+
+    more = ", compensated" * options.compensate + ", recalibrated" * options.recalibrate
     return (
-        ("reset", f"{change}: init {report.init}{outgoing}, seed {report.seed}"),
+        reset_fact(report, more),
         *_loss(job, report),
         *(file.facts() if not options.dry_run else (("file", "nothing was written"),)),
     )

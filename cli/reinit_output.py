@@ -118,6 +118,8 @@ def _nothing() -> None:
 
 def _is_torch(options: ReinitOptions) -> bool:
     target = options.target
+    if options.folder_read:
+        return False
     if options.in_place and target:
         return not _is_safetensors(target)
     return target is not None and target.suffix != ".safetensors" and not options.writes_folder

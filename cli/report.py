@@ -10,6 +10,7 @@ from fastplastic.cli.render import LayerRow, MaskRow, PlanRow, PlanView, Report
 from fastplastic.criteria import CRITERIA
 from fastplastic.measure import LayerProfile, Profile, findings
 from fastplastic.planning import Plan
+from fastplastic.reinit import ReinitReport
 
 # How the reason starts for rows that follow another layer's; which layer, the plan shows.
 _TOGETHER = "re-initialised together with"
@@ -95,6 +96,15 @@ def plan_facts(plan: Plan, *, read: bool = False) -> tuple[tuple[str, str], ...]
     )
     weak += " when they were planned" * read
     return ("plan", what), ("weak", weak)
+
+
+def reset_fact(report: ReinitReport, more: str = "") -> tuple[str, str]:
+    """Return what was written, as a fact for the header; `more` is what was done besides."""
+    weights = [written for written in report.written if written.kind != "optimizer state"]
+    elements = sum(written.elements for written in weights)
+    change = f"{elements:,} numbers in {len(weights)} tensors"
+    outgoing = f", outgoing {report.outgoing}" if report.granularity == "unit" else ""
+    return "reset", f"{change}: init {report.init}{outgoing}{more}, seed {report.seed}"
 
 
 def plan_view(

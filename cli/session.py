@@ -78,6 +78,21 @@ def load(options: ModelOptions, *, pretrained: bool | None) -> "LoadedModel":
     return loaded
 
 
+def outlined(options: ModelOptions) -> "LoadedModel":
+    """Build the model without values, for its structure."""
+    from fastplastic.sources import create_outline
+
+    return create_outline(
+        options.model,
+        num_classes=options.num_classes,
+        in_chans=options.in_chans,
+        img_size=options.img_size,
+        input_size=options.input_size,
+        model_kwargs=options.keywords(),
+        seed=options.seed,
+    )
+
+
 def _check_finite(options: ModelOptions, loaded: "LoadedModel") -> None:
     """Name tensors with NaN or infinity on stderr; FileError where they would be written anew."""
     from fastplastic.model import nonfinite_tensors

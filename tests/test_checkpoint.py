@@ -169,7 +169,7 @@ def test_files_without_weights(tmp_path, content, text):
 def test_missing_file_and_folder(tmp_path):
     with pytest.raises(FileError, match=r"none\.pth: no such file; expected .*: check the path"):
         load_state_dict(tmp_path / "none.pth")
-    with pytest.raises(FileError, match=r": is a folder; expected"):
+    with pytest.raises(FileError, match=r": is a folder, expected a file of weights, or"):
         load_state_dict(tmp_path)
 
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from fastplastic.files.folder import save_folder
     from fastplastic.files.formats import is_safetensors
     from fastplastic.files.jsonable import plain
+    from fastplastic.files.many_files import nonfinite_in
     from fastplastic.files.plan_file import StoredPlan, read_plan, write_plan
     from fastplastic.files.profile_file import StoredProfile, read_profile, write_profile
     from fastplastic.files.profile_json import (
@@ -67,6 +68,7 @@ _NAMES = {
     "formats": ("is_safetensors",),
     "jsonable": ("plain",),
     "beside": ("OptimizerBeside", "entries_beside", "optimizers_beside"),
+    "many_files": ("nonfinite_in",),
     "plan_file": ("StoredPlan", "read_plan", "write_plan"),
     "profile_file": ("StoredProfile", "read_profile", "write_profile"),
     "profile_json": (
@@ -110,6 +112,7 @@ __all__ = [
     "load_into",
     "load_json",
     "load_state_dict",
+    "nonfinite_in",
     "one_of",
     "open_store",
     "optimizers_beside",

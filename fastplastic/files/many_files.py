@@ -9,7 +9,7 @@ from fastplastic.files.beside import entries_beside
 from fastplastic.files.names import without_wrappers
 from fastplastic.files.pickled import load_pickled, unwrap
 from fastplastic.files.shard_index import PICKLES, read_index
-from fastplastic.files.stores import find_weights, open_store
+from fastplastic.files.stores import StoredWeights, WeightStore, find_weights, open_store
 
 
 def read_many(
@@ -61,3 +61,19 @@ def _load_pickles(index: Path) -> dict[str, Tensor]:
                 f"{index}: has {name} in {listed[name].name}, which does not hold it: get them anew"
             )
     return state
+
+
+def nonfinite_in(store: WeightStore, stored: StoredWeights, model: nn.Module) -> tuple[str, ...]:
+    """Return the names of tensors of a model that hold NaN or infinity, read one by one.
+
+    As in `fastplastic.model.nonfinite_tensors`, infinities in buffers may be meant.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found = []
+    for name, there in stored.names.items():
+        if store.tensors[there].is_floating_point():
+            tensor = store.load([there])[there]
+            strict = name in parameters or name.endswith(("running_mean", "running_var"))
+            if not bool(tensor.isfinite().all() if strict else not tensor.isnan().any()):
+                found.append(name)
+    return tuple(found)

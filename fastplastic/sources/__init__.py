@@ -5,6 +5,7 @@ from fastplastic.sources.folders import takes_texts
 from fastplastic.sources.loaded import LoadedModel, fresh_head
 from fastplastic.sources.loaders import Augmentation
 from fastplastic.sources.models import create_model
+from fastplastic.sources.outlines import create_outline
 from fastplastic.sources.saving import save_model
 from fastplastic.sources.shape import InputShape
 from fastplastic.sources.splits import Splits, WantedSplits, split_data
@@ -21,6 +22,7 @@ __all__ = [
     "WantedSplits",
     "batches",
     "create_model",
+    "create_outline",
     "fresh_head",
     "put_head",
     "save_model",
