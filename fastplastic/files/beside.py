@@ -55,7 +55,7 @@ def optimizers_beside(
                 getattr(found[root[1:]], kind)[owner, last] = name
                 break
     return [
-        OptimizerBeside(root, saved.covers, *saved.of(store, model))
+        OptimizerBeside(root, saved.covers, *saved.of(store, stored, model))
         for root, saved in found.items()
         if saved.state
     ]
@@ -83,7 +83,7 @@ class _Saved:
         return frozenset([*self.state.values(), *self.param_groups.values()])
 
     def of(
-        self, store: WeightStore, model: nn.Module
+        self, store: WeightStore, stored: StoredWeights, model: nn.Module
     ) -> tuple[StoredOptimizer | None, dict[tuple[str, str], str]]:
         """Return the optimizer, and under which names its tensors stand."""
         groups, state = self._groups(store), defaultdict[int, dict[str, Any]](dict)
@@ -95,18 +95,19 @@ class _Saved:
         else:
             groups = groups or [{"params": sorted({owner for owner, _ in self.state})}]
             numbers = numbers or {name: i for i, name in enumerate(groups[0]["params"])}
-            groups = [_numbered(group, numbers) for group in groups]
+            owns = _names_of_optimizers(stored)
+            groups = [_numbered(group, numbers, owns) for group in groups]
         if not all(owner in numbers for owner, _ in self.state):
             return None, {}
         for (owner, key), name in self.state.items():
             meta = store.tensors.get(name)
             state[numbers[owner]][key] = None if meta is None else stand_in(meta)
-        stored = StoredOptimizer.of({"state": state, "param_groups": groups}, model)
-        if stored is None:
+        found = StoredOptimizer.of({"state": state, "param_groups": groups}, model)
+        if found is None:
             return None, {}
         own = {id(parameter): name for name, parameter in model.named_parameters()}
-        of = {number: own[id(parameter)] for number, parameter in stored.parameters.items()}
-        return stored, {(of[numbers[owner]], key): x for (owner, key), x in self.state.items()}
+        of = {number: own[id(parameter)] for number, parameter in found.parameters.items()}
+        return found, {(of[numbers[owner]], key): x for (owner, key), x in self.state.items()}
 
     def _groups(self, store: WeightStore) -> list[dict[str, Any]]:
         """Return the groups of parameters, with the few options that matter."""
@@ -120,6 +121,19 @@ class _Saved:
         return [{"params": [owner]} | group for owner, group in found.items()]
 
 
-def _numbered(group: dict[str, Any], numbers: Mapping[str, int]) -> dict[str, Any]:
+def _numbered(
+    group: dict[str, Any], numbers: Mapping[str, int], owns: Mapping[str, str]
+) -> dict[str, Any]:
     names = [str(name) for name in group["params"]]
-    return group | {"params": [numbers[name] for name in names], "param_names": names}
+    known = [owns.get(name, name) for name in names]
+    return group | {"params": [numbers[name] for name in names], "param_names": known}
+
+
+def _names_of_optimizers(stored: StoredWeights) -> dict[str, str]:
+    """Return {name by which an optimizer may know a parameter: name in the model}.
+
+    It does not have the key under which the weights are, but the names of modules around the model.
+    """
+    found = {there: name for name, there in stored.names.items()}
+    bare = {there.partition(".")[2]: name for name, there in stored.names.items() if there != name}
+    return bare | found | {name: name for name in stored.names}

@@ -81,13 +81,11 @@ def _copy_rest(store: WeightStore, folder: Path, *, everything: bool) -> None:
             if (inside / name).as_posix() in store.files
             or (not inside.parts and name in out)
             or (hidden and name.startswith("."))
+            or not (everything or Path(parent, name).exists())  # links to nowhere
         }
 
     # In its own place relative links lead where they did.
-    shutil.copytree(
-        store.folder, folder, symlinks=everything, ignore=ignored, dirs_exist_ok=True,
-        ignore_dangling_symlinks=True,
-    )  # fmt: skip
+    shutil.copytree(store.folder, folder, symlinks=everything, ignore=ignored, dirs_exist_ok=True)
     folder.chmod(0o700)
 
 

@@ -2,7 +2,6 @@
 
 import io
 import pickle
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +11,6 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 from typing_extensions import Buffer
 
 from fastplastic.errors import FileError
@@ -71,16 +69,7 @@ class DistributedStore:
 
     def load(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return some of the tensors, on the CPU; no process group is needed or used."""
-        found = {name: torch.empty_like(self.tensors[name], device="cpu") for name in names}
-        with warnings.catch_warnings():
-            # It says that it loads in this process alone.
-            warnings.simplefilter("ignore")
-            try:
-                load(found, storage_reader=SafeReader(self.folder), no_dist=True)
-            except Exception as error:  # of many kinds, by what is wrong with the files
-                reason = " ".join(str(error.__cause__ or error).split())[:200]
-                raise FileError(f"{self.folder}: cannot be read ({reason}): get it anew") from error
-        return found
+        return {name: self._whole(name, self.folder) for name in names}
 
     def value(self, name: str) -> Any:
         """Return what is no tensor; FileError where it holds more than plain values."""
@@ -89,13 +78,12 @@ class DistributedStore:
     @contextmanager
     def opened(self, name: str, folder: Path) -> Iterator[Tensor]:
         """Give a tensor of a copy of the files to change; it is written when the block ends."""
-        meta = self.tensors[name]
-        whole = torch.empty_like(meta, device="cpu")
-        for part, stored in self._stored(name, folder):
-            part_of(whole, part).copy_(stored)
+        parts, whole = self._parts(name), self._whole(name, folder)
         yield whole
-        for part, stored in self._stored(name, folder):
-            self._write(folder, part[0], stored.copy_(part_of(whole, part)))
+        if len(parts) == 1:
+            return self._write(folder, parts[0], whole)
+        for part in parts:
+            self._write(folder, part, self._part(part, folder).copy_(within(whole, part)))
 
     def finish(self, folder: Path) -> None:
         """Write where the parts are now, if that has changed."""
@@ -107,17 +95,26 @@ class DistributedStore:
     def _parts(self, name: str) -> "list[_Part]":
         return [(at, chunk.offsets, chunk.sizes) for chunk, at in places(self._metadata, name)]
 
-    def _stored(self, name: str, folder: Path) -> "Iterator[tuple[_Part, Tensor]]":
-        """Yield the parts of a tensor as they are in a copy of the files."""
-        for part in self._parts(name):
-            stored = self._loaded(folder, name, part[0])
-            if not isinstance(stored, Tensor) or stored.shape != part[2]:
-                found = tuple(stored.shape) if isinstance(stored, Tensor) else type(stored).__name__
-                raise FileError(
-                    f"{self.folder}: a part of {name} is {found}, expected {tuple(part[2])} as "
-                    f"{METADATA} says: get it anew"
-                )
-            yield part, stored.detach()
+    def _whole(self, name: str, folder: Path) -> Tensor:
+        parts = self._parts(name)
+        if len(parts) == 1:
+            return self._part(parts[0], folder)
+        whole = torch.empty_like(self.tensors[name], device="cpu")
+        for part in parts:
+            within(whole, part).copy_(self._part(part, folder))
+        return whole
+
+    def _part(self, part: "_Part", folder: Path) -> Tensor:
+        """Return a part of a tensor as it is in a copy of the files."""
+        index, _, sizes = part
+        stored = self._loaded(folder, index.fqn, index)
+        if not isinstance(stored, Tensor) or stored.shape != sizes:
+            found = tuple(stored.shape) if isinstance(stored, Tensor) else type(stored).__name__
+            raise FileError(
+                f"{self.folder}: a part of {index.fqn} is {found}, expected {tuple(sizes)} as "
+                f"{METADATA} says: get it anew"
+            )
+        return stored.detach()
 
     def _loaded(self, folder: Path, name: str, at: MetadataIndex) -> Any:
         info = self._places[at]
@@ -137,8 +134,9 @@ class DistributedStore:
                 f"{folder / info.relative_path}: {name} cannot be read ({reason}): get it anew"
             ) from error
 
-    def _write(self, folder: Path, at: MetadataIndex, tensor: Tensor) -> None:
-        info, counter = self._places[at], _Counter()
+    def _write(self, folder: Path, part: "_Part", tensor: Tensor) -> None:
+        at, counter = part[0], _Counter()
+        info = self._places[at]
         torch.save(tensor, cast(IO[bytes], counter))
         with (folder / info.relative_path).open("r+b") as file:
             fits = counter.length == info.length
@@ -151,7 +149,7 @@ class DistributedStore:
 _Part = tuple[MetadataIndex, torch.Size, torch.Size]
 
 
-def part_of(whole: Tensor, part: _Part) -> Tensor:
+def within(whole: Tensor, part: _Part) -> Tensor:
     """Return the view of a tensor that a part of it has the values of."""
     _, offsets, sizes = part
     return whole[tuple(slice(x, x + n) for x, n in zip(offsets, sizes, strict=True))]

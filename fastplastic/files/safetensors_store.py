@@ -140,7 +140,7 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
     """Return where the data of a file begin, and its header, which is right."""
     try:
         # The library compares all that a header says with the file.
-        with safe_open(path, "pt"), path.open("rb") as file:
+        with safe_open(path, "numpy"), path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header: dict[str, Any] = load_json(file.read(length))
     except (OSError, SafetensorError, ValueError) as error:

@@ -107,7 +107,7 @@ def find_weights(store: WeightStore, model: nn.Module) -> StoredWeights:
         FileError: They stand there several times, and it is not known which to take.
     """
     own = list(model.state_dict(keep_vars=True))
-    prefixes = sorted(_prefixes(store.tensors, own), key=_rank)
+    prefixes = sorted(sorted(_prefixes(store.tensors, own)), key=_rank)
     if not prefixes:
         bare = _without_base(store.tensors, own, model)
         others = set(store.tensors) - set(bare.values())
