@@ -21,6 +21,10 @@ class NothingToChooseError(InputError):
     """There is no unit or weight to choose from, as things are now."""
 
 
+class NoBatchesError(InputError):
+    """There is no batch to measure anything on, in any process."""
+
+
 class ProcessError(FastPlasticError):
     """Another process that trains the same model failed, is gone, or does something else."""
 

@@ -15,6 +15,7 @@ from fastplastic.errors import InputError
 from fastplastic.measure.compiled import POSITIONS, in_compiled_call
 from fastplastic.measure.padding import Tokens, unpadded
 from fastplastic.measure.sums import reading
+from fastplastic.processes import Processes
 from fastplastic.randomness import stream
 
 # Up to how many times the limit a tensor is read whole, since picking would take longer. An element
@@ -46,6 +47,7 @@ class PositionSample:
                 "all positions"
             )
         self.limit, self._seed = limit, seed
+        self._rank, self._size = 0, 1
         # Of one call: (number of positions, device) -> those that are read.
         self._drawn: dict[tuple[int, torch.device], Tensor] = {}
         self._memory: dict[torch.dtype, Tensor] = {}
@@ -55,6 +57,10 @@ class PositionSample:
         """Forget what was read, and draw as at the start of this step of a training."""
         self._step, self._call, self.largest = step, 0, 0
         self._drawn.clear()
+
+    def among(self, processes: Processes) -> None:
+        """Draw as one process would that runs the calls of all of them in turns."""
+        self._rank, self._size = processes.rank, processes.size
 
     def begin(self) -> None:
         """Draw anew for the next call of the model."""
@@ -116,7 +122,8 @@ class PositionSample:
         """Return `limit` of n positions, int64, ascending: of one call always the same."""
         found = self._drawn.get((n, device))
         if found is None:
-            draws = stream(self._seed, "positions", f"{self._step} {self._call} {n}")
+            call = (self._call - 1) * self._size + self._rank + 1
+            draws = stream(self._seed, "positions", f"{self._step} {call} {n}")
             chosen = draws.choice(n, self.limit, replace=False, shuffle=False)
             chosen.sort()
             found = self._drawn[n, device] = torch.from_numpy(chosen).to(device)

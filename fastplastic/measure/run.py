@@ -1,8 +1,8 @@
 """Run batches through a model and return its plasticity profile."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,6 +99,8 @@ def profile(
         "gradients": str(gradients),
     }  # fmt: skip
     together = _meet(model, options, ranks=ranks)
+    if together is not None:
+        positions.among(together)
     mean = MeanGradient(model)
     with undisturbed(model), torch.inference_mode(False), torch.enable_grad(), EagerStance():
         stream = read_batches(batches, device)
@@ -111,9 +113,9 @@ def profile(
             observer.attach()
             every = _watched(rounds, observer)
             if backward:
-                notes = _run(model, every, loss_fn, mean, progress)
+                losses = _run(model, every, loss_fn, mean, progress)
             else:
-                notes = _run_forward(model, every, progress)
+                losses = _run_forward(model, every, progress)
         except Exception as error:
             rounds.fail(error)
             raise
@@ -121,9 +123,14 @@ def profile(
             observer.detach()
         means = mean.take(together)
         observation = observer.observation(means)
+    largest = positions.largest
+    if together is not None:
+        said = together.share((losses, largest))
+        losses, largest = _Losses.of([own for own, _ in said]), max(own for _, own in said)
     return assemble(
         model, graph, observation, seed=seed, gradients=means if gradients else None,
-        notes=(*positions.notes(), *notes), samples=samples, lent_head=lent_head, backward=backward,
+        notes=(*positions.notes(largest), *losses.notes()), samples=samples, lent_head=lent_head,
+        backward=backward,
     )  # fmt: skip
 
 
@@ -257,19 +264,57 @@ def _watched(rounds: Rounds, observer: Observer) -> Iterator[tuple[Batch, bool]]
         yield batch, counts
 
 
+@dataclass(frozen=True)
+class _Losses:
+    """How the losses of batches came out.
+
+    Attributes:
+        batches: How many there were.
+        dropped: How many of them were not finite.
+        attached: Whether they depend on what has gradients.
+    """
+
+    batches: int = 0
+    dropped: int = 0
+    attached: bool = True
+
+    @classmethod
+    def of(cls, parts: Sequence["_Losses"]) -> "_Losses":
+        """Return those of all processes."""
+        return cls(
+            sum(part.batches for part in parts),
+            sum(part.dropped for part in parts),
+            all(part.attached for part in parts),
+        )
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what is to be said about them."""
+        notes = []
+        if self.dropped:
+            notes.append(
+                f"the loss of {self.dropped} of {self.batches} batches is not finite: no gradients "
+                "of them"
+            )
+        if not self.attached:
+            notes.append(
+                "the loss depends on no parameter with requires_grad: there are no gradients"
+            )
+        return tuple(notes)
+
+
 def _run_forward(
     model: nn.Module,
     batches: Iterable[tuple[Batch, bool]],
     progress: Callable[[int], None] | None,
-) -> tuple[str, ...]:
-    """Run all batches without a loss; return nothing to be said."""
+) -> _Losses:
+    """Run all batches without a loss."""
     with torch.no_grad():
         for done, (batch, _) in enumerate(batches, 1):
             model(*batch.args, **batch.kwargs)
             if progress is not None:
                 progress(done)
     reshard(model)
-    return ()
+    return _Losses()
 
 
 def _run(
@@ -278,8 +323,8 @@ def _run(
     loss_fn: Callable[[Any, Any], Tensor],
     mean: MeanGradient,
     progress: Callable[[int], None] | None,
-) -> tuple[str, ...]:
-    """Run all batches; return what is to be said about their losses."""
+) -> _Losses:
+    """Run all batches; return how their losses came out."""
     done = dropped = 0
     attached, spread = True, any(map(is_spread, model.parameters()))
     for batch, counts in batches:
@@ -297,9 +342,4 @@ def _run(
         done += counts
         if progress is not None:
             progress(done)
-    notes = []
-    if dropped:
-        notes.append(f"the loss of {dropped} of {done} batches is not finite: no gradients of them")
-    if not attached:
-        notes.append("the loss depends on no parameter with requires_grad: there are no gradients")
-    return tuple(notes)
+    return _Losses(done, dropped, attached)

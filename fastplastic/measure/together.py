@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastplastic.errors import InputError, ProcessError
+from fastplastic.errors import InputError, NoBatchesError, ProcessError
 from fastplastic.measure.observation import Copies, Observation
 from fastplastic.model import Batch, Part, gathered_by_fsdp, is_spread, part_of
 from fastplastic.processes import Processes
@@ -180,12 +180,18 @@ class Rounds:
     ) -> None:
         self._batches, self._together = batches, together
         self._all_run = any(map(is_spread, model.parameters()))
-        self._first = next(batches, None)
-        having = [self._first is not None]
+        try:
+            self._first = next(batches, None)
+        except Exception:
+            if together is not None:
+                together.share(None)
+            raise
+        having: list[bool | None] = [self._first is not None]
         if together is not None:
             having = together.share(having[0])
+            _check_none_failed([rank for rank, has in enumerate(having) if has is None])
         if not any(having):
-            raise InputError("there are no batches, expected at least one: check the data")
+            raise NoBatchesError("there are no batches, expected at least one: check the data")
         found = self._first
         if together is not None and not all(having):
             other = together.hear(found, having.index(True))
@@ -213,9 +219,7 @@ class Rounds:
         if self._together is None:
             return batch is not None
         having, failed = self._told(self._together, having=batch is not None, failed=False)
-        if failed:
-            names = ", ".join(map(str, failed))
-            raise ProcessError(f"profile: process {names} failed: see the error there")
+        _check_none_failed(failed)
         return having
 
     @staticmethod
@@ -225,3 +229,9 @@ class Rounds:
         said[0], said[1 + together.rank] = having, failed
         together.add_(said)
         return bool(said[0]), said[1:].nonzero().flatten().tolist()
+
+
+def _check_none_failed(ranks: list[int]) -> None:
+    if ranks:
+        names = ", ".join(map(str, ranks))
+        raise ProcessError(f"profile: process {names} failed: see the error there")
