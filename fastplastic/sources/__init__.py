@@ -8,6 +8,7 @@ from fastplastic.sources.models import create_model
 from fastplastic.sources.outlines import create_outline
 from fastplastic.sources.saving import save_model
 from fastplastic.sources.shape import InputShape
+from fastplastic.sources.share import Share
 from fastplastic.sources.splits import Splits, WantedSplits, split_data
 from fastplastic.sources.tell import put_head
 from fastplastic.sources.text_task import text_batches
@@ -18,6 +19,7 @@ __all__ = [
     "DataSource",
     "InputShape",
     "LoadedModel",
+    "Share",
     "Splits",
     "WantedSplits",
     "batches",

@@ -6,7 +6,7 @@ gives the same batches, as often as they are asked for, and the global RNG is no
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from typing import Any
 
@@ -22,7 +22,6 @@ from fastplastic.sources.images import (
     ChosenImages,
     ImageSet,
     Item,
-    Pipeline,
     Sample,
     Unreadable,
     balanced,
@@ -31,6 +30,7 @@ from fastplastic.sources.images import (
     collate_readable,
 )
 from fastplastic.sources.shape import InputShape
+from fastplastic.sources.share import WHOLE, Share
 
 Batch = tuple[Tensor, Tensor]
 
@@ -49,13 +49,14 @@ class DataSource:
         class_names: Their names in the order of the labels, or None where unknown.
         samples: Number of images or texts that one iteration yields (at most, for a stream).
         batch_size: Of them in a batch.
-        make: Starts one iteration.
+        make: Starts one iteration over the batches of a share, by default over all.
         labelled: Whether there is anything to compute a loss from.
         head: What is to be said of a head that the loss brings along, or "".
         loss_fn: (output, targets) -> loss.
         detail: What the data are, in words; by default the number of classes.
         warnings: What a user must know of the images.
         left_out: {name: reason} of the images that could not be read, so far.
+        share: The batches that are read; all the rest is of the whole data.
     """
 
     name: str
@@ -63,13 +64,14 @@ class DataSource:
     class_names: tuple[str, ...] | None
     samples: int
     batch_size: int
-    make: Callable[[], Iterator[Batch]]
+    make: Callable[..., Iterator[Batch]]
     labelled: bool = True
     head: str = ""
     loss_fn: Callable[[Any, Any], Tensor] = cross_entropy
     detail: str = ""
     warnings: tuple[str, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict)
+    share: Share = WHOLE
 
     @property
     def says(self) -> str:
@@ -77,12 +79,21 @@ class DataSource:
         return f"{self.name} ({self.detail or f'{self.num_classes} classes'})"
 
     def __len__(self) -> int:
-        """Return the number of batches."""
-        return -(-self.samples // self.batch_size)
+        """Return the number of batches of the share."""
+        return len(self.share.numbers(-(-self.samples // self.batch_size)))
 
     def __iter__(self) -> Iterator[Batch]:
-        """Start again. Raises FileError when no image can be read."""
-        return self.make()
+        """Start again. Raises FileError when no image of the whole data can be read."""
+        return self.make() if self.share == WHOLE else self.make(self.share)
+
+    @property
+    def whole(self) -> "DataSource":
+        """The same with the batches of all processes."""
+        return replace(self, share=WHOLE)
+
+    def unreadable(self) -> FileError:
+        """Return the error for data of which no image can be read."""
+        return _unreadable(self.name, self.left_out)
 
 
 def batches(
@@ -157,17 +168,17 @@ def _image_source(
     chosen = ChosenImages(image_set, indices, shape.pipeline(), len(class_names))
     left_out: dict[str, str] = {}
 
-    def make() -> Iterator[Batch]:
+    def make(share: Share = WHOLE) -> Iterator[Batch]:
         loader = DataLoader(
             chosen,
-            batch_size=wanted.batch_size,
+            batch_sampler=share.batches(range(samples), wanted.batch_size),
             num_workers=min(wanted.workers, os.cpu_count() or 1),
             collate_fn=collate_readable,
             # Without one, the loader draws the seeds of its workers from the global RNG.
             generator=torch.Generator().manual_seed(wanted.seed),
         )
         try:
-            yield from _readable(loader, wanted.name, left_out)
+            yield from _readable(loader, wanted.name, left_out, whole=share == WHOLE)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -186,6 +197,8 @@ def _readable(
     loader: Iterable[tuple[Batch | FileError, list[Unreadable]]],
     name: str,
     left_out: dict[str, str],
+    *,
+    whole: bool,
 ) -> Iterator[Batch]:
     """Yield the batches with an image that can be read, and note the others."""
     read = 0
@@ -195,12 +208,16 @@ def _readable(
         if len(batch[1]):
             read += len(batch[1])
             yield batch
-    if left_out and not read:
-        first, why = next(iter(left_out.items()))
-        raise FileError(
-            f"{name}: none of {len(left_out)} images can be read, expected some: the first is "
-            f"{first} ({why})"
-        )
+    if whole and left_out and not read:
+        raise _unreadable(name, left_out)
+
+
+def _unreadable(name: str, left_out: dict[str, str]) -> FileError:
+    first, why = next(iter(left_out.items()))
+    return FileError(
+        f"{name}: none of {len(left_out)} images can be read, expected some: the first is {first} "
+        f"({why})"
+    )
 
 
 def _noise(wanted: _Wanted, shape: InputShape, model: nn.Module) -> DataSource:
@@ -210,11 +227,13 @@ def _noise(wanted: _Wanted, shape: InputShape, model: nn.Module) -> DataSource:
     # A model without a head has no classes of its own.
     num_classes = getattr(model, "num_classes", 0) or 10
 
-    def make() -> Iterator[Batch]:
+    def make(share: Share = WHOLE) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(wanted.seed)
-        for _ in range(number):
+        for batch in range(number):
             images = torch.randn(wanted.batch_size, *size, generator=generator)
-            yield images, torch.randint(num_classes, (wanted.batch_size,), generator=generator)
+            labels = torch.randint(num_classes, (wanted.batch_size,), generator=generator)
+            if share.has(batch):
+                yield images, labels
 
     samples = number * wanted.batch_size
     return DataSource(wanted.name, num_classes, None, samples, wanted.batch_size, make)
@@ -237,16 +256,26 @@ def _streamed(wanted: _Wanted, shape: InputShape, dataset: Any, model: nn.Module
     num_classes = len(names) if names else int(getattr(model, "num_classes", 0) or 1000)
     pipeline, samples = shape.pipeline(), wanted.max_batches * wanted.batch_size
 
-    def make() -> Iterator[Batch]:
-        stream, left = _tensors(dataset, wanted.name, pipeline, num_classes), samples
-        while items := list(islice(stream, min(wanted.batch_size, left))):
-            left -= len(items)
-            yield _raised(collate(items))
+    def make(share: Share = WHOLE) -> Iterator[Batch]:
+        stream, left = enumerate(_pairs(dataset, wanted.name)), samples
+        for batch in count():
+            found = list(islice(stream, min(wanted.batch_size, left)))
+            if not found:
+                return
+            left -= len(found)
+            if share.has(batch):
+                yield _raised(collate([item(*pair) for pair in found]))
+
+    def item(position: int, pair: tuple[Any, Any]) -> Item:
+        image, label = pair
+        where = f"image {position} of {wanted.name}"
+        return checked(pipeline.tensor(image), label, num_classes, where)
 
     return DataSource(wanted.name, num_classes, names, samples, wanted.batch_size, make)
 
 
-def _tensors(dataset: Any, name: str, pipeline: Pipeline, num_classes: int) -> Iterator[Item]:
+def _pairs(dataset: Any, name: str) -> Iterator[tuple[Any, Any]]:
+    """Yield the images of a stream and their labels."""
     pairs = iter(dataset)
     for position in count():
         try:
@@ -257,8 +286,7 @@ def _tensors(dataset: Any, name: str, pipeline: Pipeline, num_classes: int) -> I
             raise FileError(
                 f"{name}: broke off at image {position} ({reason(error)}): try again"
             ) from error
-        tensor = pipeline.tensor(image)
-        yield checked(tensor, label, num_classes, f"image {position} of {name}")
+        yield image, label
 
 
 def _raised(batch: Batch | FileError) -> Batch:

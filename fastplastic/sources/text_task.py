@@ -15,6 +15,7 @@ from fastplastic.errors import FileError, InputError
 from fastplastic.sources.data import DataSource
 from fastplastic.sources.folders import FolderTask
 from fastplastic.sources.images import balanced
+from fastplastic.sources.share import WHOLE, Share
 from fastplastic.sources.texts import TextLine, no_texts, read_texts
 
 MAX_LENGTH = 128
@@ -140,8 +141,8 @@ class _TextJob:
         numbers = self.texts.numbers_of(lines) if labelled else None
         chosen = self._chosen(lines, numbers)
 
-        def make() -> Iterator[Any]:
-            for batch in self._parts(chosen):
+        def make(share: Share = WHOLE) -> Iterator[Any]:
+            for batch in share.batches(chosen, self.batch_size):
                 encoded = self._encoded([lines[i] for i in batch])
                 if numbers is not None:
                     encoded["labels"] = torch.tensor([numbers[i] for i in batch])
@@ -162,8 +163,8 @@ class _TextJob:
         chosen = self._chosen(lines, numbers if labelled else None)
         head = _MeanHead(int(_config(model).hidden_size), len(names), self.seed)
 
-        def make() -> Iterator[Any]:
-            for batch in self._parts(chosen):
+        def make(share: Share = WHOLE) -> Iterator[Any]:
+            for batch in share.batches(chosen, self.batch_size):
                 encoded = self._encoded([lines[i] for i in batch])
                 targets = torch.tensor([numbers[i] for i in batch])
                 yield encoded, (encoded["attention_mask"], targets)
@@ -194,8 +195,9 @@ class _TextJob:
         number = min(len(tokens) // length, self.limit or len(tokens))
         ids = torch.tensor(tokens[: number * length]).view(number, length)
 
-        def make() -> Iterator[Any]:
-            for block in torch.split(ids, self.batch_size):
+        def make(share: Share = WHOLE) -> Iterator[Any]:
+            blocks = torch.split(ids, self.batch_size)
+            for block in [blocks[number] for number in share.numbers(len(blocks))]:
                 mask = torch.ones_like(block)
                 yield {"input_ids": block, "attention_mask": mask, "labels": block}
 
@@ -206,10 +208,6 @@ class _TextJob:
         count = len(lines) if self.limit is None else min(self.limit, len(lines))
         return balanced(numbers, len(lines), count, self.seed)
 
-    def _parts(self, chosen: list[int]) -> Iterator[list[int]]:
-        for begin in range(0, len(chosen), self.batch_size):
-            yield chosen[begin : begin + self.batch_size]
-
     def _encoded(self, lines: list[TextLine]) -> dict[str, Tensor]:
         return self.texts.encode([line.text for line in lines], self.length)
 
@@ -219,7 +217,7 @@ class _TextJob:
         classes: int,
         *,
         labelled: bool,
-        make: Callable[[], Iterator[Any]],
+        make: Callable[..., Iterator[Any]],
         says: str = "",
         head: str = "",
         loss_fn: Callable[[Any, Any], Tensor] = cross_entropy,
