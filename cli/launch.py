@@ -89,6 +89,14 @@ def own_gpu(count: int) -> str:
     return f"cuda:{found.local_rank}"
 
 
+def heard_of_all(value: Any) -> list[Any]:
+    """Return what each process passes, by its number: all have to call this."""
+    from fastplastic.processes import all_processes
+
+    others = all_processes()
+    return [value] if others is None else others.share(value)
+
+
 # Of the command that runs: by which the processes tell how they came out.
 _stores: list[Any] = []
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastplastic.cli.launch import is_first
 from fastplastic.cli.terminal import require_writable
 from fastplastic.errors import FileError, InputError
 
@@ -30,7 +31,9 @@ def check_outputs(
             continue
         if any(is_same(path, other) for other in inputs):
             raise InputError(f"{path} is read here, and would be overwritten: name another file")
-        require_writable(path, force=force)
+        if is_first():
+            # The others may be on machines without that folder.
+            require_writable(path, force=force)
 
 
 def is_same(one: Path, other: Path | None) -> bool:
@@ -92,6 +95,8 @@ def _write(path: Path, text: str, *, force: bool) -> None:
 
 def require_folder(path: Path, *, force: bool) -> None:
     """Raise FileError unless a folder can be made, or filled, at `path`."""
+    if not is_first():
+        return
     if path.is_dir():
         if any(path.iterdir()) and not force:
             raise FileError(f"{path} has files in it: give another name, or --force to overwrite")

@@ -5,6 +5,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from fastplastic.cli.following import fresh_output
+from fastplastic.cli.launch import is_first
 from fastplastic.cli.options import DataOptions, PlanOptions
 from fastplastic.cli.parsing import arguments
 from fastplastic.cli.session import Measured, choose, measure_for
@@ -37,6 +38,8 @@ def run(options: PlanOptions) -> None:
     options.check()
     measured = measure_for(options, pretrained=options.pretrained)
     plan = choose(options, measured)
+    if not is_first():
+        return
     if options.output:
         plan.save(options.output, force=options.force)
     if options.quiet:

@@ -6,14 +6,17 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from fastplastic.cli.agreement import average_norms
 from fastplastic.cli.following import after_profile
 from fastplastic.cli.gates import enforce, said
+from fastplastic.cli.launch import is_first, place
 from fastplastic.cli.options import ProfileOptions
 from fastplastic.cli.outputs import STDOUT, write_csv, write_json
 from fastplastic.cli.parsing import typed
 from fastplastic.cli.plot import require_matplotlib
 from fastplastic.cli.session import Measured, measure, norms_of_other_data, precision
 from fastplastic.cli.terminal import can_print, console, follow, progress
+from fastplastic.errors import InputError
 from fastplastic.naming import ModelName
 
 if TYPE_CHECKING:
@@ -32,6 +35,7 @@ def run(options: ProfileOptions) -> None:
     from fastplastic.files import figures_of
 
     options.check()
+    _refuse_ranks(options)
     gates = parse_gates(options.fail_if, change=False)
     digest = _digest(options)
     measured = measure(
@@ -42,17 +46,29 @@ def run(options: ProfileOptions) -> None:
     schema = measured.profile.to_dict(
         model=options.model, weights=measured.loaded.weights, data=measured.source.name
     )
+    if digest:
+        digest.put_together()
     schema |= _conditions(measured, digest)
     results = check_gates(gates, [figures_of(schema)]) if gates else ()
     # Nobody sees it otherwise, and it may take more passes.
     unseen = options.quiet and not (options.json or options.html)
     advice = None if unseen else _advice(options, measured)
-    _write(options, schema, advice, results)
-    if options.html:
-        _write_page(options, measured, advice, digest.value if digest else None)
-    if not options.quiet and STDOUT not in (options.json, options.csv):
-        _print(options, measured, advice, said(results))
+    if is_first():
+        _write(options, schema, advice, results)
+        if options.html:
+            _write_page(options, measured, advice, digest.value if digest else None)
+        if not options.quiet and STDOUT not in (options.json, options.csv):
+            _print(options, measured, advice, said(results))
     enforce(results)
+
+
+def _refuse_ranks(options: ProfileOptions) -> None:
+    found = place()
+    if options.ranks and found is not None:
+        raise InputError(
+            f"--ranks in {found.size} processes: they are of samples of one: leave it out, or "
+            "start the command without torchrun"
+        )
 
 
 def _digest(options: ProfileOptions) -> "DataDigest | None":
@@ -156,6 +172,7 @@ def _advice(options: ProfileOptions, measured: Measured) -> "Advice | None":
     # The model is not read any more after this.
     with precision(options), progress(len(source), quiet=options.quiet, text="advice") as done:
         recalibrate_norms(model, source)
+        average_norms(model)
         found = fastplastic.profile(model, source, backward=False, progress=done)
     advice = advise(found)
     if advice is None:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
+from fastplastic.cli.agreement import agree
 from fastplastic.cli.following import after_reinit
+from fastplastic.cli.launch import is_first
 from fastplastic.cli.options import ReinitOptions
 from fastplastic.cli.reinit_folder import run_many_files
 from fastplastic.cli.session import (
@@ -52,6 +54,7 @@ def _job(options: ReinitOptions) -> _Job:
     plan = Plan.load(options.plan)
     loaded = load(options, pretrained=pretrained)
     source = source_of(options, loaded) if options.needs_data else None
+    agree(options, loaded, source)
     facts = [("model", options.model), ("weights", loaded.weights)]
     facts += [("head", loaded.head)] if loaded.head else []
     if source is not None:
@@ -66,12 +69,12 @@ def _apply(options: ReinitOptions, job: _Job, file: "WeightFile") -> "ReinitRepo
     from fastplastic import reinit_
 
     known = job.source is not None and _has_its_head(job)
-    batches: Iterable[Any] | None = job.source
+    batches: Iterable[Any] | None = job.source and job.source.whole
     if not (known or options.compensate or options.recalibrate):
         batches = None
     # Before, after, and with fresh norms in between.
     passes = 2 + options.recalibrate
-    total = 0 if job.source is None else passes * len(job.source)
+    total = 0 if job.source is None else passes * len(job.source.whole)
     with precision(options), progress(total, quiet=options.quiet, text="measuring") as done:
         return reinit_(
             job.loaded.model, job.plan, init=options.init, outgoing=options.outgoing,
@@ -109,12 +112,16 @@ def run(options: ReinitOptions) -> None:
     """
     options.check()
     if options.many_files:
-        return run_many_files(options)
+        return run_many_files(options) if is_first() else None
+    from fastplastic import alone
     from fastplastic.cli.reinit_output import WeightFile
 
     job = _job(options)
+    if not is_first():
+        return
     file = WeightFile(options, job.loaded)
-    report = _apply(options, job, file)
+    with alone():
+        report = _apply(options, job, file)
     if options.plan and job.source is not None:
         warn_of_left_out(job.source)
     if not options.dry_run:

@@ -1,10 +1,12 @@
 """What the commands share: the model, the data and the device that options name, and a profile."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from fastplastic.cli.agreement import agree
+from fastplastic.cli.launch import heard_of_all, own_gpu, place
 from fastplastic.cli.options import (
     DataOptions,
     MeasureOptions,
@@ -13,7 +15,7 @@ from fastplastic.cli.options import (
     SelectOptions,
 )
 from fastplastic.cli.terminal import progress, say, waiting, warn
-from fastplastic.errors import FileError, InputError
+from fastplastic.errors import FileError, InputError, NoBatchesError
 
 if TYPE_CHECKING:
     import torch
@@ -36,10 +38,11 @@ class Measured:
 
 
 def device_of(name: str | None) -> "torch.device":
-    """Return the torch device with this name, by default cuda where there is one; InputError."""
+    """Return the torch device with this name, by default a GPU where there is one; InputError."""
     import torch
 
-    chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    chosen = own_gpu(gpus) if gpus and name in (None, "cuda") else name or "cpu"
     try:
         device = torch.device(chosen)
         torch.empty(1, device=device)
@@ -120,7 +123,14 @@ def precision(options: DataOptions) -> AbstractContextManager[object]:
 
 
 def source_of(options: DataOptions, loaded: "LoadedModel") -> "DataSource":
-    """Return the data that the options name, in the form that the model takes."""
+    """Return the data that the options name, in the form that the model takes: this process's."""
+    from fastplastic.sources import Share
+
+    source, found = _whole_source(options, loaded), place()
+    return source if found is None else replace(source, share=Share(found.rank, found.size))
+
+
+def _whole_source(options: DataOptions, loaded: "LoadedModel") -> "DataSource":
     from fastplastic.sources import batches, text_batches
 
     if loaded.texts is not None:
@@ -162,6 +172,12 @@ def warn_of_left_out(source: "DataSource") -> None:
     )
 
 
+def _take_in_left_out(source: "DataSource") -> None:
+    """Take in what the other processes could not read."""
+    for left_out in heard_of_all(dict(source.left_out)):
+        source.left_out.update(left_out)
+
+
 def measure(
     options: MeasureOptions,
     *,
@@ -192,15 +208,29 @@ def measure(
     # Random units of the model itself, such as dropout, draw from torch's own generator.
     torch.manual_seed(options.seed)
     bar = progress(len(source), quiet=options.quiet, before="tracing the model")
-    with head as lent, precision(options), bar as done:
+    agree(options, loaded, source)
+    with head as lent, precision(options), bar as done, _named_unreadable(source):
         profile = fastplastic.profile(
             model, source, gradients=gradients, ranks=ranks, progress=done, lent_head=lent,
             sample_positions=options.sample_positions, backward=source.labelled,
             loss_fn=source.loss_fn,
             example_inputs=None if check is None else _checked_wiring(model, source, check),
         )  # fmt: skip
+    _take_in_left_out(source)
     warn_of_left_out(source)
     return Measured(loaded, profile, source, _facts(options, loaded, source, profile))
+
+
+@contextmanager
+def _named_unreadable(source: "DataSource") -> Iterator[None]:
+    """Say which images cannot be read where no process has one that can: FileError."""
+    try:
+        yield
+    except NoBatchesError:
+        _take_in_left_out(source)
+        if source.left_out:
+            raise source.unreadable() from None
+        raise
 
 
 def _require_labels(data: str, source: "DataSource") -> None:
@@ -260,7 +290,7 @@ def _facts(
         ("model", options.model),
         ("weights", loaded.weights),
         ("data", source.says),
-        ("samples", f"{profile.samples} in {batches}, seed {options.seed}"),
+        ("samples", f"{profile.samples} in {batches}{_spread()}, seed {options.seed}"),
         ("mode", f"{profile.mode}, {profile.dtype}{amp} on {profile.device}"),
     ]
     if loaded.weights == "random":
@@ -286,6 +316,11 @@ def _facts(
         )
         pairs.append(("norms", text))
     return tuple(pairs)
+
+
+def _spread() -> str:
+    found = place()
+    return "" if found is None else f" on {found.size} processes"
 
 
 def norms_of_other_data(loaded: "LoadedModel", source: "DataSource") -> bool:

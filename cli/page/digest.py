@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from fastplastic.cli.launch import heard_of_all
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -14,30 +16,44 @@ if TYPE_CHECKING:
 class DataDigest:
     """The sha256 of all images and labels of the first reading of a source.
 
-    Attributes:
-        value: The digest in hexadecimal; None before the source was read to its end.
+    It is made of those of the batches, in the order of the digests: several processes that share
+    the batches have the same as one.
     """
 
     def __init__(self) -> None:
-        self.value: str | None = None
+        self._batches: list[str] | None = None
+
+    @property
+    def value(self) -> str | None:
+        """The digest in hexadecimal; None before the source was read to its end."""
+        if self._batches is None:
+            return None
+        return hashlib.sha256("\n".join(sorted(self._batches)).encode()).hexdigest()
+
+    def put_together(self) -> None:
+        """Take in the batches of all other processes."""
+        self._batches = [own for read in heard_of_all(self._batches) for own in read or ()]
 
     def watch(self, source: "DataSource") -> "DataSource":
         """Return the same source, whose batches are added to the digest as they are read."""
 
-        def make() -> Iterator[Any]:
-            return source.make() if self.value else self._hashed(source.make())
+        def make(*share: Any) -> Iterator[Any]:
+            made = source.make(*share)
+            return self._hashed(made) if self._batches is None else made
 
         return replace(source, make=make)
 
     def _hashed(self, batches: Iterator[Any]) -> Iterator[Any]:
         from torch.utils._pytree import tree_leaves
 
-        found = hashlib.sha256()
+        read = []
         for batch in batches:
+            found = hashlib.sha256()
             for tensor in tree_leaves(batch):
                 _add(found, tensor)
+            read.append(found.hexdigest())
             yield batch
-        self.value = found.hexdigest()
+        self._batches = read
 
 
 def _add(found: Any, tensor: "Tensor") -> None:
