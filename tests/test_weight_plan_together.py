@@ -38,7 +38,7 @@ def graph():
 
 @pytest.fixture(scope="module")
 def alone(graph):
-    """Return the plans that one process makes of the whole model."""
+    """Return the plans of one process that has the whole model, and the weights after two."""
     return planned(0, 1, "whole", graph)
 
 
@@ -66,23 +66,31 @@ def assembled(parts, places):
     ("size", "kind"),
     [(2, "copies"), (2, "fsdp"), (4, "copies"), (4, "fsdp"), (4, "hybrid"), (4, "some")],
 )
-def test_the_plan_is_that_of_one_process(pool_of, alone, graph, size, kind):
+def test_the_plan_and_the_weights_after_it_are_those_of_one_process(
+    pool_of, alone, graph, size, kind
+):
     found = pool_of(size).run(planned, size, kind, graph)
+    plans, weights, _, reports = alone
     for name in (*REQUESTS, "control"):
-        own = [each[name] for each in found]
+        own = [each[name] for each, *_ in found]
         masks = assembled([one["masks"] for one in own], [one["parts"] for one in own])
-        expected = alone[name]
+        expected = plans[name]
         assert list(masks) == list(expected["masks"])
         for tensor, mask in masks.items():
             assert torch.equal(mask, expected["masks"][tensor]), (name, tensor)
         assert all(one["says"] == expected["says"] for one in own), name
         spread = {"copies": set(), "some": {"3.weight", "3.bias"} & set(masks)}
         assert all(set(one["parts"]) == spread.get(kind, set(masks)) for one in own)
+    after = assembled([own for _, own, *_ in found], [parts for *_, parts, _ in found])
+    assert after.keys() == weights.keys()
+    for tensor, weight in weights.items():
+        assert torch.equal(after[tensor], weight), tensor
+    assert all(said == reports for *_, said in found)
 
 
 def test_one_process_takes_what_its_requests_ask_for(alone):
     """So that the others are compared with something."""
-    says = {name: told["says"] for name, told in alone.items()}
+    says = {name: told["says"] for name, told in alone[0].items()}
     assert set(says["ratio"][0]) == {"0.weight", "3.weight"} and says["ratio"][2] == 45
     assert set(says["named"][0]) == {"0.weight", "1.weight", "3.bias"}
     assert any("max_layer_fraction allows" in note for note in says["capped"][6])

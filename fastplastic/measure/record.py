@@ -187,7 +187,7 @@ class Profile:
         seed: Seed of torch's random numbers when profiling began (dropout draws from them).
         fingerprint: Fingerprint of the model.
         gradients: {parameter name: mean gradient over the batches}, if they were asked for. Of
-            parameters that are spread over processes, as `weights`, the part of this process.
+            parameters that are cut over processes (FSDP2), as of `weights`, the part of this one.
         weights: {parameter name: the parameter itself, not a copy}, if gradients were asked for.
             `weights.parts` says which part of a parameter this process has, and of which.
         notes: What a reader of the numbers has to know.
@@ -329,7 +329,7 @@ class Profile:
 
         Raises:
             FileError: The path cannot be written, or exists and `force` is not set.
-            InputError: The weights have changed since they were profiled, or are spread over
+            InputError: The weights have changed since they were profiled, or are cut over
                 processes.
         """
         if self.weights is not None:

@@ -17,12 +17,6 @@ def is_spread(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def is_cut(tensor: Tensor) -> bool:
-    """Tell whether there is more than one process to hold parts of a tensor, or copies."""
-    spread: Any = tensor
-    return is_spread(tensor) and spread.device_mesh.size() > 1
-
-
 @dataclass(frozen=True)
 class Part:
     """The part of a tensor that this process holds.

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastplastic.errors import InputError
 from fastplastic.kernels import DTYPES
-from fastplastic.model.spread import Part, is_cut, is_spread, local_of, part_of
+from fastplastic.model.spread import Part, is_spread, local_of, part_of
 from fastplastic.processes import Processes
 
 
@@ -16,10 +16,10 @@ class Weights(Mapping[str, Tensor]):
 
     Args:
         tensors: What to keep; no copies are made.
-        parts: Which parts these are of weights that are spread over processes.
+        parts: Which parts these are of weights that are cut over processes.
 
     Attributes:
-        parts: {name: which part of the weight the tensor is}, of those that are spread over
+        parts: {name: which part of the weight the tensor is}, of those that are cut over
             processes, the same names in each.
     """
 
@@ -71,9 +71,10 @@ def weights_of(model: nn.Module, but: Sequence[str] = ()) -> Weights:
         names.setdefault(_memory_of(parameter), []).append(name)
     kept = [own[0] for own in names.values() if len(own) == 1]
     kept = [name for name in kept if not name.startswith(left_out)]
+    parts = {name: part_of(name, parameters[name]) for name in kept}
     return Weights(
         {name: local_of(parameters[name]) for name in kept},
-        {name: part_of(name, parameters[name]) for name in kept if is_cut(parameters[name])},
+        {name: part for name, part in parts.items() if part.cut},
     )
 
 

@@ -23,7 +23,7 @@ class Holders:
 
     Attributes:
         together: The processes; None where this one has all of every weight.
-        parts: Parameter name -> what this process has of it, of those that are spread.
+        parts: Parameter name -> what this process has of it, of those that are cut.
     """
 
     together: Processes | None = None

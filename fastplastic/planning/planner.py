@@ -45,9 +45,9 @@ class Plan:
         eligible: Number of units (or weights) there were to choose from.
         fingerprint: Fingerprint of the model that was profiled.
         masks: Parameter name -> bool mask of the selected weights, on the CPU; no mask is empty.
-            There are none for granularity "unit". Of a parameter that is spread over processes, the
-            part of this process, and all False where it gives none.
-        parts: Parameter name -> which part of it its mask is of, of those that are spread over
+            There are none for granularity "unit". Of a parameter that is cut over processes, the
+            part of this process, which may be all False.
+        parts: Parameter name -> which part of it its mask is of, of those that are cut over
             processes; the same names in each.
         part_counts: Parameter name -> how many weights are selected in all of it, of the same.
         notes: What a reader should know, one sentence each.
@@ -130,8 +130,8 @@ class Plan:
         """Number of units selected in each layer, or of weights in each (whole) parameter."""
         chosen = {name: len(units) for name, units in self.units.items()}
         for name, mask in self.masks.items():
-            spread = name in self.parts
-            chosen[name] = self.part_counts[name] if spread else int(mask.count_nonzero())
+            cut = name in self.parts
+            chosen[name] = self.part_counts[name] if cut else int(mask.count_nonzero())
         return chosen
 
     @property
@@ -139,8 +139,8 @@ class Plan:
         """Number of all units of each layer in the plan, or of all weights of each parameter."""
         found = {name: self.wiring[name].n_units for name in self.units}
         for name, mask in self.masks.items():
-            spread = name in self.parts
-            found[name] = math.prod(self.parts[name].shape) if spread else mask.numel()
+            cut = name in self.parts
+            found[name] = math.prod(self.parts[name].shape) if cut else mask.numel()
         return found
 
     @property

@@ -35,7 +35,7 @@ class _WeightPool:
 
     Attributes:
         names: Name of each parameter.
-        weights: Their values; of those that are spread, the part of this process.
+        weights: Their values; of those that are cut, the part of this process.
         gradients: Their mean gradients; None where the criterion reads none.
         holders: Who holds the weights.
     """
@@ -80,8 +80,8 @@ class _Taken:
     ) -> Choice:  # fmt: skip
         """Return the choice, with the parameters in the order of the layers."""
         masks = {name: self.masks[name] for name in layers if name in self.masks}
-        spread = pool.holders.parts
-        parts = {name: spread[name] for name in masks if name in spread}
+        known = pool.holders.parts
+        parts = {name: known[name] for name in masks if name in known}
         return Choice(
             eligible=eligible, wiring=_bare(layers, masks), masks=masks, notes=notes, parts=parts,
             part_counts={name: self.counts[name] for name in parts},

@@ -104,15 +104,19 @@ def told(plan):
 
 
 def planned(rank, size, kind, graph):
-    """Return what plans say, and the control of one."""
-    _, profile = profiled(rank, size, kind, graph)
+    """Return what plans say, the control of one, and the weights after two of them."""
+    model, profile = profiled(rank, size, kind, graph)
     made_up = gradients_made_up(profile)
     plans = {
         name: fastplastic.plan(made_up, granularity="weight", **request)
         for name, request in REQUESTS.items()
     }
     plans["control"] = control(plans["swr"], made_up, seed=5)
-    return {name: told(plan) for name, plan in plans.items()}
+    said = {name: told(plan) for name, plan in plans.items()}
+    parts = {name: (part.shape, box(part)) for name, part in profile.weights.parts.items()}
+    reports = [fastplastic.reinit_(model, plans[name], seed=7) for name in ("swr", "ties")]
+    # The profile refers to the weights as they are now.
+    return said, dict(profile.weights), parts, [(repr(one), one.shares) for one in reports]
 
 
 def own_gradients(rank, size, kind, graph):
