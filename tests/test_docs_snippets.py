@@ -25,6 +25,7 @@ FRAMEWORKS = {
 }
 # Pages whose frameworks warn of things that a reader may leave as they are.
 WARNED = {
+    "docs/checkpoints.md": "torch saves in this process alone",
     "docs/howto/lightning.md": "few workers, and an old name of torch's",
     "docs/howto/hugging-face.md": "memory cannot be pinned without an accelerator",
 }

@@ -13,7 +13,7 @@ from fastplastic.model.checks import (
 from fastplastic.model.left_as_found import attributes_kept, undisturbed
 from fastplastic.model.lent_head import LentHead, give_head, loss_head, output_layers
 from fastplastic.model.lines import Lines
-from fastplastic.model.outline import outline, stand_in
+from fastplastic.model.outlines import outline, stand_in
 from fastplastic.model.spread import Part, gathered_by_fsdp, is_spread, local_of, part_of, reshard
 from fastplastic.model.watchers import note_watcher
 from fastplastic.model.weights import MeanGradient, Weights, weights_of

@@ -16,6 +16,7 @@ from timm.models.resnet import Bottleneck
 
 from fastplastic.sources.hub import Source
 from helpers.folders import save_folder_model, write_texts
+from helpers.many_files import save_sharded
 from helpers.pictures import folder
 
 REPOSITORY = Path(__file__).parents[2]
@@ -49,6 +50,8 @@ SHORTER = {
 
 def shorter(words: list[str]) -> list[str]:
     """Return what is put behind a command of the program."""
+    if "step-1000" in words and "--plan" in words:
+        return ["--quiet"]
     if "hf:my-bert" not in words:
         return SHORTER.get(words[1], "").split()
     return ["--quiet", *(_TEXTS.split() if "--data" in words else ())]
@@ -57,9 +60,11 @@ def shorter(words: list[str]) -> list[str]:
 # Files that a page takes as given, and what makes them.
 _TUNED = {"model": "resnet50", "num_classes": len(CLASSES)}
 _LITE = {"model": "tf_efficientnet_lite0", "num_classes": 1000}
+_LARGE = {"model": "resnet50", "num_classes": 1000}
 GIVEN = {
     "README.md": {"lite0.safetensors": _LITE},
     "docs/tutorial.md": {"lite0.safetensors": _LITE},
+    "docs/checkpoints.md": {"step-1000": _LARGE},
     "docs/howto/timm.md": {"resnet50-tuned.safetensors": _TUNED},
     "docs/reports.md": {"resnet50-tuned.safetensors": _TUNED},
 }
@@ -185,4 +190,7 @@ def prepare(page: str, where: Path) -> None:
         write_texts(where / TEXTS)
     for name, options in GIVEN.get(page, {}).items():
         model = timm.create_model(options["model"], num_classes=options["num_classes"])
-        save_file(model.state_dict(), where / name)
+        if Path(name).suffix:
+            save_file(model.state_dict(), where / name)
+        else:
+            save_sharded(where / name, model.state_dict())
