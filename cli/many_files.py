@@ -39,7 +39,8 @@ def _check_in_place(folder: Path, *, force: bool) -> None:
     from fastplastic.files import backup_of
 
     backup = backup_of(folder)
-    require_writable(backup if not backup.is_dir() else folder.with_suffix(".tmp"), force=True)
+    # A name beside the folder: of itself it would be said that it is a folder.
+    require_writable(folder.with_name(f"{folder.name}.tmp"), force=True)
     if os.path.lexists(backup) and not force:
         raise FileError(
             f"{backup} exists, an older copy of the folder: move it away, or replace it with "

@@ -56,7 +56,11 @@ def atomic_folder(
             else:
                 # From here on this is the name of the old one, which has to stay.
                 UNFINISHED.discard(temporary)
-            _take_name(temporary, target, path, force)
+            try:
+                _take_name(temporary, target, path, force)
+            except (OSError, FileError):
+                UNFINISHED.add(temporary)
+                raise
             if backup is not None:
                 _keep(temporary, backup)
         finally:  # also after Ctrl-C: nothing temporary may stay
@@ -102,13 +106,16 @@ def _take_name(temporary: Path, target: Path, path: str | os.PathLike[str], forc
     if not _exchanged(temporary, target):
         aside = temporary.with_suffix(".old")
         os.rename(target, aside)
-        os.rename(temporary, target)
+        try:
+            os.rename(temporary, target)
+        except BaseException:
+            os.rename(aside, target)
+            raise
         os.rename(aside, temporary)
 
 
 def _keep(old: Path, backup: Path) -> None:
     """Give the old folder the name of the backup."""
-    sync(old.parent)
     shutil.rmtree(backup, ignore_errors=True)
     os.rename(old, backup)
 
