@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from contextlib import chdir
 from functools import partial
 
 import pytest
@@ -55,7 +56,7 @@ def cluster():
     """Start Ray once for all tests: the engine takes one that is running."""
     import ray
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, chdir(sys.prefix):
         # Where workers find the helpers, too.
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         ray.init(
@@ -207,7 +208,7 @@ def test_ctrl_c_ends_what_runs_on_ray(cluster, tmp_path, monkeypatch):
             results=path,
             progress=stop,
         )
-    assert cancelled == [{"force": True}] * 5 and len(Results.read(path)) == 1
+    assert cancelled == [{}] * 5 and len(Results.read(path)) == 1
     assert cluster.is_initialized()
 
 
@@ -310,7 +311,12 @@ def test_an_address_where_nobody_answers(monkeypatch, tmp_path):
         run_trial(task(), with_controls([ARM]), (0,), SETTINGS, engine=engine)
 
 
-def test_threads_are_those_of_the_program():
-    threads = torch.get_num_threads()
-    assert Share(cpus=1).threads == threads
+def test_threads_are_those_of_the_program(cluster, tmp_path):
+    """Whatever Ray has given the worker: bits depend on it."""
+    assert Share(cpus=1).threads == torch.get_num_threads()
     assert str(Share(cpus=0.5, gpus=1, threads=2)) == "0.5 CPUs, 1 GPU, 2 threads"
+    told = task(facts={"threads": 3})
+    facts = {**SETTINGS.to_dict(), **told.facts}
+    engine = OnRay(engines.threads_trainer, facts, Share(cpus=1, threads=3))
+    found = run_trial(told, with_controls([]), (0,), SETTINGS, engine=engine)
+    assert len(found.runs) == 1

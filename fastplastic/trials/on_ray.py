@@ -9,9 +9,10 @@ import os
 import platform
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, chdir, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from io import StringIO
 from typing import Any
@@ -138,7 +139,7 @@ class OnRay:
                         listener.finished(made)
             finally:
                 for reference in going:
-                    ray.cancel(reference, force=True)
+                    ray.cancel(reference)
 
     def _made(self, reference: Any, item: Pending, tries: int) -> Made | None:
         """Return a finished run, or raise what it raised; None where it is to be tried again."""
@@ -257,10 +258,12 @@ def _begin(ray: Any, address: str) -> None:
     own = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(
-            address, logging_level="error", log_to_driver=False,
-            **(local if address == "local" else {}),
-        )  # fmt: skip
+        # Workers would look for modules in this folder first, such as one with a clone of ours.
+        with chdir(sys.prefix):
+            ray.init(
+                address, logging_level="error", log_to_driver=False,
+                **(local if address == "local" else {}),
+            )  # fmt: skip
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise _no_cluster(address, error) from error
     finally:

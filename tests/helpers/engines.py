@@ -63,6 +63,11 @@ def trainer(model=small, facts=None, keep=lambda run, model: None):
     return Trainer(task(model=model, facts=facts or {}), SETTINGS, keep)
 
 
+def threads_trainer():
+    """Return what makes runs, and says how many threads torch has there."""
+    return trainer(facts={"threads": torch.get_num_threads()})
+
+
 def dying_trainer(file, times):
     return trainer(partial(dying, file=file, times=times, number=signal.SIGKILL))
 
