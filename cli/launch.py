@@ -156,8 +156,9 @@ def _begin(found: Place, device: str | None) -> None:
     hint.start()
     try:
         store, rank, size = next(distributed.rendezvous("env://", timeout=_START))
-        # Of its own: a program that starts this one may have a group on the same store.
-        store = distributed.PrefixStore("fastplastic", store)
+        # Of its own: a program that starts this one, and may do so again, can have the same store.
+        start = store.add(f"fastplastic {rank}", 1)
+        store = distributed.PrefixStore(f"fastplastic start {start}", store)
         store.set_timeout(_START)
         distributed.init_process_group(
             _backend(found, device), store=store, rank=rank, world_size=size
