@@ -5,12 +5,11 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 # Seconds that one waits which is done: for the others, and for the first one, which may be writing;
-# and one that has failed.
-_DONE, _WRITING, _FAILED = 600.0, 3600.0, 5.0
+# and one that has failed. And between two looks.
+_DONE, _WRITING, _FAILED, _BETWEEN = 600.0, 3600.0, 5.0, 0.02
 # Exit codes above are those of signals.
 SIGNALS = 128
 
@@ -91,7 +90,7 @@ def settle(own: Outcome, store: Any, rank: int, size: int, say: Say) -> Outcome:
     """
     with suppress(RuntimeError):
         store.set(f"outcome {rank}", own.written())
-    if own.code > SIGNALS:
+    if own.code >= SIGNALS:
         # Who interrupts one interrupts all: nobody waits.
         if rank == 0:
             own.say(say)
@@ -107,7 +106,7 @@ def settle(own: Outcome, store: Any, rank: int, size: int, say: Say) -> Outcome:
         store.set("end", whole.written())
     # The store may end with this process, and they have to read it.
     until = time.monotonic() + _FAILED
-    for other in (other for other, outcome in heard.items() if outcome is not None):
+    for other in [other for other, its in heard.items() if its and its.code < SIGNALS]:
         _heard(store, f"left {other}", until)
     return whole
 
@@ -128,7 +127,11 @@ def _follow(own: Outcome, store: Any, rank: int, say: Say) -> Outcome:
 def _heard(store: Any, key: str, until: float) -> str | None:
     """Return what a process has told, or None when it does not come in time."""
     try:
-        store.wait([key], timedelta(seconds=max(0.01, until - time.monotonic())))
+        # Not by `wait`, which sees no Ctrl-C, and tells the user of torch's sockets in the end.
+        while not store.check([key]):
+            if time.monotonic() > until:
+                return None
+            time.sleep(_BETWEEN)
         return str(store.get(key).decode())
-    except RuntimeError:  # also where the store is gone
+    except RuntimeError:  # the store is gone
         return None
