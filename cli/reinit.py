@@ -112,7 +112,7 @@ def run(options: ReinitOptions) -> None:
     """
     options.check()
     if options.many_files:
-        return run_many_files(options) if is_first() else None
+        return run_many_files(options)
     from fastplastic import alone
     from fastplastic.cli.reinit_output import WeightFile
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastplastic.cli.following import after_reinit
+from fastplastic.cli.launch import is_first
 from fastplastic.cli.options import ReinitOptions
 from fastplastic.cli.session import choose, measure_for, outlined
 from fastplastic.cli.terminal import console, follow, waiting
@@ -16,13 +17,15 @@ if TYPE_CHECKING:
 
 def run_many_files(options: ReinitOptions) -> None:
     """Re-initialise what a plan names in the files of a checkpoint, and write them to a folder."""
-    from fastplastic import Plan, reinit_checkpoint
+    from fastplastic import Plan, alone, reinit_checkpoint
     from fastplastic.cli import render
     from fastplastic.cli.report import plan_facts, plan_view, reset_fact
 
     source = options.many_files
     assert source is not None
     if options.plan:
+        if not is_first():
+            return
         plan = Plan.load(options.plan)
         with waiting(f"loading the structure of {options.model}", quiet=options.quiet):
             loaded = outlined(options)
@@ -31,8 +34,10 @@ def run_many_files(options: ReinitOptions) -> None:
         measured = measure_for(options, pretrained=None)
         plan, loaded = choose(options, measured), measured.loaded
         facts = list(measured.facts)
+        if not is_first():
+            return
     target = None if options.in_place else options.output
-    with waiting(f"writing {target or source}", quiet=options.quiet):
+    with alone(), waiting(f"writing {target or source}", quiet=options.quiet):
         report = reinit_checkpoint(
             source, target, loaded.model, plan, init=options.init, outgoing=options.outgoing,
             seed=options.seed, force=options.force,
