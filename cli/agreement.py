@@ -29,9 +29,13 @@ def agree(options: DataOptions, loaded: "LoadedModel", source: "DataSource | Non
     from fastplastic.model import fingerprint
     from fastplastic.trials import digest_of
 
-    facts = {f"--{name.replace('_', '-')}": text for name, text in _said(options).items()}
+    # First the options, which all else depends on.
+    others.meet("start", {f"--{name.replace('_', '-')}": x for name, x in _said(options).items()})
     # Weights that one could not get would be random there.
-    facts |= {"the model": fingerprint(loaded.model)[:12], "the weights": digest_of(loaded.model)}
+    facts = {
+        "the model": fingerprint(loaded.model)[:12],
+        "the weights": digest_of(loaded.model)[:12],
+    }
     if source is not None:
         facts["the data"] = (
             f"{source.samples} samples of {source.num_classes} classes in batches of "
@@ -65,10 +69,10 @@ def average_norms(model: "nn.Module") -> None:
         count = getattr(norm, "num_batches_tracked", None)
         if not isinstance(norm, _BatchNorm) or count is None:
             continue
-        found: list[Any] = [norm.running_mean, norm.running_var]
-        sums = torch.stack([buffer.double() * count for buffer in found])
+        kinds = ("running_mean", "running_var")
+        sums = torch.stack([getattr(norm, kind).double() * count for kind in kinds])
         table = torch.cat([count.double().view(1), sums.flatten()]).cpu()
         others.add_(table)
         count.fill_(int(table[0]))
-        for buffer, total in zip(found, table[1:].view(2, -1), strict=True):
-            buffer.copy_(total / table[0])
+        for kind, total in zip(kinds, table[1:].view(2, -1), strict=True):
+            setattr(norm, kind, (total / table[0]).to(getattr(norm, kind)))

@@ -174,7 +174,10 @@ def warn_of_left_out(source: "DataSource") -> None:
 
 def _take_in_left_out(source: "DataSource") -> None:
     """Take in what the other processes could not read."""
-    for left_out in heard_of_all(dict(source.left_out)):
+    found = heard_of_all(dict(source.left_out))
+    # In the same order in all of them.
+    source.left_out.clear()
+    for left_out in found:
         source.left_out.update(left_out)
 
 
