@@ -30,6 +30,9 @@ def run(options: ProfileOptions) -> None:
 
     Runs batches forward and backward, changes nothing, and tells for every layer how many units
     are dead, frozen or dormant, and how far their activation functions are saturated.
+
+    Under torchrun (torchrun --nproc-per-node 2 -m fastplastic profile ...) the processes share the
+    batches, as for plan and reinit.
     """
     from fastplastic.comparison import check_gates, check_patterns, parse_gates
     from fastplastic.files import figures_of
