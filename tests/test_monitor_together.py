@@ -63,6 +63,7 @@ CASES = {
     "ddp, every second": {"kind": "ddp", "name": "cnn", "every": 2, "sizes": EVEN * 2},
     # Weights that one process alone has used.
     "ddp, unused": {"kind": "ddp", "name": "experts", "options": {"find_unused_parameters": True}},
+    "ddp, gradients set to 0": {"kind": "ddp", "name": "cnn", "zeros": True},
     "ddp, no optimizer": {"kind": "ddp", "name": "cnn", "by_hand": True},
     "fsdp": {"kind": "fsdp", "name": "cnn", "sizes": UNEVEN},
     "fsdp, kept gathered, recomputed": {
@@ -76,7 +77,7 @@ CASES = {
 def test_the_profile_is_that_of_the_joined_batches(two):
     found = two.run(several, list(CASES.values()))
     for number, (case, call) in enumerate(CASES.items()):
-        same = call.keys() & {"sizes", "recompute", "every", "by_hand"}
+        same = call.keys() & {"sizes", "recompute", "every", "by_hand", "zeros"}
         expected = joined(call["name"], **{key: call[key] for key in same})
         try:
             check([own[number] for own in found], expected)

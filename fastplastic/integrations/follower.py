@@ -93,7 +93,7 @@ class Follower:
         logs: Whether this process logs: no other has to profile.
 
     Raises:
-        InputError: As for `Recycler`, or several processes would choose different units.
+        InputError, ProcessError: As for `Recycler`.
     """
 
     def __init__(

@@ -40,8 +40,7 @@ class LightningPlasticity(Callback):
 
     Raises:
         InputError: An option is unknown or unusable. When the training begins: there is no such
-            part, no optimizer or several train it, its parameters are sharded, or several processes
-            would choose different units.
+            part, no optimizer or several train it, or its parameters are sharded.
     """
 
     def __init__(

@@ -50,7 +50,7 @@ class PlasticityCallback(TrainerCallback):
 
     Raises:
         InputError: An option is unknown or unusable. When the training begins: the parameters are
-            sharded, or several processes would choose different units.
+            sharded.
     """
 
     def __init__(

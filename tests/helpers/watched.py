@@ -97,7 +97,7 @@ def loss_of(output, targets, sizes):
 
 def trained(
     rank, kind, name, sizes=EVEN, recompute=None, options=None, scaler=None, every=1, split=1,
-    sync=True, whole=False, by_hand=False,
+    sync=True, whole=False, by_hand=False, zeros=False,
 ):  # fmt: skip
     """Train for some steps under a monitor, and return what it says.
 
@@ -109,6 +109,7 @@ def trained(
         split: How many batches a step is made of.
         sync: Whether gradients are reduced behind each of them.
         whole: Whether this process has the batches of all.
+        zeros: Whether gradients are set to 0, instead of None.
         by_hand: Whether there is no optimizer, and gradients are cleared behind the forward pass.
     """
     model, shape = model_of(name, recompute)
@@ -144,7 +145,7 @@ def trained(
                 nn.utils.clip_grad_norm_(model.parameters(), 0.5)
                 amp.step(optimizer)
                 amp.update()
-                optimizer.zero_grad()
+                optimizer.zero_grad(set_to_none=not zeros)
     return said(monitor)
 
 
