@@ -322,11 +322,9 @@ class Recycler:
         )  # fmt: skip
         if self._replacement is not None:
             self._replacement.forget(chosen.units)
-        now = chosen_of(chosen)
-        reset = Reset(
-            self.steps, chosen.counts, chosen.units, chosen.scores, overlap(self._last, now)
-        )
-        self._last = now
+        again = overlap(self._last, chosen, self._together)
+        reset = Reset(self.steps, chosen.counts, chosen.units, chosen.scores, again)
+        self._last = chosen_of(chosen)
         self.log.append(reset)
         self._warn_of_the_same()
         return reset

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastplastic.planning import Plan
+from fastplastic.processes import Processes
 
 # Settings whose resets take more than this share of the same again all failed in the thesis of
 # Hernandez-Garcia (2026).
@@ -73,17 +74,33 @@ def chosen_of(plan: Plan) -> dict[str, Tensor]:
     return {**plan.units, **plan.masks}
 
 
-def overlap(before: Mapping[str, Tensor] | None, now: Mapping[str, Tensor]) -> float | None:
-    """Return the share of what `chosen_of` gave now that it had given before; None for nothing."""
-    again = total = 0
-    for name, chosen in now.items():
+def overlap(
+    before: Mapping[str, Tensor] | None, plan: Plan, together: Processes | None
+) -> float | None:
+    """Return the share of what a plan chose that had been chosen before; None for nothing.
+
+    Args:
+        before: What `chosen_of` gave then.
+        plan: What is chosen now.
+        together: The processes that share the model, of whose weights each may choose a part.
+    """
+    counts = torch.zeros(2, dtype=torch.int64)
+    for name, chosen in chosen_of(plan).items():
         same = None if before is None else before.get(name)
+        part = plan.parts.get(name)
+        # What processes have alike is counted by one of them.
+        if plan.parts and not (part.first if part else together is None or together.rank == 0):
+            continue
         if chosen.dtype == torch.bool:
-            total += int(chosen.count_nonzero())
-            again += 0 if same is None else int((chosen & same).count_nonzero())
+            counts[0] += int(chosen.count_nonzero())
+            if same is not None and same.shape == chosen.shape:
+                counts[1] += int((chosen & same).count_nonzero())
         else:
-            total += len(chosen)
-            again += 0 if same is None else int(torch.isin(chosen, same).sum())
+            counts[0] += len(chosen)
+            counts[1] += 0 if same is None else int(torch.isin(chosen, same).sum())
+    if plan.parts and together is not None:
+        together.add_(counts)
+    total, again = counts.tolist()
     return again / total if before is not None and total else None
 
 

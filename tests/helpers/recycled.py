@@ -66,6 +66,7 @@ def recycled(rank, kind, method, whole=False, size=2, stop=None, state=None):
             optimizer.zero_grad()
     return {
         "resets": [(reset.step, reset.to_dict()["units"], reset.counts) for reset in recycler.log],
+        "overlaps": [reset.overlap for reset in recycler.log],
         "model": gathered(model),
         "target": gathered(target),
         "optimizer": copy.deepcopy(optimizer.state_dict()) if kind != "fsdp" else {},
