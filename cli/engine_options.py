@@ -8,7 +8,7 @@ from fastplastic.cli.parsing import option
 from fastplastic.errors import InputError
 
 if TYPE_CHECKING:
-    from fastplastic.trials import Share
+    from fastplastic.trials import RunShare
 
 _RUNS = "Runs"
 
@@ -93,7 +93,7 @@ def _check_amount(flag: str, amount: float) -> None:
         raise InputError(f"{flag} {amount:g}: expected four decimal places at most, as Ray counts")
 
 
-def on_ray(options: EngineOptions, device: str | None) -> "tuple[str, Share]":
+def on_ray(options: EngineOptions, device: str | None) -> "tuple[str, RunShare]":
     """Return on which device the runs are trained on Ray, and what a run takes of a machine.
 
     Args:
@@ -102,7 +102,7 @@ def on_ray(options: EngineOptions, device: str | None) -> "tuple[str, Share]":
     """
     import torch
 
-    from fastplastic.trials import Share
+    from fastplastic.trials import RunShare
 
     gpus = options.gpus_per_run
     if device is None:
@@ -112,4 +112,4 @@ def on_ray(options: EngineOptions, device: str | None) -> "tuple[str, Share]":
         gpus = 1.0 if device == "cuda" else 0.0
     threads = torch.get_num_threads()
     cpus = options.cpus_per_run or (1.0 if gpus else float(threads))
-    return device, Share(cpus=cpus, gpus=gpus, threads=threads)
+    return device, RunShare(cpus=cpus, gpus=gpus, threads=threads)

@@ -26,7 +26,7 @@ _START, _HINT, _APART = timedelta(minutes=5), 10.0, 5.0
 
 
 @dataclass(frozen=True)
-class Place:
+class LaunchPlace:
     """Which of the processes this one is.
 
     Attributes:
@@ -42,7 +42,7 @@ class Place:
     local_size: int
 
 
-def place() -> Place | None:
+def place() -> LaunchPlace | None:
     """Return the place of this process; None where it works by itself.
 
     Taken from what torchrun sets, or whoever sets the same. RANK alone means nothing: other
@@ -53,7 +53,7 @@ def place() -> Place | None:
     if not found or rank is None or size is None or not 0 <= rank < size or size == 1:
         return None
     local_rank, local_size = _number("LOCAL_RANK"), _number("LOCAL_WORLD_SIZE")
-    return Place(
+    return LaunchPlace(
         rank, size, rank if local_rank is None else local_rank, local_size if local_size else size
     )
 
@@ -139,7 +139,7 @@ def by_itself(run: Callable[[Any], None]) -> Callable[[Any], None]:
     return in_one
 
 
-def _begin(found: Place, device: str | None) -> None:
+def _begin(found: LaunchPlace, device: str | None) -> None:
     """Join the other processes. InputError where they do not come."""
     import torch
 
@@ -177,13 +177,13 @@ def _begin(found: Place, device: str | None) -> None:
     _stores.append(store)
 
 
-def _say_waiting(found: Place) -> None:
+def _say_waiting(found: LaunchPlace) -> None:
     if found.rank == 0:
         text = f"fastplastic: waiting for {found.size - 1} other processes, as WORLD_SIZE says"
         print(text, file=sys.stderr, flush=True)
 
 
-def _backend(found: Place, device: str | None) -> str:
+def _backend(found: LaunchPlace, device: str | None) -> str:
     """Return by what tensors travel; take the GPU of this process as the current one."""
     import torch
 
@@ -228,7 +228,7 @@ def end(own: Outcome, say: Say) -> int:
     return _code(whole, found)
 
 
-def _end_apart(own: Outcome, found: Place, say: Say) -> int:
+def _end_apart(own: Outcome, found: LaunchPlace, say: Say) -> int:
     """End what came to its end before this process met the others."""
     if found.rank == 0:
         own.say(say)
@@ -241,7 +241,7 @@ def _end_apart(own: Outcome, found: Place, say: Say) -> int:
     return _code(own, found)
 
 
-def _code(whole: Outcome, found: Place) -> int:
+def _code(whole: Outcome, found: LaunchPlace) -> int:
     """Return the exit code of this process.
 
     torchrun has a page to say of each that fails: one of each machine is enough.

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastplastic.cli import launch
-from fastplastic.cli.launch import Place, is_first, own_gpu, place
+from fastplastic.cli.launch import LaunchPlace, is_first, own_gpu, place
 from fastplastic.cli.outcomes import Outcome, verdict
 from fastplastic.cli.page import DataDigest
 from fastplastic.errors import InputError
@@ -38,8 +38,8 @@ def variables(monkeypatch):
     ("values", "expected"),
     [
         ({}, None),
-        (TORCHRUN | HERE, Place(5, 8, 1, 4)),
-        (BY_HAND, Place(1, 2, 1, 2)),
+        (TORCHRUN | HERE, LaunchPlace(5, 8, 1, 4)),
+        (BY_HAND, LaunchPlace(1, 2, 1, 2)),
         # Variables of other programs, or of a job that has one process.
         ({"RANK": "1"}, None),
         ({"RANK": "1", "WORLD_SIZE": "2"}, None),

@@ -16,7 +16,7 @@ _MAKING, _COMPUTING = "Monitor()", "Monitor.compute()"
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class SeenHere:
     """What there is to make a profile of.
 
     Attributes:
@@ -61,7 +61,7 @@ class MonitorMeeting:
             compare_traces(graph, self.processes)
         return graph
 
-    def gather(self, read: Callable[[], Seen]) -> Seen:
+    def gather(self, read: Callable[[], SeenHere]) -> SeenHere:
         """Return what all processes have seen, or this one where it is alone.
 
         Args:
@@ -90,13 +90,13 @@ class MonitorMeeting:
         with all_or_nothing(together, _COMPUTING, facts):
             said = together.share((own[0].seed, own[0].largest))
             observation = put_together(own[0].observation, together)
-        return Seen(observation, said[0][0], max(largest for _, largest in said))
+        return SeenHere(observation, said[0][0], max(largest for _, largest in said))
 
-    def _alone(self, read: Callable[[], Seen]) -> Seen:
+    def _alone(self, read: Callable[[], SeenHere]) -> SeenHere:
         if self.processes is not None and self._spread:
             raise InputError(
                 f"{_COMPUTING} of one process alone, which has parts of the weights: expected the "
                 "same call in all processes, without fastplastic.alone()"
             )
         own = read()
-        return Seen(put_alone(own.observation), own.seed, own.largest)
+        return SeenHere(put_alone(own.observation), own.seed, own.largest)

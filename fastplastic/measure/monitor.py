@@ -10,7 +10,7 @@ from torch import nn
 
 from fastplastic.errors import InputError
 from fastplastic.graph import build_graph
-from fastplastic.measure.meeting import MonitorMeeting, Seen
+from fastplastic.measure.meeting import MonitorMeeting, SeenHere
 from fastplastic.measure.observer import Observer
 from fastplastic.measure.positions import PositionSample
 from fastplastic.measure.record import Profile
@@ -164,10 +164,10 @@ class Monitor:
         notes = self._positions.notes(seen.largest)
         return assemble(self._model, self._graph, seen.observation, seed=seen.seed, notes=notes)
 
-    def _seen(self) -> Seen:
+    def _seen(self) -> SeenHere:
         # Weights without any gradient so far are read as they are now.
         own = self._observer.own_observation({})
-        return Seen(own, self._seed, self._positions.largest)
+        return SeenHere(own, self._seed, self._positions.largest)
 
 
 class Pause:

@@ -131,7 +131,7 @@ class WeightReader:
         others = rows.clone(), columns.clone()
         for piece in (piece for name in self.copies for piece in self.pieces[name]):
             for own, rest in zip(piece.of(copies), piece.of(others), strict=True):
-                own.copy_(rest)
+                own += rest
                 rest.zero_()
         return copies, others
 

@@ -16,7 +16,7 @@ from fastplastic.reinit.transaction import Undo, place_of
 _PREFIXES = ("", "module.", "_orig_mod.", "ema.", "module.module.")
 
 
-class Copies:
+class ModelCopies:
     """Models with the same parameters, each perhaps inside of a wrapper.
 
     Args:

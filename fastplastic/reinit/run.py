@@ -19,7 +19,7 @@ from fastplastic.processes import Processes, all_or_nothing, all_processes
 from fastplastic.reinit.adjust import Adjustment
 from fastplastic.reinit.averages import notes_of_averages, refuse_average
 from fastplastic.reinit.changes import unit_change, weight_change
-from fastplastic.reinit.copies import Copies
+from fastplastic.reinit.copies import ModelCopies
 from fastplastic.reinit.known_means import KnownMeans
 from fastplastic.reinit.meeting import check_batches_together, facts_of
 from fastplastic.reinit.optimizer_state import OptimizerState
@@ -180,7 +180,7 @@ def _reinit(
     means = options.means
     known = None if means is None else KnownMeans(model, plan, tensors, means)
     adjust = Adjustment(model, tensors, change, options.batches, options.loss_fn, known, together)
-    along = Copies(options.copies, [entry.name for entry in written], tensors)
+    along = ModelCopies(options.copies, [entry.name for entry in written], tensors)
     adjust.measure(options.compensated)
     apply(tensors, change.writes, memory.writes, options.seed, undo)
     shifted = adjust.apply(undo, options.compensated, options.recalibrate)

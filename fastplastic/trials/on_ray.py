@@ -36,7 +36,7 @@ _ANSWER_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
+class RunShare:
     """What a run takes of a machine.
 
     Attributes:
@@ -70,7 +70,7 @@ class Job:
 
     work: Callable[[], Trainer]
     facts: Mapping[str, Any]
-    share: Share
+    share: RunShare
     folder: str = field(default_factory=os.getcwd)
     where: bool = False
     key: str = field(default_factory=lambda: uuid4().hex)
@@ -95,7 +95,7 @@ class OnRay:
         self,
         work: Callable[[], Trainer],
         facts: Mapping[str, Any],
-        share: Share,
+        share: RunShare,
         *,
         address: str | None = None,
         warn: Callable[[str], None] = lambda line: None,
@@ -291,7 +291,7 @@ def _no_cluster(address: str, error: Exception) -> InputError:
     )
 
 
-def _room(node: Mapping[str, float], share: Share) -> int:
+def _room(node: Mapping[str, float], share: RunShare) -> int:
     """Return how many runs a machine has room for at once."""
     wanted = {"CPU": share.cpus, "GPU": share.gpus}
     rooms = [node.get(kind, 0.0) / much for kind, much in wanted.items() if much]
