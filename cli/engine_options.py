@@ -8,7 +8,7 @@ from fastplastic.cli.parsing import option
 from fastplastic.errors import InputError
 
 if TYPE_CHECKING:
-    from fastplastic.trials import RunShare
+    from fastplastic.trials import RunNeeds
 
 _RUNS = "Runs"
 
@@ -93,7 +93,7 @@ def _check_amount(flag: str, amount: float) -> None:
         raise InputError(f"{flag} {amount:g}: expected four decimal places at most, as Ray counts")
 
 
-def on_ray(options: EngineOptions, device: str | None) -> "tuple[str, RunShare]":
+def on_ray(options: EngineOptions, device: str | None) -> "tuple[str, RunNeeds]":
     """Return on which device the runs are trained on Ray, and what a run takes of a machine.
 
     Args:
@@ -102,7 +102,7 @@ def on_ray(options: EngineOptions, device: str | None) -> "tuple[str, RunShare]"
     """
     import torch
 
-    from fastplastic.trials import RunShare
+    from fastplastic.trials import RunNeeds
 
     gpus = options.gpus_per_run
     if device is None:
@@ -112,4 +112,4 @@ def on_ray(options: EngineOptions, device: str | None) -> "tuple[str, RunShare]"
         gpus = 1.0 if device == "cuda" else 0.0
     threads = torch.get_num_threads()
     cpus = options.cpus_per_run or (1.0 if gpus else float(threads))
-    return device, RunShare(cpus=cpus, gpus=gpus, threads=threads)
+    return device, RunNeeds(cpus=cpus, gpus=gpus, threads=threads)

@@ -93,14 +93,14 @@ def _placed(options: TrialOptions) -> "tuple[Learner, Engine | None, Facts]":
     from fastplastic.trials import OnRay, require_ray
 
     require_ray()
-    device, share = on_ray(options, options.device)
+    device, needs = on_ray(options, options.device)
     there = replace(options, device=device)
     # Here nothing is trained: GPUs are left to the runs.
     loaded = _learner(replace(options, device="cpu"), place=f"{device} by Ray")
     facts = {**loaded.settings.to_dict(), **_task(options, loaded).facts}
     work = partial(trainer, there)
-    engine = OnRay(work, facts, share, address=options.address, warn=warn)
-    return loaded, engine, (("runs", f"by Ray, {engine.place}: {share} each"),)
+    engine = OnRay(work, facts, needs, address=options.address, warn=warn)
+    return loaded, engine, (("runs", f"by Ray, {engine.place}: {needs} each"),)
 
 
 def trainer(options: TrialOptions) -> "Trainer":

@@ -16,7 +16,7 @@ from helpers.tuned import task
 from safetensors.torch import load_file
 
 from fastplastic.errors import FileError, InputError, ProcessError
-from fastplastic.trials import OnRay, Results, RunShare, run_trial, with_controls
+from fastplastic.trials import OnRay, Results, RunNeeds, run_trial, with_controls
 from fastplastic.trials import on_ray as on_ray_module
 
 SMALL = ("trial", "test_resnet", "--no-pretrained", "--img-size", 32, "--data", "data", "-b", 8)
@@ -143,7 +143,7 @@ def test_one_engine_goes_on_where_another_was(run, there, here, cluster, pool):
 def on_ray(work, path, *, arms=(ARM,), seeds=(0, 1), warn=print, **more):
     """Make a small trial on Ray."""
     told = task(**more)
-    engine = OnRay(work, {**SETTINGS.to_dict(), **told.facts}, RunShare(cpus=1), warn=warn)
+    engine = OnRay(work, {**SETTINGS.to_dict(), **told.facts}, RunNeeds(cpus=1), warn=warn)
     return run_trial(told, with_controls(arms), seeds, SETTINGS, engine=engine, results=path)
 
 
@@ -197,7 +197,7 @@ def test_ctrl_c_ends_what_runs_on_ray(cluster, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     path = tmp_path / "trial.jsonl"
-    engine = OnRay(engines.trainer, SETTINGS.to_dict(), RunShare(cpus=1))
+    engine = OnRay(engines.trainer, SETTINGS.to_dict(), RunNeeds(cpus=1))
     with pytest.raises(KeyboardInterrupt):
         run_trial(
             task(),
@@ -215,8 +215,8 @@ def test_ctrl_c_ends_what_runs_on_ray(cluster, tmp_path, monkeypatch):
 def test_runs_that_no_machine_has_room_for(cluster, tmp_path):
     told = task()
     for share, said in [
-        (RunShare(cpus=3, threads=1), r"\(3 CPUs, 1 thread\): the largest has 2 CPUs and 0 GPUs"),
-        (RunShare(cpus=1, gpus=0.5, threads=4), r"\(1 CPU, 0.5 GPUs, 4 threads\): the largest"),
+        (RunNeeds(cpus=3, threads=1), r"\(3 CPUs, 1 thread\): the largest has 2 CPUs and 0 GPUs"),
+        (RunNeeds(cpus=1, gpus=0.5, threads=4), r"\(1 CPU, 0.5 GPUs, 4 threads\): the largest"),
     ]:
         engine = OnRay(engines.trainer, SETTINGS.to_dict(), share)
         with pytest.raises(InputError, match=said):
@@ -304,7 +304,7 @@ def test_without_ray(run, nothing_slow, here, monkeypatch):
 
 def test_an_address_where_nobody_answers(monkeypatch, tmp_path):
     monkeypatch.setattr("ray.is_initialized", lambda: False)
-    engine = OnRay(engines.trainer, SETTINGS.to_dict(), RunShare(cpus=1), address="127.0.0.1:9")
+    engine = OnRay(engines.trainer, SETTINGS.to_dict(), RunNeeds(cpus=1), address="127.0.0.1:9")
     with pytest.raises(
         InputError, match=r"--address 127\.0\.0\.1:9: there is no cluster of Ray \("
     ):
@@ -313,10 +313,10 @@ def test_an_address_where_nobody_answers(monkeypatch, tmp_path):
 
 def test_threads_are_those_of_the_program(cluster, tmp_path):
     """Whatever Ray has given the worker: bits depend on it."""
-    assert RunShare(cpus=1).threads == torch.get_num_threads()
-    assert str(RunShare(cpus=0.5, gpus=1, threads=2)) == "0.5 CPUs, 1 GPU, 2 threads"
+    assert RunNeeds(cpus=1).threads == torch.get_num_threads()
+    assert str(RunNeeds(cpus=0.5, gpus=1, threads=2)) == "0.5 CPUs, 1 GPU, 2 threads"
     told = task(facts={"threads": 3})
     facts = {**SETTINGS.to_dict(), **told.facts}
-    engine = OnRay(engines.threads_trainer, facts, RunShare(cpus=1, threads=3))
+    engine = OnRay(engines.threads_trainer, facts, RunNeeds(cpus=1, threads=3))
     found = run_trial(told, with_controls([]), (0,), SETTINGS, engine=engine)
     assert len(found.runs) == 1

@@ -6,7 +6,7 @@ from fastplastic.trials.engine import Engine, InTurn, Made, Pending, Trainer
 from fastplastic.trials.evidence import Advice, advise, better_than_random
 from fastplastic.trials.loop import evaluate, train
 from fastplastic.trials.missing import Progress
-from fastplastic.trials.on_ray import OnRay, RunShare, require_ray
+from fastplastic.trials.on_ray import OnRay, RunNeeds, require_ray
 from fastplastic.trials.outcome import outcome_of
 from fastplastic.trials.prepare import norms_of, recalibrate_norms
 from fastplastic.trials.probe import fit_head
@@ -34,7 +34,7 @@ __all__ = [
     "Pending",
     "Progress",
     "Results",
-    "RunShare",
+    "RunNeeds",
     "Task",
     "TrainSettings",
     "Trainer",

@@ -36,7 +36,7 @@ _ANSWER_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunShare:
+class RunNeeds:
     """What a run takes of a machine.
 
     Attributes:
@@ -62,7 +62,7 @@ class Job:
     Attributes:
         work: Makes the trainer, there; travels as the name of a function and its arguments.
         facts: What settles the results here.
-        share: What a run takes.
+        needs: What a run takes.
         folder: Where this process is: paths begin there.
         where: Whether errors name the machine.
         key: Tells trials apart.
@@ -70,7 +70,7 @@ class Job:
 
     work: Callable[[], Trainer]
     facts: Mapping[str, Any]
-    share: RunShare
+    needs: RunNeeds
     folder: str = field(default_factory=os.getcwd)
     where: bool = False
     key: str = field(default_factory=lambda: uuid4().hex)
@@ -82,7 +82,7 @@ class OnRay:
     Args:
         work: Makes the trainer in a worker; can be pickled.
         facts: What settles the results: settings and facts of the task.
-        share: What a run takes of a machine.
+        needs: What a run takes of a machine.
         address: Of a cluster, as for `ray.init`; None starts Ray on this machine, or takes
             RAY_ADDRESS where that is set.
         warn: Told in a line what goes wrong and is mended.
@@ -95,7 +95,7 @@ class OnRay:
         self,
         work: Callable[[], Trainer],
         facts: Mapping[str, Any],
-        share: RunShare,
+        needs: RunNeeds,
         *,
         address: str | None = None,
         warn: Callable[[str], None] = lambda line: None,
@@ -103,7 +103,7 @@ class OnRay:
         self._ray = require_ray()
         self._address = address or os.environ.get("RAY_ADDRESS") or "local"
         self._warn = warn
-        self._job = Job(work, _told(facts), share, where=self._address != "local")
+        self._job = Job(work, _told(facts), needs, where=self._address != "local")
 
     @property
     def place(self) -> str:
@@ -117,11 +117,11 @@ class OnRay:
             InputError: The cluster cannot be reached, or no machine is large enough.
             ProcessError: A run failed in a way that is not ours, or its workers died.
         """
-        ray, share = self._ray, self._job.share
+        ray, needs = self._ray, self._job.needs
         with _connected(ray, self._address):
             self._check_room(len(pending))
             # Begun again below, with a word: Ray does it in silence, and for memory without end.
-            task = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_retries=0)(_make)
+            task = ray.remote(num_cpus=needs.cpus, num_gpus=needs.gpus, max_retries=0)(_make)
             job = ray.put(self._job)
             going = {task.remote(job, item): (item, 1) for item in pending}
             listener.share(pending[0], 0.0)
@@ -170,20 +170,20 @@ class OnRay:
 
     def _check_room(self, runs: int) -> None:
         """Refuse runs that no machine has room for, as they would wait for ever: InputError."""
-        share = self._job.share
+        needs = self._job.needs
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        rooms = [_room(node, share) for node in nodes]
+        rooms = [_room(node, needs) for node in nodes]
         if not any(rooms):
             largest = [_many(max(n.get(kind, 0) for n in nodes), kind) for kind in ("CPU", "GPU")]
             text = (
-                f"no machine has room for a run ({share}): the largest has {' and '.join(largest)}"
+                f"no machine has room for a run ({needs}): the largest has {' and '.join(largest)}"
             )
             if self._address == "local":
                 raise InputError(f"{text}: take less by --cpus-per-run and --gpus-per-run")
             self._warn(f"{text}; runs wait until one joins the cluster")
-        elif sum(rooms) == 1 < min(runs, share.threads):
+        elif sum(rooms) == 1 < min(runs, needs.threads):
             self._warn(
-                f"there is room for one run at a time ({share}): with OMP_NUM_THREADS=1 before the "
+                f"there is room for one run at a time ({needs}): with OMP_NUM_THREADS=1 before the "
                 "command there is for more"
             )
 
@@ -217,7 +217,7 @@ def _trainer(job: Job) -> Trainer:
     """Return what makes the runs of a trial in this worker."""
     if os.path.isdir(job.folder):
         os.chdir(job.folder)
-    torch.set_num_threads(job.share.threads)
+    torch.set_num_threads(job.needs.threads)
     if job.key not in _trainers:
         _trainers.clear()
         trainer = job.work()
@@ -291,9 +291,9 @@ def _no_cluster(address: str, error: Exception) -> InputError:
     )
 
 
-def _room(node: Mapping[str, float], share: RunShare) -> int:
+def _room(node: Mapping[str, float], needs: RunNeeds) -> int:
     """Return how many runs a machine has room for at once."""
-    wanted = {"CPU": share.cpus, "GPU": share.gpus}
+    wanted = {"CPU": needs.cpus, "GPU": needs.gpus}
     rooms = [node.get(kind, 0.0) / much for kind, much in wanted.items() if much]
     # Of fractions of a millionth there are sums.
     return int(min(rooms) + 1e-6)
