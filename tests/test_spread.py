@@ -20,8 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fastplastic.errors import InputError
 from fastplastic.graph import build_graph
-from fastplastic.measure.together import parts_of
-from fastplastic.model import local_of, part_of
+from fastplastic.model import batch_group, local_of, part_of
 
 
 @pytest.fixture
@@ -138,12 +137,49 @@ def test_sums_to_be_made_are_refused(mesh):
     )
 
 
-def test_tensor_parallelism_is_refused(mesh):
-    """Its processes have no batches of their own, and see a part of each activation."""
+def where_it_is(model, size=4, rank=3):
+    return batch_group(model, SimpleNamespace(size=size, rank=rank, share=lambda own: [own] * size))
+
+
+def test_who_shares_batches(mesh):
     model = parallelize_module(mlp(), mesh, {"0": ColwiseParallel(), "3": RowwiseParallel()})
+    group = where_it_is(model)
+    assert (group.ranks, group.place, group.every) == ((0, 1, 2, 3), 3, ((0, 1, 2, 3),))
+    sharded = mlp()
+    fully_shard(sharded, mesh=mesh)
+    with pytest.raises(InputError, match="process 0 shares layers with processes 3, which do not"):
+        where_it_is(sharded)
+    assert batch_group(mlp(), None).alone
+
+
+def test_placements_that_are_not_understood_are_refused(mesh):
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    names = "as ('S(0)', 'R') on a mesh of (2, 2), there are 4 processes"
+    model = mlp()
+    weight = distribute_tensor(model[0].weight, square, [Shard(0), Replicate()], src_data_rank=None)
+    model[0].weight = nn.Parameter(weight)
+    refused = {"a mesh of two dimensions": (model, names)}
+    model = mlp()
+    fully_shard(model, mesh=square["dp"])
+    names = "as ('S(0)',) on a mesh of (2,), there are 4 processes"
+    refused["a mesh that is smaller than the world"] = (model, names)
+    model = mlp()
+    weight = DTensor.from_local(torch.zeros(10, 6), mesh, [Partial()])
+    model[0].weight = nn.Parameter(weight)
+    refused["sums to be made"] = (model, "as ('P(sum)',) on a mesh of (4,), there are 4 processes")
+    for model, text in refused.values():
+        with pytest.raises(InputError) as error:
+            where_it_is(model)
+        assert str(error.value) == (
+            f"'0.weight' is placed {text}, expected all of them to share it by fully_shard, by "
+            "parallelize_module on a mesh of one dimension, or by both: call this before the model "
+            "is spread"
+        )
+    model = parallelize_module(mlp(), mesh, {"0": ColwiseParallel()})
+    parallelize_module(model, square["tp"], {"3": RowwiseParallel()})
     with pytest.raises(InputError) as error:
-        parts_of(model, SimpleNamespace(size=4, rank=3))
+        where_it_is(model)
     assert str(error.value) == (
-        "'0.weight' is placed as ('S(0)',) on a mesh of (4,), there are 4 processes, expected all "
-        "of them to share it by fully_shard alone: profile before tensor parallelism is applied"
+        "'0.weight' is spread over processes 0, 1, 2, 3, '3.weight' over 2, 3, expected one mesh "
+        "of tensor parallelism for all layers"
     )

@@ -6,9 +6,10 @@ from fastplastic.measure.monitor import Monitor
 from fastplastic.measure.observer import Observer
 from fastplastic.measure.positions import PositionSample
 from fastplastic.measure.record import Coverage, LayerProfile, Profile, Totals
+from fastplastic.measure.rounds import Rounds
 from fastplastic.measure.run import assemble, profile
 from fastplastic.measure.table import flat_rows
-from fastplastic.measure.together import Rounds, compare_traces
+from fastplastic.measure.together import compare_traces
 
 __all__ = [
     "Coverage", "EagerStance", "Finding", "LayerProfile", "Monitor", "Observer", "PositionSample",

@@ -61,6 +61,12 @@ def notes_of(
             "gradients of weights are not measured: they differed between the processes behind "
             "their backward passes, where DistributedDataParallel or fully_shard make them the same"
         )
+    if observation.summands:
+        names = _names(sorted(observation.summands))
+        notes.append(
+            f"gradients of {names} are not measured: each process of those that share batches has "
+            "a summand of them, or sees other positions (tensor parallelism)"
+        )
     if observation.lost:
         tensors = "1 tensor was" if observation.lost == 1 else f"{observation.lost} tensors were"
         notes.append(f"{tensors} overwritten before the end of a pass, and not read then")

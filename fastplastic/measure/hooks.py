@@ -35,6 +35,7 @@ class SiteHooks:
         sites: (module name, where) -> what is read there.
         noted: Names of modules of which is noted that they run.
         calls: What is called.
+        early: Whether inputs are seen before other hooks change them, as tensor parallelism does.
     """
 
     def __init__(
@@ -43,7 +44,9 @@ class SiteHooks:
         sites: Mapping[tuple[str, Where], list[TensorRead]],
         noted: Iterable[str],
         calls: SiteCalls,
+        early: bool = False,
     ) -> None:
+        self._early = early
         self._model, self._sites, self._noted, self._calls = model, sites, set(noted), calls
         self._handles: list[RemovableHandle] = []
 
@@ -61,7 +64,11 @@ class SiteHooks:
                 add(module.register_forward_hook(hook, with_kwargs=True))
             else:
                 pre_hook = partial(self._calls.input, reads)
-                add(module.register_forward_pre_hook(pre_hook, with_kwargs=True))
+                add(
+                    module.register_forward_pre_hook(
+                        pre_hook, with_kwargs=True, prepend=self._early
+                    )
+                )
         for name, module in self._model.named_modules():
             if name in self._noted:
                 note: Callable[..., Any] = partial(self._calls.run, name)

@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from fastplastic.measure.alike import SeenAlike
 from fastplastic.measure.operators import MODES
+from fastplastic.model import BatchGroup
 from fastplastic.stats import UnitStats
 
 
@@ -45,6 +47,9 @@ class Observation:
         lost: Tensors that had been overwritten before they were read.
         copies: What `stats` leaves out, because all processes have seen the same; None for nothing.
         apart: Whether they have not: gradients differed, and are left out.
+        group: The processes that share the batches of this one.
+        alike: What all of them have alike, to be compared; None where this one is alone.
+        summands: Names of layers of whose gradients each process of a group had but a summand.
     """
 
     stats: UnitStats
@@ -60,6 +65,9 @@ class Observation:
     lost: int = 0
     copies: Copies | None = None
     apart: bool = False
+    group: BatchGroup = field(default_factory=BatchGroup)
+    alike: SeenAlike | None = None
+    summands: frozenset[str] = frozenset()
 
 
 @dataclass

@@ -33,18 +33,19 @@ from fastplastic.measure.observation import CallCount, Observation, first_tensor
 from fastplastic.measure.operators import MODES, add_call
 from fastplastic.measure.pace import Pace
 from fastplastic.measure.padding import Tokens, padding_mask, tokens_of
-from fastplastic.measure.parameters import WeightReader
 from fastplastic.measure.positions import PositionSample
 from fastplastic.measure.reader import Readers
 from fastplastic.measure.scale import LossScale
-from fastplastic.measure.slots import TensorRead, TensorReads
+from fastplastic.measure.slices import gradient_here, seen_here
+from fastplastic.measure.slots import TensorRead
 from fastplastic.measure.sums import DeviceSums, add_weights, reading
-from fastplastic.measure.together import parts_of, put_alone, put_together
+from fastplastic.measure.together import put_alone, put_together
 from fastplastic.measure.traced import TracedReads
-from fastplastic.measure.weight_gradients import ReducedGradients, WeightGradients
+from fastplastic.measure.weight_gradients import gradients_of
+from fastplastic.measure.what_is_read import what_is_read
 from fastplastic.model import is_spread, mode_of, note_watcher
 from fastplastic.processes import Processes
-from fastplastic.stats import UnitStats, columns_of, empty_table
+from fastplastic.stats import UnitStats, empty_table
 from fastplastic.wiring import Argument, UnitGraph, UnitLayer
 
 
@@ -81,13 +82,11 @@ class Observer:
     ) -> None:
         self.model, self.together = model, together
         self.paused = False
-        self._columns = columns_of({layer.name: layer.n_units for layer in graph.layers})
-        self._units = sum(layer.n_units for layer in graph.layers)
-        parts, copies = parts_of(model, together, each=parameters)
-        self._weights = WeightReader(graph, self._columns, model, parts, copies)
-        self._reads = TensorReads(graph, self._columns)
+        self._what = what_is_read(model, graph, together, each=parameters)
+        self._reads, self._weights = self._what.tensors, self._what.weights
         calls = SiteCalls(self._see_output, self._see_input, self._see_attention, self._note_run)
-        self._site_hooks = SiteHooks(model, self._reads.sites, dict(graph.skipped), calls)
+        noted, early = dict(graph.skipped), not self._what.group.alone
+        self._site_hooks = SiteHooks(model, self._reads.sites, noted, calls, early=early)
         self._parameters, self._gradients, self._training = parameters, gradients, training
         self._every, self._pace = every, Pace(every)
         self._scale, self._sample, self._positions = scale, sample, positions or PositionSample()
@@ -101,31 +100,26 @@ class Observer:
         self._mask: Tensor | None = None
         self._traced = TracedReads(gradients, self._positions)
         self._readers = Readers(self._reads, self._weights, self._positions, self._lock, scale)
-        self._weight_gradients = self._gradients_of_weights()
+        what = model, self._weights, self._readers, self._see_parameter, self._lock
+        self._weight_gradients = gradients_of(*what, reduced=together is not None or self._spread)
         self.reset()
 
     def __reduce__(self) -> tuple[Callable[[], "Observer"], tuple[()]]:
         # The hooks go along when a model is copied or pickled: the copy is not observed.
         return _idle_observer, ()
 
-    def _gradients_of_weights(self) -> WeightGradients:
-        """Return what reads them: behind the reduction, where processes train together."""
-        what = self.model, self._weights, self._readers, self._see_parameter
-        if self.together is None and not self._spread:
-            return WeightGradients(*what)
-        return ReducedGradients(*what, self._lock)
-
     def reset(self) -> None:
         """Forget everything seen, and start counting steps anew."""
         with self._lock, reading():
-            self._total, self._copies = empty_table(self._units), empty_table(self._units)
+            self._total, self._copies = (empty_table(self._what.units) for _ in range(2))
+            self._what.clear()
             self._weight_gradients.clear()
             self._readers.clear()
             self._pace.restart()
             self._positions.restart()
             self.calls, self._dropped = CallCount(), 0
             self._problems: dict[str, str] = {}
-            self._unforeseen: set[str] = set()
+            self._unforeseen, self._summands = set[str](), set[str]()
 
     def attach(self) -> None:
         """Put the hooks on the model; does nothing when they are."""
@@ -149,7 +143,7 @@ class Observer:
     def _prepare_tables(self) -> None:
         """Make the tables that compiled code adds to: one set, on the device of the model."""
         devices = {parameter.device for parameter in self.model.parameters()}
-        if len(devices) == 1 and not (self._sample or self._positions.obstacle):
+        if len(devices) == 1 and not (self._sample or self._positions.obstacle or self._what.alike):
             self._traced.sums = self._readers.on(devices.pop()).sums
             keep_address(self._traced.sums)
 
@@ -189,11 +183,12 @@ class Observer:
             table, copies = self._total.clone(), self._copies.clone()
             left = self._weights.of(self.model, but=self._weight_gradients.seen)
             add_weights(table, copies, self._weights, left, gradients)
+            calls, pace, what = self.calls, self._pace, self._what
             return Observation(
-                UnitStats(table, self._columns), frozenset(self.calls.modes), self.calls.samples,
-                self.calls.steps, self._dropped, self.calls.masked, dict(self._problems),
-                frozenset(self._unforeseen), self._pace.unseen, self._pace.stale,
-                self._readers.lost, self._weight_gradients.copies(copies),
+                UnitStats(table, what.columns), frozenset(calls.modes), calls.samples, calls.steps,
+                self._dropped, calls.masked, dict(self._problems), frozenset(self._unforeseen),
+                pace.unseen, pace.stale, self._readers.lost, self._weight_gradients.copies(copies),
+                group=what.group, alike=what.seen_alike, summands=frozenset(self._summands),
             )  # fmt: skip
 
     def _on_begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -244,6 +239,7 @@ class Observer:
             self._site_hooks.put_on()
             self._positions.begin()
             self._mask = padding_mask(self.model, kwargs)
+            self._what.note_inputs([*args, *kwargs.values()])
             self._count_call(samples_of([*args, *kwargs.values()]), self._mask)
             with reading():
                 self._weight_gradients.close(cleared=True)
@@ -335,16 +331,18 @@ class Observer:
         again, tensor = in_backward(), first_tensor(values)
         self._pace.passed = True
         for read in reads if self._reads_now(again) else ():
-            if tensor is None or not read.fits(tensor):
+            here = seen_here(read, tensor)
+            if tensor is None or isinstance(here, str):
                 with self._lock:
-                    self._problems.update(dict.fromkeys(read.layers, read.misfit(tensor)))
+                    self._problems.update(dict.fromkeys(read.layers, str(here)))
                 continue
+            own, values = here
             # What is recomputed was counted in the forward pass, but with reentrant checkpointing
             # only the recomputed tensors get a gradient.
-            if read.activations and not again:
-                self._read_activations(read, tensor)
-            if self._gradients and read.gradients is not None and tensor.requires_grad:
-                hook_gradient(tensor, partial(self._see_gradient, read, self._tokens))
+            if own.activations and not again:
+                self._read_activations(own, values)
+            if self._gradients and own.gradients is not None and tensor.requires_grad:
+                hook_gradient(tensor, partial(self._see_gradient, own, self._tokens))
 
     def _reads_now(self, again: bool) -> bool:
         """Tell whether what a module gets or returns counts, recomputed or for the first time."""
@@ -364,8 +362,12 @@ class Observer:
     def _see_gradient(self, read: TensorRead, tokens: Tokens | None, gradient: Tensor) -> None:
         if self.paused or not self._handles:
             return
+        values = gradient_here(read, gradient)
         with self._lock:
-            self._readers.on(gradient.device).gradient(read, gradient, tokens)
+            if values is None:
+                self._summands.update(read.layers)
+            elif read.channels:
+                self._readers.on(values.device).gradient(read, values, tokens)
 
     @untraced
     def _see_parameter(self, name: str, weight: nn.Parameter, gradient: Tensor) -> None:
@@ -379,8 +381,8 @@ class Observer:
     def _fold(self) -> None:
         """Add the sums since the last time to the total, and clear them."""
         with reading():
-            tables = self._total, self._copies
-            self._dropped += self._readers.fold_into(tables, self._reads, self.calls)
+            total = self._total, self._copies
+            self._dropped += self._readers.fold_into(total, self._reads, self.calls)
 
 
 def _idle_observer() -> Observer:

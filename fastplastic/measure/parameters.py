@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from fastplastic.kernels import PARAMETER_COLUMNS, PARAMETER_ROWS, parameter_stats
+from fastplastic.measure.alike import Alike
 from fastplastic.measure.slots import SlotMap
-from fastplastic.model import Part, local_of
+from fastplastic.model import Part, is_spread, local_of
 from fastplastic.wiring import UnitGraph, UnitLayer
 
 
@@ -85,6 +86,7 @@ class WeightReader:
         parts: {name: what this process reads of the weight}, of those that it does not read whole;
             None for nothing.
         copies: Names of weights that each process reads, though all have the same.
+        alike: Counts what all processes of a group have alike; None for no group.
 
     Attributes:
         names: The names of the weights.
@@ -101,13 +103,14 @@ class WeightReader:
         model: nn.Module,
         parts: Mapping[str, Part | None],
         copies: Iterable[str] = (),
+        alike: Alike | None = None,
     ) -> None:
-        self.rows, self.columns = SlotMap(), SlotMap()
+        self.rows, self.columns = SlotMap(alike), SlotMap(alike)
         self.pieces: dict[str, list[WeightPiece]] = {}
-        shapes = {
-            name: parameter.shape
-            for name, parameter in model.named_parameters(remove_duplicate=False)
-        }
+        named = dict(model.named_parameters(remove_duplicate=False))
+        shapes = {name: parameter.shape for name, parameter in named.items()}
+        # Plain ones are whole in each process of a group.
+        self._same = {name for name in copies if not is_spread(named[name])}
         # A weight that is computed from other parameters is not among them.
         for name, forms in _forms(graph, shapes).items():
             if name in shapes:
@@ -183,10 +186,12 @@ class WeightReader:
         size = rows // parts if transposed else rows
         if transposed:
             rows, columns = columns, size
+        same = name in self._same
         self.pieces[name] = [
             WeightPiece(
                 name, part * size, size, transposed, groups, rows, groups * columns,
-                self.rows.reserve(rows), self.columns.reserve(groups * columns),
+                self.rows.reserve(rows, same=same),
+                self.columns.reserve(groups * columns, same=same),
             )
             for part in range(parts)
         ]  # fmt: skip

@@ -18,7 +18,7 @@ from fastplastic.measure.observation import Observation
 from fastplastic.measure.observer import Observer
 from fastplastic.measure.positions import PositionSample
 from fastplastic.measure.record import LayerProfile, Profile
-from fastplastic.measure.together import Rounds
+from fastplastic.measure.rounds import Rounds
 from fastplastic.model import (
     Batch,
     LentHead,
@@ -114,6 +114,7 @@ def profile(
             every = _watched(rounds, observer)
             if backward:
                 losses = _run(model, every, loss_fn, mean, progress)
+                rounds.check_losses(losses.total)
             else:
                 losses = _run_forward(model, every, progress)
         except Exception as error:
@@ -121,16 +122,18 @@ def profile(
             raise
         finally:
             observer.detach()
-        means = mean.take(together)
+        means = mean.take(together, rounds.group)
         observation = observer.observation(means)
     largest = positions.largest
     if together is not None:
         said = together.share((losses, largest))
-        losses, largest = _Losses.of([own for own, _ in said]), max(own for _, own in said)
+        # Of those that share batches one counts their losses.
+        losses = _Losses.of([said[ranks[0]][0] for ranks in rounds.group.every])
+        largest = max(own for _, own in said)
     return assemble(
         model, graph, observation, seed=seed, gradients=means if gradients else None,
-        notes=(*positions.notes(largest), *losses.notes()), samples=samples, lent_head=lent_head,
-        backward=backward,
+        notes=(*positions.notes(largest), *losses.notes(), *mean.notes()), samples=samples,
+        lent_head=lent_head, backward=backward,
     )  # fmt: skip
 
 
@@ -272,11 +275,13 @@ class _Losses:
         batches: How many there were.
         dropped: How many of them were not finite.
         attached: Whether they depend on what has gradients.
+        total: Sum of those that are finite.
     """
 
     batches: int = 0
     dropped: int = 0
     attached: bool = True
+    total: float = 0.0
 
     @classmethod
     def of(cls, parts: Sequence["_Losses"]) -> "_Losses":
@@ -285,6 +290,7 @@ class _Losses:
             sum(part.batches for part in parts),
             sum(part.dropped for part in parts),
             all(part.attached for part in parts),
+            sum(part.total for part in parts),
         )
 
     def notes(self) -> tuple[str, ...]:
@@ -325,12 +331,14 @@ def _run(
     progress: Callable[[int], None] | None,
 ) -> _Losses:
     """Run all batches; return how their losses came out."""
-    done = dropped = 0
+    done, dropped, total = 0, 0, 0.0
     attached, spread = True, any(map(is_spread, model.parameters()))
     for batch, counts in batches:
         loss = loss_of(model, batch, loss_fn)
         attached = loss.requires_grad
-        finite = math.isfinite(loss.item())
+        value = loss.item()
+        finite = math.isfinite(value)
+        total += value if counts and finite else 0.0
         dropped += counts and not finite
         if attached and counts and finite:
             torch.autograd.backward(loss)
@@ -342,4 +350,4 @@ def _run(
         done += counts
         if progress is not None:
             progress(done)
-    return _Losses(done, dropped, attached)
+    return _Losses(done, dropped, attached, total)

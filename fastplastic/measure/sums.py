@@ -169,9 +169,8 @@ def _table(rows: int, slots: SlotMap, device: torch.device) -> Tensor:
 
 def _fold(table: Tensor, names: tuple[str, ...], slots: SlotMap, sums: Tensor) -> None:
     """Add the rows of `sums` to the rows of the table with these names; compare min and max."""
-    chosen, columns = slots.pairs()
     first = STATISTICS.index(names[0])
-    values = sums.cpu()[:, chosen]
+    columns, values = slots.counted(first, sums.cpu())
     compared = [row for row in (MIN_ROW, MAX_ROW) if first <= row < first + len(names)]
     for row in compared:
         how = "amin" if row == MIN_ROW else "amax"

@@ -1,16 +1,16 @@
 """What several processes that train one model see of it, put together."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastplastic.errors import InputError, NoBatchesError, ProcessError
+from fastplastic.measure.alike import ACTIVATIONS, check_inputs, differing, forget
 from fastplastic.measure.observation import Copies, Observation
-from fastplastic.model import Batch, Part, gathered_by_fsdp, is_spread, part_of
+from fastplastic.model import BatchGroup, Part, gathered_by_fsdp, is_spread, part_of
 from fastplastic.processes import Processes
 from fastplastic.stats import MAX_ROW, MIN_ROW, STATISTICS, UnitStats, merge_into
 from fastplastic.wiring import UnitGraph, UnitLayer
@@ -20,13 +20,14 @@ _SAME = 1e-6
 
 
 def parts_of(
-    model: nn.Module, together: Processes | None, *, each: bool = False
+    model: nn.Module, together: Processes | None, group: BatchGroup, *, each: bool = False
 ) -> tuple[dict[str, Part | None], frozenset[str]]:
     """Return what this process reads of weights, so that each element is read by one process.
 
     Args:
         model: The model.
         together: The processes that share it; None where this is the only one.
+        group: Those that share the batches of this one.
         each: Whether each process reads what all have whole, to be counted once in the end.
 
     Returns:
@@ -42,8 +43,11 @@ def parts_of(
     for name, parameter in model.named_parameters(remove_duplicate=False):
         part = part_of(name, parameter)
         if is_spread(parameter):
-            _check_placed(name, parameter, together, fsdp=id(parameter) in sharded)
             mine = part.first
+            # Who trains with tensor parallelism alone has copies of each slice, as of whole ones.
+            if each and id(parameter) not in sharded and len(group.every) > 1:
+                copies.add(name)
+                mine = part.cut or group.first
         elif each and together is not None:
             copies.add(name)
             mine = True
@@ -55,19 +59,6 @@ def parts_of(
         elif not part.whole:
             parts[name] = part
     return parts, frozenset(copies)
-
-
-def _check_placed(name: str, parameter: Any, together: Processes | None, *, fsdp: bool) -> None:
-    """Refuse what other processes do not have batches of their own for (tensor parallelism)."""
-    size, mesh = together.size if together else 1, parameter.device_mesh
-    cuts = sum(placement.is_shard() for placement in parameter.placements)
-    if fsdp and cuts <= 1 and mesh.size() == size:
-        return
-    raise InputError(
-        f"{name!r} is placed as {tuple(map(str, parameter.placements))} on a mesh of {mesh.shape}, "
-        f"there are {size} processes, expected all of them to share it by fully_shard alone: "
-        "profile before tensor parallelism is applied"
-    )
 
 
 def compare_traces(graph: UnitGraph, together: Processes | None) -> None:
@@ -99,30 +90,73 @@ def put_together(observation: Observation, together: Processes) -> Observation:
         copies=None if copies is None else replace(copies, table=nothing),
     )  # fmt: skip
     seen: list[Observation] = together.share(own)
-    read = [one.copies for one in seen if one.copies is not None]
-    apart = _differ(read)
+    check_inputs([one.alike for one in seen], observation.group.every)
+    speakers, apart = _speakers(seen)
     if copies is not None:
         if apart:
             _forget_gradients(copies.table)
-        # Who has seen most speaks for all: others may have had no batch.
-        most = max(range(len(read)), key=lambda rank: read[rank].steps)
-        if together.rank == most:
+        if together.rank in speakers:
             table = table.clone()
             merge_into(table, copies.table)
+    table, columns = _reduced(table, together), observation.stats.columns
+    problems, summands = _leave_out_other(table, columns, seen, observation.group)
+    # Of those that share batches one counts them.
+    counting = [one for one in seen if one.group.first]
     return Observation(
-        stats=UnitStats(_reduced(table, together), observation.stats.columns),
+        stats=UnitStats(table, columns),
         modes=frozenset().union(*(one.modes for one in seen)),
-        samples=sum(one.samples for one in seen),
-        steps=sum(one.steps for one in seen),
-        dropped=sum(one.dropped for one in seen),
+        samples=sum(one.samples for one in counting),
+        steps=sum(one.steps for one in counting),
+        dropped=sum(one.dropped for one in counting),
         masked=any(one.masked for one in seen),
-        problems={name: why for one in seen for name, why in one.problems.items()},
+        problems={name: why for one in seen for name, why in one.problems.items()} | problems,
         unforeseen=frozenset().union(*(one.unforeseen for one in seen)),
-        unseen=sum(one.unseen for one in seen),
+        unseen=sum(one.unseen for one in counting),
         stale=any(one.stale for one in seen),
         lost=sum(one.lost for one in seen),
         apart=apart,
+        summands=summands.union(*(one.summands for one in seen)),
     )
+
+
+def _speakers(seen: Sequence[Observation]) -> tuple[set[int], bool]:
+    """Return whose copies count, one for each slice, and whether any are not the same."""
+    speakers, apart = set(), False
+    for place in {one.group.place for one in seen}:
+        read = {
+            rank: one.copies
+            for rank, one in enumerate(seen)
+            if one.copies is not None and one.group.place == place
+        }
+        apart = apart or _differ(list(read.values()))
+        if read:
+            # Who has seen most speaks for all: others may have had no batch.
+            speakers.add(max(read, key=lambda rank: read[rank].steps))
+    return speakers, apart
+
+
+def _leave_out_other(
+    table: Tensor, columns: Mapping[str, slice], seen: Sequence[Observation], group: BatchGroup
+) -> tuple[dict[str, str], frozenset[str]]:
+    """Leave out of a table what those that share batches do not have alike.
+
+    Returns:
+        {layer name: why it is not measured}, and the names of layers without gradients.
+    """
+    problems, summands = {}, set()
+    shared = next((ranks for ranks in group.every if len(ranks) > 1), ())
+    for kind, layers in differing([one.alike for one in seen], group.every).items():
+        for name in itertools.compress(columns, layers.tolist()):
+            forget(table, kind, columns[name])
+            if kind == ACTIVATIONS:
+                problems[name] = (
+                    f"its values differ between processes that share batches (as {shared[0]} and "
+                    f"{shared[1]}), expected the same or a slice of channels in each: with "
+                    "sequence parallelism, or random numbers of other seeds, they see others"
+                )
+            else:
+                summands.add(name)
+    return problems, frozenset(summands)
 
 
 def put_alone(observation: Observation) -> Observation:
@@ -157,81 +191,3 @@ def _forget_gradients(table: Tensor) -> None:
     for row, name in enumerate(STATISTICS):
         if "dw" in name:
             table[row] = 0
-
-
-class Rounds:
-    """Batches, for as long as any process has one.
-
-    Args:
-        batches: Those of this process.
-        model: The model. Where its parameters are spread, all processes have to run it as often:
-            who has no batch left runs an old one, which does not count.
-        together: The processes; None where this is the only one.
-
-    Attributes:
-        spare: A batch of this process, or of another if it has none.
-
-    Raises:
-        InputError: There is none.
-    """
-
-    def __init__(
-        self, batches: Iterator[Batch], model: nn.Module, together: Processes | None
-    ) -> None:
-        self._batches, self._together = batches, together
-        self._all_run = any(map(is_spread, model.parameters()))
-        try:
-            self._first = next(batches, None)
-        except Exception:
-            if together is not None:
-                together.share(None)
-            raise
-        having: list[bool | None] = [self._first is not None]
-        if together is not None:
-            having = together.share(having[0])
-            _check_none_failed([rank for rank, has in enumerate(having) if has is None])
-        if not any(having):
-            raise NoBatchesError("there are no batches, expected at least one: check the data")
-        found = self._first
-        if together is not None and not all(having):
-            other = together.hear(found, having.index(True))
-            found = other if found is None else found
-        assert found is not None
-        self.spare: Batch = found
-
-    def __iter__(self) -> Iterator[tuple[Batch, bool]]:
-        """Yield each batch, and whether it counts."""
-        batch = self._first
-        while self._any_has(batch):
-            if batch is not None:
-                self.spare = batch
-                yield batch, True
-                batch = next(self._batches, None)
-            elif self._all_run:
-                yield self.spare, False
-
-    def fail(self, error: Exception) -> None:
-        """Tell the others, who wait for the next round, that it does not come to that here."""
-        if self._together is not None and not isinstance(error, ProcessError):
-            self._told(self._together, having=False, failed=True)
-
-    def _any_has(self, batch: Batch | None) -> bool:
-        if self._together is None:
-            return batch is not None
-        having, failed = self._told(self._together, having=batch is not None, failed=False)
-        _check_none_failed(failed)
-        return having
-
-    @staticmethod
-    def _told(together: Processes, *, having: bool, failed: bool) -> tuple[bool, list[int]]:
-        """Tell whether there is a batch, and hear whether any has one and who failed."""
-        said = torch.zeros(1 + together.size, dtype=torch.int64)
-        said[0], said[1 + together.rank] = having, failed
-        together.add_(said)
-        return bool(said[0]), said[1:].nonzero().flatten().tolist()
-
-
-def _check_none_failed(ranks: list[int]) -> None:
-    if ranks:
-        names = ", ".join(map(str, ranks))
-        raise ProcessError(f"profile: process {names} failed: see the error there")

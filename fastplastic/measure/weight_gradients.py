@@ -24,7 +24,7 @@ from fastplastic.measure.observation import Copies
 from fastplastic.measure.parameters import WeightReader
 from fastplastic.measure.reader import Readers
 from fastplastic.measure.sums import reading
-from fastplastic.model import is_spread, local_of
+from fastplastic.model import aligned, is_spread, local_of
 from fastplastic.stats import ROW_STATISTICS, STATISTICS
 
 # The end of a backward pass is put off so often: behind what the reduction puts off, which with
@@ -227,14 +227,15 @@ class ReducedGradients(WeightGradients):
         self.close(cleared=True)
         weights: dict[torch.device, dict[str, Tensor]] = {}
         gradients: dict[torch.device, dict[str, Tensor]] = {}
-        for name in names.union(self._open):
+        # In one order in all processes, where placing a gradient as its weight takes all of them.
+        for name in sorted(names.union(self._open)):
             weight, gradient = self._parameters[name], self._parameters[name].grad
             # Gone where a hook made the step of the optimizer.
             if gradient is not None:
                 self._open[name] = ref(gradient)
                 own = gradient.to_dense() if gradient.is_sparse else gradient
                 weights.setdefault(weight.device, {})[name] = local_of(weight)
-                gradients.setdefault(weight.device, {})[name] = local_of(own)
+                gradients.setdefault(weight.device, {})[name] = local_of(aligned(own, weight))
         for device in weights.keys() | self._tables.keys():
             if device not in self._tables:
                 self._tables[device] = self._weights.new_tables(device)
@@ -254,3 +255,22 @@ class ReducedGradients(WeightGradients):
             groups = optimizer.param_groups if known else ()
             if any(id(weight) in known for group in groups for weight in group["params"]):
                 self.close()
+
+
+def gradients_of(
+    model: nn.Module, weights: WeightReader, readers: Readers, see: SeeGradient, lock: RLock,
+    *, reduced: bool,
+) -> WeightGradients:  # fmt: skip
+    """Return what reads gradients: behind the reduction, where processes train together.
+
+    Args:
+        model: The model.
+        weights: What is read of weights.
+        readers: Read them.
+        see: What hooks call.
+        lock: Held by whoever calls.
+        reduced: Whether they do.
+    """
+    if reduced:
+        return ReducedGradients(model, weights, readers, see, lock)
+    return WeightGradients(model, weights, readers, see)

@@ -1,5 +1,11 @@
 """What is asked of any live model: its batches, weights and head, and how it is left as found."""
 
+from fastplastic.model.batch_group import (
+    BatchGroup,
+    batch_group,
+    cut_of,
+    waited,
+)
 from fastplastic.model.batches import Batch, loss_of, outputs_of, read_batch, read_batches
 from fastplastic.model.checks import (
     check_built,
@@ -14,20 +20,32 @@ from fastplastic.model.left_as_found import attributes_kept, undisturbed
 from fastplastic.model.lent_head import LentHead, give_head, loss_head, output_layers
 from fastplastic.model.lines import Lines
 from fastplastic.model.outlines import outline, stand_in
-from fastplastic.model.spread import Part, gathered_by_fsdp, is_spread, local_of, part_of, reshard
+from fastplastic.model.spread import (
+    Part,
+    aligned,
+    gathered_by_fsdp,
+    is_spread,
+    local_of,
+    part_of,
+    reshard,
+)
 from fastplastic.model.watchers import note_watcher
 from fastplastic.model.weights import MeanGradient, Weights, weights_of
 
 __all__ = [
     "Batch",
+    "BatchGroup",
     "LentHead",
     "Lines",
     "MeanGradient",
     "Part",
     "Weights",
+    "aligned",
     "attributes_kept",
+    "batch_group",
     "check_built",
     "check_unwrapped",
+    "cut_of",
     "device_of",
     "dtype_of",
     "fingerprint",
@@ -49,5 +67,6 @@ __all__ = [
     "reshard",
     "stand_in",
     "undisturbed",
+    "waited",
     "weights_of",
 ]

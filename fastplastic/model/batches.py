@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fastplastic.errors import InputError
+from fastplastic.model.spread import whole_of
 
 _EXPECTED = "expected (inputs, targets) or a mapping of the model's arguments"
 
@@ -29,6 +30,10 @@ class Batch:
     kwargs: dict[str, Any]
     targets: Any
     mapping: bool
+
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors of the arguments and targets."""
+        return _tensors((self.args, self.kwargs, self.targets))
 
     def example(self) -> tuple[Any, ...] | dict[str, Any]:
         """Return the arguments, cut to two samples where all tensors have as many."""
@@ -86,7 +91,8 @@ def loss_of(model: nn.Module, batch: Batch, loss_fn: Callable[[Any, Any], Tensor
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise InputError(f"the loss is {found}, expected a tensor with one element: take its mean")
-    return loss.reshape(())
+    # Of outputs that are spread over processes, each may have a summand of the loss.
+    return whole_of(loss).reshape(())
 
 
 def outputs_of(model: nn.Module, batch: Batch) -> Tensor:

@@ -74,7 +74,10 @@ def part_of(name: str, tensor: Tensor) -> Part:
     first = all(at == 0 for p, at in zip(placements, where, strict=True) if p.is_replicate())
     # Where processes form several meshes, each has a copy of the whole.
     first = first and 0 in mesh.mesh
-    cut = any(p.is_shard() and size > 1 for p, size in zip(placements, mesh.shape, strict=True))
+    # Not `is_shard()`, which is false where FSDP2 cuts what tensor parallelism has cut.
+    cut = any(
+        not p.is_replicate() and size > 1 for p, size in zip(placements, mesh.shape, strict=True)
+    )
     return Part(tuple(tensor.shape), tuple(chunks[0].offsets), local, first, cut)
 
 
@@ -94,6 +97,28 @@ def gathered_by_fsdp(model: nn.Module) -> set[int]:
         return set()
     modules = [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
     return {id(parameter) for module in modules for parameter in module.parameters()}
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    """Return all of a tensor; all processes that hold parts of it call this. It has a gradient."""
+    if not is_spread(tensor):
+        return tensor
+    spread: Any = tensor
+    found: Tensor = spread.full_tensor()
+    return found
+
+
+def aligned(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """Return a gradient placed as its parameter; all processes that hold parts of it call this."""
+    if not is_spread(parameter) or not is_spread(gradient):
+        return gradient
+    own: Any = gradient
+    like: Any = parameter
+    if own.placements == like.placements:
+        return gradient
+    # Where each process sees other positions, it has a summand.
+    moved: Tensor = own.redistribute(placements=like.placements)
+    return moved
 
 
 def reshard(model: nn.Module) -> None:

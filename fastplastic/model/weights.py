@@ -7,7 +7,16 @@ from torch import Tensor, nn
 
 from fastplastic.errors import InputError
 from fastplastic.kernels import DTYPES
-from fastplastic.model.spread import Part, is_spread, local_of, part_of
+from fastplastic.model.batch_group import BatchGroup
+from fastplastic.model.group_means import add_slices, add_whole, sizes_of, summands
+from fastplastic.model.spread import (
+    Part,
+    aligned,
+    gathered_by_fsdp,
+    is_spread,
+    local_of,
+    part_of,
+)
 from fastplastic.processes import Processes
 
 
@@ -101,10 +110,17 @@ class MeanGradient:
 
     Args:
         model: Its `.grad` are expected to be None, and are None again after `take`.
+
+    Attributes:
+        batches: How many backward passes were added.
+        summands: After `take`, names of parameters that are left out, because each process of a
+            group had but a summand of the gradient.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters = dict(model.named_parameters())
+        self._sharded = gathered_by_fsdp(model)
+        self.summands: frozenset[str] = frozenset()
         self._wide: dict[str, Tensor] = {}
         self.batches = 0
 
@@ -119,12 +135,15 @@ class MeanGradient:
             wide = gradient.float()
             self._wide[name] = self._wide[name] + wide if name in self._wide else wide
 
-    def take(self, together: Processes | None = None) -> dict[str, Tensor]:
+    def take(
+        self, together: Processes | None = None, group: BatchGroup | None = None
+    ) -> dict[str, Tensor]:
         """Return the mean of each parameter that got a gradient, and clear `.grad`.
 
         Args:
             together: The processes that the batches are spread over; each gets the mean of all, of
                 a spread parameter the part that it has.
+            group: Those that share the batches of this one; None for itself alone.
         """
         totals = {}
         for name, parameter in self._parameters.items():
@@ -132,26 +151,45 @@ class MeanGradient:
             parameter.grad = None
             # A process without a batch of its own may have a part of what others found.
             if total is not None and (self.batches or together):
-                total = total.detach()
+                total = aligned(total.detach(), parameter)
                 totals[name] = total.to_dense() if total.is_sparse else total
         self._wide.clear()
-        if together is None:
+        if together is None or group is None:
             return {name: total.div_(self.batches) for name, total in totals.items()}
-        return self._mean_of_all(totals, together)
+        return self._mean_of_all(totals, together, group)
 
-    def _mean_of_all(self, totals: dict[str, Tensor], together: Processes) -> dict[str, Tensor]:
-        known = together.share((self.batches, sorted(totals)))
-        batches = sum(number for number, _ in known)
+    def notes(self) -> tuple[str, ...]:
+        """Return what a reader of the means has to know."""
+        if not self.summands:
+            return ()
+        names = sorted(self.summands)
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        return (
+            f"the gradient of {names[0]}{more} is not measured: those that share batches have a "
+            "summand each, which nobody adds up (a whole parameter among slices): an optimizer "
+            "would make them differ",
+        )
+
+    def _mean_of_all(
+        self, totals: dict[str, Tensor], together: Processes, group: BatchGroup
+    ) -> dict[str, Tensor]:
+        known = together.share((self.batches, sizes_of(totals, group)))
+        # Of those that share batches one counts them.
+        batches = sum(known[ranks[0]][0] for ranks in group.every)
+        sizes = [own for _, own in known]
+        self.summands = summands(sizes, group)
         means: dict[str, Tensor] = {}
         if not batches:
             return means
-        for name in sorted({name for _, names in known for name in names}):
+        for name in sorted({name for own in sizes for name in own}.difference(self.summands)):
             parameter = self._parameters[name]
             total = totals[name] if name in totals else torch.zeros_like(parameter.detach())
-            if is_spread(parameter):
-                # Backward passes left the means over the processes there.
-                means[name] = local_of(total).div_(batches / together.size)
-            else:
-                together.add_(total)
-                means[name] = total.div_(batches)
+            if not is_spread(parameter):
+                add_whole(total, together, group)
+            elif id(parameter) not in self._sharded and len(group.every) > 1:
+                most = max(own[name][0] for own in sizes if name in own)
+                add_slices(local_of(total), together, group, most)
+            # Backward passes under FSDP2 left the means over the groups.
+            done = len(group.every) if id(parameter) in self._sharded else 1
+            means[name] = local_of(total).div_(batches / done)
         return means

@@ -1,0 +1,210 @@
+"""What several processes do with one model in tensor parallelism: for other processes to find."""
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.functional import cross_entropy
+
+import fastplastic
+from fastplastic.errors import FastPlasticError
+from helpers.together import CRITERIA, units_of
+
+# Of each model, how its layers are cut.
+PLANS = {
+    "mlp": {
+        "0": ("col", {}),
+        "2": ("row", {}),
+        "4": ("col", {"output_layouts": Replicate()}),
+    },
+    # Slices of 2, 2, 1 and no units: torch takes them as DTensors only.
+    "uneven": {"0": ("col", {"use_local_output": False}), "2": ("row", {})},
+    "llama": {
+        "model.layers.*.self_attn.q_proj": ("col", {}),
+        "model.layers.*.self_attn.k_proj": ("col", {}),
+        "model.layers.*.self_attn.v_proj": ("col", {}),
+        "model.layers.*.self_attn.o_proj": ("row", {}),
+        "model.layers.*.mlp.gate_proj": ("col", {}),
+        "model.layers.*.mlp.up_proj": ("col", {}),
+        "model.layers.*.mlp.down_proj": ("row", {}),
+        "lm_head": ("col", {"output_layouts": Replicate()}),
+    },
+}
+SIZE = 4
+_STYLES = {"col": ColwiseParallel, "row": RowwiseParallel}
+
+
+# What goes wrong, or cannot be measured, in slices.
+OTHER_PLANS = {
+    # The processes have other positions of what the first layer makes.
+    "positions": {
+        "0": ("row", {"input_layouts": Replicate(), "output_layouts": Shard(0)}),
+        "2": ("col", {"input_layouts": Shard(0)}),
+        "4": ("row", {}),
+    },
+    # Each has a summand of the gradients of what the second layer makes.
+    "sums": {
+        "0": ("col", {"use_local_output": False}),
+        "2": ("row", {"use_local_output": False}),
+        "4": ("col", {"use_local_output": False}),
+        "6": ("row", {}),
+    },
+    # A weight that each process has whole, between slices.
+    "heads": {"0": ("col", {}), "3": ("row", {})},
+    # The loss is of a slice of the outputs.
+    "outputs": {"4": ("col", {}), "6": ("row", {"output_layouts": Shard(-1)})},
+}
+PLANS |= OTHER_PLANS
+
+
+def model_of(name):
+    """Return a model in eval mode, the same in each process."""
+    torch.manual_seed(0)
+    if name == "llama":
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16,
+            attn_implementation="eager",
+        )  # fmt: skip
+        return LlamaForCausalLM(config).eval()
+    if name == "heads":
+        head = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Flatten())
+        layers = [nn.Linear(6, 8), nn.Unflatten(1, (-1, 4)), head, nn.Linear(8, 3)]
+        return nn.Sequential(*layers).eval()
+    width = 5 if name == "uneven" else 12
+    layers = [nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 8), nn.GELU(), nn.Linear(8, 8)]
+    return nn.Sequential(*layers, nn.Tanh(), nn.Linear(8, 3)).eval()
+
+
+def batches_of(name, count):
+    """Return batches, each by its number."""
+    draw = [torch.Generator().manual_seed(number) for number in range(count)]
+    if name != "llama":
+        return [(torch.randn(4, 6, generator=g), torch.arange(4) % 3) for g in draw]
+    batches = []
+    for g in draw:
+        tokens = torch.randint(1, 20, (3, 7), generator=g)
+        mask = torch.ones_like(tokens)
+        mask[0, 5:] = 0
+        batches.append({"input_ids": tokens, "attention_mask": mask, "labels": tokens})
+    return batches
+
+
+def cut(model, name, groups, fsdp=False):
+    """Cut the layers of a model over tensor parallelism, in one or several groups of processes."""
+    mesh = init_device_mesh("cpu", (groups, SIZE // groups), mesh_dim_names=("dp", "tp"))
+    plan = {key: _STYLES[style](**options) for key, (style, options) in PLANS[name].items()}
+    parallelize_module(model, mesh["tp"], plan)
+    if fsdp:
+        blocks = model.model.layers if name == "llama" else ()
+        for block in blocks:
+            fully_shard(block, mesh=mesh["dp"])
+        fully_shard(model, mesh=mesh["dp"])
+    return mesh
+
+
+def share_of(rank, groups, batches):
+    """Return the batches of the group of a process."""
+    return batches[rank // (SIZE // groups) :: groups]
+
+
+def profiled(rank, groups, fsdp, name, count, whole=False):
+    """Return tables, plans and figures of a profile; each group has its share of the batches."""
+    model, own = model_of(name), batches_of(name, count)
+    if not whole:
+        cut(model, name, groups, fsdp)
+        own = share_of(rank, groups, own)
+    profile = fastplastic.profile(model, own)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    return {
+        "tables": {layer.name: layer.stats.table for layer in profile},
+        "plans": {name: units_of(profile, name) for name in CRITERIA},
+        "figures": (profile.samples, profile.batches, profile.mode, profile.notes),
+        "coverage": profile.coverage,
+    }
+
+
+def in_words(function, *arguments, **options):
+    """Return what a call raises."""
+    try:
+        function(*arguments, **options)
+    except FastPlasticError as error:
+        return str(error)
+    return ""
+
+
+def watched(rank, groups, fsdp, name, whole=False):
+    """Train for two steps under a monitor; return tables, plans and figures."""
+    model = model_of(name)
+    mine = range(groups)
+    if not whole:
+        cut(model, name, groups, fsdp)
+        mine = share_of(rank, groups, list(mine))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, foreach=False)
+    batches = batches_of(name, 2 * groups)
+    with fastplastic.Monitor(model, batches[0][0]) as monitor:
+        for step in range(2):
+            own = [batches[step * groups + number] for number in mine]
+            x, y = (torch.cat(values) for values in zip(*own, strict=True))
+            cross_entropy(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    profile = monitor.compute()
+    return {
+        "tables": {layer.name: layer.stats.table for layer in profile},
+        "plans": {name: units_of(profile, name) for name in ("dormant", "random")},
+        "figures": (profile.samples, profile.mode, profile.notes),
+        "coverage": profile.coverage,
+    }
+
+
+def refused(rank):
+    """Return what is said of batches and losses that are not the same in a group."""
+    found = {}
+    model, place = model_of("mlp"), rank % 2
+    cut(model, "mlp", 2)
+    batches = batches_of("mlp", 3)
+    found["batches"] = in_words(fastplastic.profile, model, batches[place:])
+    found["fewer"] = in_words(fastplastic.profile, model, batches[: 2 - place])
+    with fastplastic.Monitor(model, batches[0][0]) as monitor:
+        model(batches[place][0]).sum().backward()
+    found["calls"] = in_words(monitor.compute)
+    model = model_of("mlp")
+    cut(model, "outputs", 2)
+    loss = {"loss_fn": lambda output, _: output.square().mean()}
+    found["losses"] = in_words(fastplastic.profile, model, batches, **loss)
+    model = nn.Sequential(nn.Linear(6, 8), Gated(), nn.Linear(4, 3))
+    parallelize_module(model, init_device_mesh("cpu", (SIZE,)), {"0": ColwiseParallel()})
+    found["kinds"] = in_words(fastplastic.profile, model, batches)
+    return found
+
+
+class Gated(nn.Module):
+    """One half of the units opens the other."""
+
+    def forward(self, x):
+        gate, value = x.chunk(2, -1)
+        return torch.relu(gate) * value
+
+
+def partly(rank, name, whole=False):
+    """Return a profile where something of a layer cannot be read."""
+    model = model_of(name if name == "heads" else "mlp")
+    own = batches_of("mlp", 2)
+    if not whole:
+        cut(model, name, 2)
+        own = share_of(rank, 2, own)
+    profile = fastplastic.profile(model, own)
+    return {
+        "tables": {layer.name: layer.stats.table for layer in profile},
+        "skipped": profile.coverage.skipped, "notes": profile.notes,
+    }  # fmt: skip
+
+
+def several(rank, what, calls):
+    """Make several calls in one trip."""
+    return [globals()[what](rank, *call) for call in calls]
