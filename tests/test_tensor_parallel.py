@@ -3,7 +3,17 @@
 import pytest
 import torch
 from helpers.processes import Pool
-from helpers.slices import SIZE, partly, profiled, refused, several, watched
+from helpers.slices import (
+    SIZE,
+    model_of,
+    partly,
+    parts,
+    profiled,
+    refused,
+    reinitialised,
+    several,
+    watched,
+)
 
 from fastplastic.stats import STATISTICS
 
@@ -75,6 +85,23 @@ def test_monitors_see_what_one_sees(four):
             assert not table[STATISTICS.index("n_dw")].any()
             counts = [STATISTICS.index(name) for name in ("n", "n_g", "n_in", "n_out")]
             assert torch.equal(table[counts], expected["tables"][layer][counts])
+
+
+def test_fresh_units_are_the_same_bits(four):
+    cases = [(1, False, "mlp"), (2, True, "mlp"), (2, True, "llama")]
+    found = four.run(several, "reinitialised", cases)
+    for case, own in zip(cases, zip(*found, strict=True), strict=True):
+        expected, before = reinitialised(0, *case, whole=True), model_of(case[2]).state_dict()
+        assert any(not torch.equal(value, before[name]) for name, value in expected.items())
+        for name, value in expected.items():
+            assert all(torch.equal(one[name], value) for one in own), (case, name)
+
+
+def test_what_both_cut_is_read_once(four):
+    """FSDP2 cuts what tensor parallelism has cut, down to nothing in some processes."""
+    for each in zip(*four.run(parts), strict=True):
+        assert all(same for _, same in each)
+        assert torch.equal(sum(read for read, _ in each), torch.ones_like(each[0][0]))
 
 
 def test_what_processes_do_not_have_alike_is_refused(four):

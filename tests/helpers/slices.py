@@ -4,12 +4,13 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import cross_entropy
 
 import fastplastic
 from fastplastic.errors import FastPlasticError
+from fastplastic.model import local_of, part_of
 from helpers.together import CRITERIA, units_of
 
 # Of each model, how its layers are cut.
@@ -128,6 +129,20 @@ def profiled(rank, groups, fsdp, name, count, whole=False):
     }
 
 
+def reinitialised(rank, groups, fsdp, name, adjust=False, whole=False):
+    """Return all parameters after units of a plan are made afresh."""
+    model, own = model_of(name), batches_of(name, 2)
+    if not whole:
+        cut(model, name, groups, fsdp)
+        own = share_of(rank, groups, own)
+    plan = fastplastic.plan(fastplastic.profile(model, own), criterion="dormant", ratio=0.3)
+    fastplastic.reinit_(model, plan, seed=3, **({"batches": own} if adjust else {}))
+    return {
+        key: value.full_tensor() if isinstance(value, DTensor) else value.clone()
+        for key, value in model.state_dict().items()
+    }
+
+
 def in_words(function, *arguments, **options):
     """Return what a call raises."""
     try:
@@ -180,6 +195,27 @@ def refused(rank):
     model = nn.Sequential(nn.Linear(6, 8), Gated(), nn.Linear(4, 3))
     parallelize_module(model, init_device_mesh("cpu", (SIZE,)), {"0": ColwiseParallel()})
     found["kinds"] = in_words(fastplastic.profile, model, batches)
+    return found
+
+
+def parts(rank):
+    """Return which elements of weights that both cut are read here, and if they are those."""
+    mesh, found = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp")), []
+    for rows in (8, 7, 5, 3, 1):
+        for style in (ColwiseParallel, RowwiseParallel):
+            model = nn.Sequential(nn.Linear(5, rows, bias=False))
+            values = torch.arange(rows * 5.0).view(rows, 5)
+            model[0].weight = nn.Parameter(values.clone())
+            parallelize_module(model, mesh["tp"], {"0": style()})
+            fully_shard(model, mesh=mesh["dp"])
+            part = part_of("0.weight", model[0].weight)
+            at = tuple(
+                slice(begin, begin + size)
+                for begin, size in zip(part.offsets, part.sizes, strict=True)
+            )
+            read = torch.zeros(rows, 5)
+            read[at] = part.first
+            found.append((read, torch.equal(values[at], local_of(model[0].weight))))
     return found
 
 
