@@ -1,6 +1,6 @@
 """What is asked of any live model: its batches, weights and head, and how it is left as found."""
 
-from fastplastic.model.batch_group import (
+from fastplastic.model.batch_groups import (
     BatchGroup,
     batch_group,
     cut_of,

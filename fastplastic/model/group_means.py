@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from fastplastic.model.batch_group import BatchGroup
+from fastplastic.model.batch_groups import BatchGroup
 from fastplastic.model.spread import is_spread, local_of
 from fastplastic.processes import Processes
 
@@ -66,4 +66,5 @@ def add_slices(total: Tensor, together: Processes, group: BatchGroup, most: int)
             buffer[:size] = total.reshape(-1)
         together.add_(buffer)
         if place == group.place:
-            total.copy_(buffer[:size].view_as(total))
+            total.zero_()
+            total += buffer[:size].view_as(total)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastplastic.errors import InputError
 from fastplastic.kernels import DTYPES
-from fastplastic.model.batch_group import BatchGroup
+from fastplastic.model.batch_groups import BatchGroup
 from fastplastic.model.group_means import add_slices, add_whole, sizes_of, summands
 from fastplastic.model.spread import (
     Part,
