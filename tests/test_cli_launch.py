@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.launched import Launcher
+from helpers.launched import Launcher, measured
 from helpers.program import MODEL
 from PIL import Image
 from safetensors.torch import load_file
@@ -97,23 +97,27 @@ def test_advice_with_norms_measured_anew_is_that_of_one_process(run, launched, f
     assert "with the norms measured anew" in " ".join(first[1].split())
 
 
+def test_norms_are_averaged_over_batches(launched):
+    expected = measured(range(5)).state_dict()
+    for found in launched.averaged():
+        assert found.keys() == expected.keys() and found["num_batches_tracked"] == 5
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor)
+
+
 def test_plans_and_weights_are_the_same_bits(run, launched, folder):
-    planned = ("plan", *FEW, "--ratio", "0.3", "-o", "plan.json", "--force")
-    written = (
-        "reinit", *FEW, "--ratio", "0.3", "--compensate", "--recalibrate",
-        "-o", "new.safetensors", "--force",
-    )  # fmt: skip
-    applied = (
-        "reinit", *FEW[:4], "--plan", "plan.json", "-o", "applied.safetensors", "--force",
-    )  # fmt: skip
-    masks = (
-        "plan", *FEW, "--granularity", "weight", "--ratio", "0.1", "-o", "masks.safetensors",
-        "--force",
-    )  # fmt: skip
-    for line in (planned, written, applied, masks):
+    # Two that wrote one file without --force would meet there.
+    ratio = (*FEW, "--ratio", "0.3")
+    lines = [
+        ("plan", *ratio, "-o", "plan.json"),
+        ("reinit", *ratio, "--compensate", "--recalibrate", "-o", "new.safetensors"),
+        ("reinit", *FEW[:4], "--plan", "plan.json", "-o", "applied.safetensors"),
+        ("plan", *ratio, "--granularity", "weight", "-o", "masks.safetensors"),
+    ]
+    for line in lines:
         alone, (first, other) = run(*line), launched(*line)
         assert (alone.code, first[0], other) == (0, 0, SILENT), first
-        assert f"{line[-2] if line[-2] != '-o' else line[-1]}" in first[1]
+        assert line[-1] in first[1]
     for name in ("new.safetensors", "applied.safetensors", "masks.safetensors"):
         mine, theirs = load_file(name), load_file(folder / name)
         assert mine.keys() == theirs.keys()

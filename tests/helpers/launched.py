@@ -6,9 +6,12 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
+from fastplastic.cli.agreement import average_norms
 from fastplastic.cli.main import main
+from fastplastic.processes import leave
 from helpers.processes import Pool
 
 
@@ -36,7 +39,7 @@ def program(rank, start, lines):
     os.environ |= {name: str(value) for name, value in start.variables(rank).items()}
     os.environ.pop("COLUMNS", None)
     os.chdir(start.folder)
-    if start.attempt == 0:
+    if dist.is_initialized():
         # The pool has made one by other means.
         dist.destroy_process_group()
     output, error = io.StringIO(), io.StringIO()
@@ -44,6 +47,24 @@ def program(rank, start, lines):
         code = main([str(word) for word in lines[rank]])
     assert not dist.is_initialized()
     return code, output.getvalue(), error.getvalue()
+
+
+def averaged(rank, store, size):
+    """Return the statistics of a norm that each process measured over its share of 5 batches."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    norm = measured(range(rank, 5, size))
+    average_norms(torch.nn.Sequential(norm, torch.nn.ReLU()))
+    leave()
+    return norm.state_dict()
+
+
+def measured(numbers):
+    """Return a norm that has seen some batches."""
+    norm = torch.nn.BatchNorm1d(3, momentum=None)
+    for number in numbers:
+        norm(torch.randn(4, 3, generator=torch.Generator().manual_seed(number)) + number)
+    return norm
 
 
 class Launcher:
@@ -67,6 +88,10 @@ class Launcher:
         self._attempt += 1
         lines = [arguments, *[others or arguments] * (self.size - 1)]
         return self._pool.run(program, start, lines)
+
+    def averaged(self):
+        """Return what `averaged` does in each process."""
+        return self._pool.run(averaged, str(self._folder / "norms"), self.size)
 
     def close(self):
         self._pool.close()
