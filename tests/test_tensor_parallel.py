@@ -47,6 +47,7 @@ def same(found, expected, case):
 CASES = [
     (1, False, "mlp", 3),
     (1, False, "uneven", 2),
+    (1, False, "functions", 2),
     # Two groups, each with slices of its own batches.
     (2, False, "mlp", 3),
     (2, True, "mlp", 3),

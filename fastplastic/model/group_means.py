@@ -50,8 +50,8 @@ def add_whole(total: Tensor, together: Processes, group: BatchGroup) -> None:
     together.add_(total)
 
 
-def add_slices(total: Tensor, together: Processes, group: BatchGroup, most: int) -> None:
-    """Add up slices over all groups, in place: each place of a group by itself.
+def sum_of_slices(total: Tensor, together: Processes, group: BatchGroup, most: int) -> Tensor:
+    """Return the sum of slices over all groups: each place of a group by itself.
 
     Args:
         total: The slice of this process.
@@ -59,12 +59,12 @@ def add_slices(total: Tensor, together: Processes, group: BatchGroup, most: int)
         group: Those that share the batches of this one.
         most: Elements of the largest slice.
     """
-    size = total.numel()
+    found, size = total, total.numel()
     for place in range(len(group.ranks)):
         buffer = total.new_zeros(most)
         if place == group.place:
             buffer[:size] = total.reshape(-1)
         together.add_(buffer)
         if place == group.place:
-            total.zero_()
-            total += buffer[:size].view_as(total)
+            found = buffer[:size].view_as(total)
+    return found

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fastplastic.errors import InputError
 from fastplastic.kernels import DTYPES
 from fastplastic.model.batch_groups import BatchGroup
-from fastplastic.model.group_means import add_slices, add_whole, sizes_of, summands
+from fastplastic.model.group_means import add_whole, sizes_of, sum_of_slices, summands
 from fastplastic.model.spread import (
     Part,
     aligned,
@@ -188,7 +188,7 @@ class MeanGradient:
                 add_whole(total, together, group)
             elif id(parameter) not in self._sharded and len(group.every) > 1:
                 most = max(own[name][0] for own in sizes if name in own)
-                add_slices(local_of(total), together, group, most)
+                total = sum_of_slices(local_of(total), together, group, most)
             # Backward passes under FSDP2 left the means over the groups.
             done = len(group.every) if id(parameter) in self._sharded else 1
             means[name] = local_of(total).div_(batches / done)

@@ -6,7 +6,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, gelu
 
 import fastplastic
 from fastplastic.errors import FastPlasticError
@@ -19,6 +19,12 @@ PLANS = {
         "0": ("col", {}),
         "2": ("row", {}),
         "4": ("col", {"output_layouts": Replicate()}),
+    },
+    # Hooks see what goes into the next layer, before it is made a DTensor.
+    "functions": {
+        "up": ("col", {}),
+        "down": ("row", {}),
+        "out": ("col", {"output_layouts": Replicate()}),
     },
     # Slices of 2, 2, 1 and no units: torch takes them as DTensors only.
     "uneven": {"0": ("col", {"use_local_output": False}), "2": ("row", {})},
@@ -60,6 +66,17 @@ OTHER_PLANS = {
 PLANS |= OTHER_PLANS
 
 
+class Functions(nn.Module):
+    """Activation functions that are no modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.out = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.out(gelu(self.down(self.up(x).relu())))
+
+
 def model_of(name):
     """Return a model in eval mode, the same in each process."""
     torch.manual_seed(0)
@@ -72,6 +89,8 @@ def model_of(name):
             attn_implementation="eager",
         )  # fmt: skip
         return LlamaForCausalLM(config).eval()
+    if name == "functions":
+        return Functions().eval()
     if name == "heads":
         head = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Flatten())
         layers = [nn.Linear(6, 8), nn.Unflatten(1, (-1, 4)), head, nn.Linear(8, 3)]
