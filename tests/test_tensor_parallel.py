@@ -9,9 +9,11 @@ from helpers.slices import (
     partly,
     parts,
     profiled,
+    recycled,
     refused,
     reinitialised,
     several,
+    single_weights,
     watched,
 )
 
@@ -96,6 +98,28 @@ def test_fresh_units_are_the_same_bits(four):
         assert any(not torch.equal(value, before[name]) for name, value in expected.items())
         for name, value in expected.items():
             assert all(torch.equal(one[name], value) for one in own), (case, name)
+
+
+def test_single_weights_are_the_same_bits(four):
+    """Of criteria whose scores do not depend on sums over groups of processes."""
+    cases = [(1, False, "swr"), (1, False, "random"), (2, True, "magnitude")]
+    found = four.run(several, "single_weights", cases)
+    for case, own in zip(cases, zip(*found, strict=True), strict=True):
+        expected = single_weights(0, *case, whole=True)
+        for one in own:
+            assert one["counts"] == expected["counts"]
+            for name, value in expected["weights"].items():
+                assert torch.equal(one["weights"][name], value), (case, name)
+
+
+@pytest.mark.parametrize("method", ["redo", "swr"])
+def test_recyclers_choose_what_one_chooses(four, method):
+    expected = recycled(0, method, whole=True)
+    assert expected["log"]
+    for one in four.run(recycled, method):
+        assert one["log"] == expected["log"]
+        for name, value in expected["weights"].items():
+            torch.testing.assert_close(one["weights"][name], value, rtol=0, atol=1e-6)
 
 
 def test_what_both_cut_is_read_once(four):

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy, gelu
 import fastplastic
 from fastplastic.errors import FastPlasticError
 from fastplastic.model import local_of, part_of
+from fastplastic.training import Recycler
 from helpers.together import CRITERIA, units_of
 
 # Of each model, how its layers are cut.
@@ -159,6 +160,47 @@ def reinitialised(rank, groups, fsdp, name, adjust=False, whole=False):
     return {
         key: value.full_tensor() if isinstance(value, DTensor) else value.clone()
         for key, value in model.state_dict().items()
+    }
+
+
+def whole_weights(model):
+    """Return all parameters, each as one tensor."""
+    return {
+        name: (own.full_tensor() if isinstance(own, DTensor) else own).detach().clone()
+        for name, own in model.named_parameters()
+    }
+
+
+def single_weights(rank, groups, fsdp, criterion, whole=False):
+    """Return counts and parameters after single weights of a plan are made afresh."""
+    model, own = model_of("mlp"), batches_of("mlp", 2)
+    if not whole:
+        cut(model, "mlp", groups, fsdp)
+        own = share_of(rank, groups, own)
+    profile = fastplastic.profile(model, own, gradients=True)
+    plan = fastplastic.plan(profile, criterion=criterion, granularity="weight", ratio=0.2)
+    fastplastic.reinit_(model, plan, seed=3)
+    return {"counts": plan.counts, "weights": whole_weights(model)}
+
+
+def recycled(rank, method, whole=False):
+    """Train with a Recycler; return what was re-initialised in which step, and the parameters."""
+    model = model_of("mlp")
+    if not whole:
+        cut(model, "mlp", 1)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01, foreach=False)
+    batches = batches_of("mlp", 4)
+    options = {"threshold": 0.6} if method == "redo" else {}
+    recycler = Recycler(model, batches[0][0], optimizer, method, every=2, **options)
+    with recycler:
+        for x, y in batches:
+            cross_entropy(model(x), y).backward()
+            optimizer.step()
+            recycler.step()
+            optimizer.zero_grad()
+    return {
+        "log": [(reset.step, reset.counts) for reset in recycler.log],
+        "weights": whole_weights(model),
     }
 
 
