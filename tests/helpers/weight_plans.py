@@ -27,7 +27,7 @@ REQUESTS = {
     "capped": {"criterion": "magnitude", "threshold": 1.1, "max_layer_fraction": 0.2},
     "named": {"criterion": "magnitude", "ratio": 0.4, "include": ("0", "1.weight", "3.bias")},
     "swr": {"ratio": 0.3, "max_layer_fraction": 0.35},
-    "gradient": {"criterion": "gradient", "threshold": 0.7, "include": ("*", "1.weight")},
+    "gradient": {"criterion": "gradient", "threshold": 0.7, "include": ("*", "1.weight", "3.bias")},
 }
 
 
