@@ -61,7 +61,8 @@ def test_in_place(run, sharded, planned):
     asked = ("reinit", *OWN, "--checkpoint", "old/model.safetensors.index.json", "--plan", planned)
     outcome = run(*asked, "--in-place")
     assert outcome.code == 0, outcome.error
-    assert f"the old one is kept as {sharded}.bak" in outcome.output
+    # In a long path a narrow terminal has line ends.
+    assert f"theoldoneiskeptas{sharded}.bak" in "".join(outcome.output.split())
     assert contents(sharded.with_name("old.bak")) == before != contents(sharded)
     refused(run(*asked, "--in-place"), 3, "old.bak exists, an older copy of the folder: move it")
     assert run(*asked, "--in-place", "--force", "-q").code == 0
