@@ -94,10 +94,7 @@ def profile(
     device = device_of(model)
     seed = torch.initial_seed()
     positions = PositionSample(sample_positions, seed)
-    options = {
-        "backward": str(backward), "sample_positions": str(sample_positions),
-        "gradients": str(gradients),
-    }  # fmt: skip
+    options = {"backward": backward, "sample_positions": sample_positions, "gradients": gradients}
     together = _meet(model, options, ranks=ranks)
     if together is not None:
         positions.among(together)
@@ -124,12 +121,7 @@ def profile(
             observer.detach()
         means = mean.take(together, rounds.group)
         observation = observer.observation(means)
-    largest = positions.largest
-    if together is not None:
-        said = together.share((losses, largest))
-        # Of those that share batches one counts their losses.
-        losses = _Losses.of([said[ranks[0]][0] for ranks in rounds.group.every])
-        largest = max(own for _, own in said)
+    losses, largest = _of_all(losses, positions.largest, rounds, together)
     return assemble(
         model, graph, observation, seed=seed, gradients=means if gradients else None,
         notes=(*positions.notes(largest), *losses.notes(), *mean.notes()), samples=samples,
@@ -241,15 +233,28 @@ def _row_samples() -> "RowSamples":
     return RowSamples()
 
 
-def _meet(model: nn.Module, options: Mapping[str, str], *, ranks: bool) -> Processes | None:
+def _meet(model: nn.Module, options: Mapping[str, object], *, ranks: bool) -> Processes | None:
     """Return the processes that share the model, when all are here with the same options."""
     together = all_processes()
     if together is None:
         return None
     if ranks:
         raise InputError(f"{together.size} processes and ranks, expected one process: leave it out")
-    together.meet("profile", {"the model": fingerprint(model)[:12], **options})
+    said = {name: str(value) for name, value in options.items()}
+    together.meet("profile", {"the model": fingerprint(model)[:12], **said})
     return together
+
+
+def _of_all(
+    losses: "_Losses", largest: int, rounds: Rounds, together: Processes | None
+) -> tuple["_Losses", int]:
+    """Return what there is to say of losses and of the largest tensor in all processes."""
+    if together is None:
+        return losses, largest
+    said = together.share((losses, largest))
+    # Of those that share batches one counts their losses.
+    counted = [said[ranks[0]][0] for ranks in rounds.group.every]
+    return _Losses.of(counted), max(own for _, own in said)
 
 
 def _graph_of(model: nn.Module, rounds: Rounds, example_inputs: Any) -> UnitGraph:

@@ -198,13 +198,10 @@ def _reinit(
         loss_before=adjust.loss_before,
         loss_after=adjust.loss_after,
         notes=(
-            *initializer.notes(),
-            *memory.notes,
-            *adjust.notes,
-            *notes_of_averages(written),
+            *initializer.notes(), *memory.notes, *adjust.notes, *notes_of_averages(written),
             *_frozen(tensors, written),
         ),
-    )
+    )  # fmt: skip
 
 
 def _frozen(tensors: Tensors, written: Iterable[Written]) -> tuple[str, ...]:
