@@ -179,7 +179,8 @@ def _begin(found: LaunchPlace, device: str | None) -> None:
 
 def _say_waiting(found: LaunchPlace) -> None:
     if found.rank == 0:
-        text = f"fastplastic: waiting for {found.size - 1} other processes, as WORLD_SIZE says"
+        others = f"{found.size - 1} other process{'es' * (found.size > 2)}"
+        text = f"fastplastic: waiting for {others}, as WORLD_SIZE says"
         print(text, file=sys.stderr, flush=True)
 
 

@@ -9,7 +9,9 @@ through the second.
 """
 
 import json
+import logging
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -25,6 +27,9 @@ from fastplastic.errors import InputError, ProcessError
 
 # How long one waits for another. Of one that has ended it is known at once.
 WAIT = timedelta(minutes=10)
+# How long before this is said.
+_HINT = 30.0
+_log = logging.getLogger("fastplastic")
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class Processes:
         self._words: Any = distributed.new_group(backend="gloo", timeout=WAIT)
         self._tables: Any = distributed.new_group(backend="gloo", timeout=WAIT)
         self.step = ""
+        self._awaited = 0
 
     def meet(self, step: str, facts: Mapping[str, str]) -> None:
         """Wait until all processes are about to do the same.
@@ -86,6 +92,17 @@ class Processes:
         self._break_off()
         with suppress(ProcessError):
             self._exchange(_Message(self.step, {}, failed=True))
+
+    def part(self) -> None:
+        """Leave the others for good, as they may wait for what torch sends, and cannot hear.
+
+        Where they wait for this one here, they get an error that names it.
+        """
+        self._break_off()
+        group, self._words = self._words, None
+        if group is not None:
+            with suppress(RuntimeError, ValueError):
+                torch.distributed.destroy_process_group(group)
 
     def add_(self, table: Tensor) -> None:
         """Add up a table over all processes, in place; each gets the same bits."""
@@ -140,23 +157,48 @@ class Processes:
 
     def _exchange(self, message: _Message) -> None:
         """Tell the first process, and hear from it whether all is well."""
+        if self._words is None:
+            raise ProcessError(
+                f"{message.step}: this process has left the others by an error before, expected "
+                "all of them to be started anew"
+            )
         text = json.dumps([message.step, dict(message.facts), message.failed])
-        if self.rank == 0:
-            verdict = self._collect(text)
-        else:
-            try:
-                self._send(text, 0)
-                verdict = self._receive(0)
-            except RuntimeError as error:
-                verdict = f"process 0 {_reason(error)}"
+        with self._hinting(message.step):
+            verdict = self._collect(text) if self.rank == 0 else self._ask(text)
         if verdict:
             self._break_off()
             raise ProcessError(f"{message.step}: {verdict}")
+
+    @contextmanager
+    def _hinting(self, step: str) -> Iterator[None]:
+        """Say for whom this process waits, when that takes long."""
+
+        def hint() -> None:
+            _log.warning(
+                "%s: waiting for process %d, which has to call it too", step, self._awaited
+            )
+
+        timer = threading.Timer(_HINT, hint)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _ask(self, text: str) -> str:
+        """Tell the first process, and return what it says is wrong, "" for nothing."""
+        try:
+            self._send(text, 0)
+            return self._receive(0)
+        except RuntimeError as error:
+            return f"process 0 {_reason(error)}"
 
     def _collect(self, own: str) -> str:
         """Hear all other processes, and tell them what is wrong, "" for nothing."""
         heard, gone = {0: own}, {}
         for rank in range(1, self.size):
+            self._awaited = rank
             try:
                 heard[rank] = self._receive(rank)
             except RuntimeError as error:

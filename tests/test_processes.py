@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.meeting import by_itself, dying, dying_within, failing, meeting, sums
+from helpers.meeting import by_itself, dying, dying_within, failing, meeting, sums, waiting
 from helpers.processes import Pool
 
 from fastplastic.processes import all_processes
@@ -84,6 +84,11 @@ def test_one_that_dies_among_tables_is_named(tmp_path):
             assert done and said.startswith("work: process 1 is gone (Connection closed"), said
     finally:
         pool.close()
+
+
+def test_who_waits_long_says_for_whom(three):
+    text = "work: waiting for process {}, which has to call it too"
+    assert three.run(waiting) == [[text.format(2)], [text.format(0)], []]
 
 
 def test_one_that_works_by_itself_waits_for_nobody(three):

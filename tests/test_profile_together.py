@@ -5,11 +5,13 @@ import torch
 from helpers.processes import Pool
 from helpers.together import (
     different_models,
+    failing_batch,
     no_loss_is_finite,
     one_fails,
     profiled,
     refused,
     without_gradients,
+    wrapped,
 )
 
 from fastplastic.stats import STATISTICS
@@ -94,3 +96,28 @@ def test_who_fails_is_named_in_the_others(pool_of):
 @pytest.mark.parametrize("kind", ["copies", "fsdp"])
 def test_without_any_finite_loss_there_are_no_gradients(pool_of, kind):
     assert pool_of(4).run(no_loss_is_finite, 4, kind) == [[False] * 3] * 4
+
+
+def test_who_fails_in_the_middle_of_a_model_in_parts_waits_for_nobody(tmp_path, capfd):
+    """The other is told when it ends: until then it waits for what torch sends."""
+    pool = Pool(2, str(tmp_path / "store"))
+    try:
+        for pipe in pool._pipes:
+            pipe.send((failing_batch, ()))
+        assert pool._pipes[0].poll(30), "the other waits on"
+        done, said = pool._pipes[0].recv()
+        assert done and "Connection closed by peer" in said
+        assert "own error: RuntimeError" in capfd.readouterr().out
+    finally:
+        pool.close()
+
+
+def test_wrappers_and_copies_that_differ_are_refused(pool_of):
+    for first, second, differ in pool_of(2).run(wrapped):
+        for said, what in ((first, "profile"), (second, "reinit_")):
+            assert said == (
+                "the model is wrapped in a DistributedDataParallel, expected the module inside: "
+                f"{what}(model.module)"
+            )
+        assert differ.startswith("profile: the weights that all have whole is ")
+        assert " in process 1 and " in differ

@@ -39,6 +39,8 @@ class Rounds:
         self._batches, self._together = batches, together
         self.group, self._round = batch_group(model, together), 0
         self._all_run = any(map(is_spread, model.parameters()))
+        # Whether the model is run, and the others wait for what it sends.
+        self._sending = False
         try:
             self._first = next(batches, None)
         except Exception:
@@ -62,16 +64,27 @@ class Rounds:
         """Yield each batch, and whether it counts."""
         batch = self._first
         while self._any_has(batch):
+            self._sending = self._all_run
             if batch is not None:
                 self.spare = batch
                 yield batch, True
+                self._sending = False
                 batch = next(self._batches, None)
             elif self._all_run:
                 yield self.spare, False
+            self._sending = False
 
     def fail(self, error: Exception) -> None:
-        """Tell the others, who wait for the next round, that it does not come to that here."""
-        if self._together is not None and not isinstance(error, (ProcessError, _NotAlike)):
+        """Tell the others, who wait for the next round, that it does not come to that here.
+
+        Where they wait for what the model sends they could not hear it, and this one would wait
+        with them.
+        """
+        if self._together is None or isinstance(error, (ProcessError, _NotAlike)):
+            return
+        if self._sending:
+            self._together.part()
+        else:
             self._told(self._together, failed=True)
 
     def check_losses(self, total: float) -> None:

@@ -24,7 +24,9 @@ from fastplastic.model import (
     LentHead,
     MeanGradient,
     check_built,
+    check_unwrapped,
     device_of,
+    digest_of_copies,
     dtype_of,
     fingerprint,
     is_spread,
@@ -90,6 +92,7 @@ def profile(
     """
     if gradients and not backward:
         raise InputError("gradients=True without backward: there are none to keep: drop one")
+    check_unwrapped(model, "profile")
     check_built(model, spread=True)
     device = device_of(model)
     seed = torch.initial_seed()
@@ -241,7 +244,8 @@ def _meet(model: nn.Module, options: Mapping[str, object], *, ranks: bool) -> Pr
     if ranks:
         raise InputError(f"{together.size} processes and ranks, expected one process: leave it out")
     said = {name: str(value) for name, value in options.items()}
-    together.meet("profile", {"the model": fingerprint(model)[:12], **said})
+    copied = {"the weights that all have whole": digest_of_copies(model)}
+    together.meet("profile", {"the model": fingerprint(model)[:12], **copied, **said})
     return together
 
 

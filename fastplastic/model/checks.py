@@ -12,6 +12,9 @@ from torch.nn.parameter import is_lazy
 from fastplastic.errors import InputError
 from fastplastic.model.spread import is_spread
 
+# Integers that take as many bytes.
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def check_built(model: nn.Module, *, spread: bool = False) -> None:
     """Refuse a model with a parameter or buffer that has no values yet.
@@ -99,6 +102,20 @@ def fingerprint(model: nn.Module) -> str:
         for name, parameter in model.named_parameters()
     )
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def digest_of_copies(model: nn.Module) -> str:
+    """Return a short name for the values of the parameters that this process has whole.
+
+    Made of sums of their bits, which are the same in any order and on any device. Buffers do not
+    count: statistics of norms differ between processes that train together.
+    """
+    sums = []
+    for name, parameter in model.named_parameters():
+        if not is_spread(parameter):
+            bits = parameter.detach().view(_BITS.get(parameter.element_size(), torch.uint8))
+            sums.append(f"{name} {int(bits.sum(dtype=torch.int64))}")
+    return hashlib.sha256("\n".join(sums).encode()).hexdigest()[:12]
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from fastplastic.errors import FingerprintError, InputError
 from fastplastic.initial import make_initializer
-from fastplastic.model import fingerprint, reshard
+from fastplastic.model import check_unwrapped, fingerprint, reshard
 from fastplastic.planning import GRANULARITIES, Plan, some_of
 from fastplastic.processes import Processes, all_or_nothing, all_processes
 from fastplastic.reinit.adjust import Adjustment
@@ -151,6 +151,7 @@ class Options:
 
     def check(self, model: nn.Module, plan: Plan, together: Processes | None) -> None:
         """Refuse what does not fit together, or is unknown: InputError."""
+        check_unwrapped(model, "reinit_")
         check_choices(plan, self.outgoing, self.seed)
         _check_adjustments(plan, self.outgoing, self.compensated, self.recalibrate)
         measured = self.compensate is True

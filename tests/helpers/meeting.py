@@ -1,6 +1,8 @@
 """What the processes of test_processes.py do: functions that another process can find."""
 
+import logging
 import os
+import time
 from datetime import timedelta
 
 import torch
@@ -92,3 +94,21 @@ def dying_within(rank):
             found.add_(torch.ones(3))
 
     return attempt(work)
+
+
+def waiting(rank):
+    """Let one process come late; return what the others say meanwhile."""
+    found, said = all_processes(), []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("fastplastic")
+    logger.addHandler(handler)
+    before, module._HINT = module._HINT, 0.2
+    try:
+        if rank == 2:
+            time.sleep(1)
+        found.meet("work", {})
+    finally:
+        module._HINT = before
+        logger.removeHandler(handler)
+    return said

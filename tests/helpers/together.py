@@ -1,5 +1,7 @@
 """What several processes do with one model: functions that another process can find."""
 
+import os
+
 import timm
 import torch
 from torch import nn
@@ -123,3 +125,43 @@ def no_loss_is_finite(rank, size, kind):
     )
     rows = ("n_dw", "n_nonfinite_dw")
     return [any(bool(layer.stats[row].any()) for row in rows) for layer in profile]
+
+
+def failing_batch(rank):
+    """Let the second batch of one process fail, and the process end, while the other waits."""
+    model = model_of("mlp")
+    spread(model, 2, "fsdp")
+    batches = batches_of("mlp", 3)
+    if rank == 1:
+        batches[1] = (torch.randn(4, 5), batches[1][1])
+    try:
+        fastplastic.profile(model, batches)
+    except Exception as error:
+        if rank == 1:
+            # Before it ends: it has not waited for the other.
+            print(f"own error: {type(error).__name__}", flush=True)
+            os._exit(1)
+        return str(error)
+
+
+def wrapped(rank):
+    """Return what is said of a model in DistributedDataParallel, and of copies that differ."""
+    model, batches = model_of("mlp"), batches_of("mlp", 2)
+    plan = fastplastic.plan(fastplastic.profile(model, batches), ratio=0.2)
+    ddp = nn.parallel.DistributedDataParallel(model_of("mlp"))
+    said = [
+        said_of(lambda: fastplastic.profile(ddp, batches)),
+        said_of(lambda: fastplastic.reinit_(ddp, plan)),
+    ]
+    with torch.no_grad():
+        model[0].weight[0, 0] += rank == 1
+    return [*said, said_of(lambda: fastplastic.profile(model, batches))]
+
+
+def said_of(call):
+    """Return what a call raises, in words."""
+    try:
+        call()
+    except FastPlasticError as error:
+        return str(error)
+    return ""
