@@ -76,7 +76,7 @@ def test_processes_that_do_not_come(variables, monkeypatch, run):
     outcome = run("profile", "test_resnet")
     assert (outcome.code, outcome.output) == (2, "")
     first, second = outcome.error.splitlines()
-    assert first == "fastplastic: waiting for 1 other processes, as WORLD_SIZE says"
+    assert first == "fastplastic: waiting for 1 other process, as WORLD_SIZE says"
     assert "process 0 of 2: the others did not come within 1 s" in second
     assert second.endswith("unset RANK and WORLD_SIZE to work without others")
 
