@@ -93,7 +93,7 @@ class Processes:
         with suppress(ProcessError):
             self._exchange(_Message(self.step, {}, failed=True))
 
-    def part(self) -> None:
+    def abandon(self) -> None:
         """Leave the others for good, as they may wait for what torch sends, and cannot hear.
 
         Where they wait for this one here, they get an error that names it.
@@ -237,7 +237,8 @@ def _difference(said: Mapping[int, _Message]) -> str:
                 f"process {rank} is at {message.step!r}, process 0 at {first.step!r}, expected the "
                 "same calls in the same order in all processes"
             )
-        for name in first.facts.keys() | message.facts.keys():
+        # In their order: others may follow from the first.
+        for name in dict.fromkeys([*first.facts, *message.facts]):
             own, others = first.facts.get(name), message.facts.get(name)
             if own != others:
                 return (

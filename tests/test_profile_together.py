@@ -8,6 +8,7 @@ from helpers.together import (
     failing_batch,
     no_loss_is_finite,
     one_fails,
+    other_trace,
     profiled,
     refused,
     without_gradients,
@@ -121,3 +122,14 @@ def test_wrappers_and_copies_that_differ_are_refused(pool_of):
             )
         assert differ.startswith("profile: the weights that all have whole is ")
         assert " in process 1 and " in differ
+
+
+def test_other_traces_are_named(pool_of):
+    """Columns of one layer would be added to those of another."""
+    for rank, (order, broken, then) in enumerate(pool_of(2).run(other_trace)):
+        assert order.startswith("profile: the trace with example_inputs is ")
+        assert " in process 1 and " in order
+        assert broken == (
+            "by hand" if rank == 1 else "profile: process 1 failed: see the error there"
+        )
+        assert then == ""

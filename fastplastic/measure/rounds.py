@@ -83,7 +83,7 @@ class Rounds:
         if self._together is None or isinstance(error, (ProcessError, _NotAlike)):
             return
         if self._sending:
-            self._together.part()
+            self._together.abandon()
         else:
             self._told(self._together, failed=True)
 

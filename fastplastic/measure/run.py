@@ -19,6 +19,7 @@ from fastplastic.measure.observer import Observer
 from fastplastic.measure.positions import PositionSample
 from fastplastic.measure.record import LayerProfile, Profile
 from fastplastic.measure.rounds import Rounds
+from fastplastic.measure.together import compare_traces
 from fastplastic.model import (
     Batch,
     LentHead,
@@ -105,7 +106,7 @@ def profile(
     with undisturbed(model), torch.inference_mode(False), torch.enable_grad(), EagerStance():
         stream = read_batches(batches, device)
         rounds = Rounds(stream, model, together)
-        graph = _graph_of(model, rounds, example_inputs)
+        graph = _graph_of_all(model, rounds, example_inputs, together)
         samples = _row_samples() if ranks else None
         read = None if samples is None else samples.read
         observer = Observer(model, graph, sample=read, positions=positions, together=together)
@@ -259,6 +260,20 @@ def _of_all(
     # Of those that share batches one counts their losses.
     counted = [said[ranks[0]][0] for ranks in rounds.group.every]
     return _Losses.of(counted), max(own for _, own in said)
+
+
+def _graph_of_all(
+    model: nn.Module, rounds: Rounds, example_inputs: Any, together: Processes | None
+) -> UnitGraph:
+    """Return the wiring, the same in all processes: ProcessError where it is not."""
+    try:
+        graph = _graph_of(model, rounds, example_inputs)
+    except Exception:
+        if together is not None:
+            together.fail()
+        raise
+    compare_traces(graph, together)
+    return graph
 
 
 def _graph_of(model: nn.Module, rounds: Rounds, example_inputs: Any) -> UnitGraph:

@@ -1,6 +1,7 @@
 """What several processes do with one model: functions that another process can find."""
 
 import os
+from unittest.mock import patch
 
 import timm
 import torch
@@ -10,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 
 import fastplastic
 from fastplastic.errors import FastPlasticError
+from fastplastic.measure import run
 
 CRITERIA = ("dormant", "gradient", "first_order", "random")
 
@@ -125,6 +127,38 @@ def no_loss_is_finite(rank, size, kind):
     )
     rows = ("n_dw", "n_nonfinite_dw")
     return [any(bool(layer.stats[row].any()) for row in rows) for layer in profile]
+
+
+class EitherOrder(nn.Module):
+    """Two layers of one size, whose order the caller chooses."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x, turned=False):
+        first, second = (self.two, self.one) if turned else (self.one, self.two)
+        return self.out(second(first(x).relu()).relu())
+
+
+def other_trace(rank):
+    """Return what is said of another trace in one process, and of one that fails there."""
+    torch.manual_seed(0)
+    model, batches = EitherOrder().eval(), batches_of("mlp", 2)
+    x = batches[0][0]
+    examples = {"x": x, "turned": rank == 1}
+    said = [said_of(lambda: fastplastic.profile(model, batches, example_inputs=examples))]
+    with patch.object(run, "build_graph", broken if rank == 1 else run.build_graph):
+        try:
+            said.append(said_of(lambda: fastplastic.profile(model, batches)))
+        except ZeroDivisionError as error:
+            said.append(str(error))
+    return [*said, said_of(lambda: fastplastic.profile(model, batches))]
+
+
+def broken(*_):
+    """Fail to trace a model."""
+    raise ZeroDivisionError("by hand")
 
 
 def failing_batch(rank):
