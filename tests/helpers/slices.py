@@ -12,7 +12,7 @@ import fastplastic
 from fastplastic.errors import FastPlasticError
 from fastplastic.model import local_of, part_of
 from fastplastic.training import Recycler
-from helpers.together import CRITERIA, units_of
+from helpers.together import CRITERIA, hooks_of, units_of
 
 # Of each model, how its layers are cut.
 PLANS = {
@@ -139,7 +139,11 @@ def profiled(rank, groups, fsdp, name, count, whole=False):
     if not whole:
         cut(model, name, groups, fsdp)
         own = share_of(rank, groups, own)
+    hooks, state = hooks_of(model), torch.get_rng_state()
+    before = {key: local_of(value).clone() for key, value in model.state_dict().items()}
     profile = fastplastic.profile(model, own)
+    assert hooks_of(model) == hooks and torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(local_of(x), before[key]) for key, x in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     return {
         "tables": {layer.name: layer.stats.table for layer in profile},

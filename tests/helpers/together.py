@@ -46,13 +46,28 @@ def spread(model, size, kind):
     fully_shard(model, mesh=mesh)
 
 
+def hooks_of(model):
+    """Return the hooks of all modules and parameters, in their order."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    modules = [
+        [list(getattr(module, kind).values()) for kind in kinds] for module in model.modules()
+    ]
+    of_parameters = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    return modules, [
+        [list((getattr(parameter, kind, None) or {}).values()) for kind in of_parameters]
+        for parameter in model.parameters()
+    ]
+
+
 def profiled(rank, size, kind, name, count, **options):
     """Return the tables, plans and figures of a profile; each process has its share of batches."""
     model = model_of(name)
     if kind in ("fsdp", "hybrid"):
         spread(model, size, kind)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    profile = fastplastic.profile(model, batches_of(name, count)[rank::size], **options)
+    own, hooks, state = batches_of(name, count)[rank::size], hooks_of(model), torch.get_rng_state()
+    profile = fastplastic.profile(model, own, **options)
+    assert hooks_of(model) == hooks and torch.equal(torch.get_rng_state(), state)
     for key, value in model.state_dict().items():
         assert torch.equal(getattr(value, "_local_tensor", value),
                            getattr(before[key], "_local_tensor", before[key]))  # fmt: skip
