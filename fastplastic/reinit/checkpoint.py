@@ -25,7 +25,7 @@ from fastplastic.reinit.averages import notes_of_averages, refuse_average
 from fastplastic.reinit.changes import unit_change, weight_change
 from fastplastic.reinit.optimizer_state import OptimizerState, StateTensor
 from fastplastic.reinit.report import ReinitReport, Written
-from fastplastic.reinit.run import check_choices, check_fingerprint, count_written, shares_of
+from fastplastic.reinit.run import check_choices, check_fingerprint, count_written, report_of
 from fastplastic.reinit.stored import StoredTensors, write_stored
 
 
@@ -95,18 +95,8 @@ def reinit_checkpoint(
         *_rest(store, stored, optimizers),
         *([f"left out, as they may hold other weights: {some_of(left)}"] if left else []),
     )
-    counts = plan.counts
-    return ReinitReport(
-        count=sum(counts.values()),
-        layers=counts,
-        shares=shares_of(plan, counts),
-        granularity=plan.granularity,
-        init=init,
-        outgoing=outgoing if plan.granularity == "unit" else "keep",
-        seed=int(seed),
-        written=(*written, *_remembered(written, states)),
-        notes=notes,
-    )
+    everything = (*written, *_remembered(written, states))
+    return report_of(plan, init, outgoing, seed, everything, notes)
 
 
 def fit_of(store: WeightStore, stored: StoredWeights, model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral
 from typing import Any
 
@@ -186,23 +186,32 @@ def _reinit(
     apply(tensors, change.writes, memory.writes, options.seed, undo)
     shifted = adjust.apply(undo, options.compensated, options.recalibrate)
     along.write(places, adjust.shifts, undo)
+    notes = (
+        *initializer.notes(), *memory.notes, *adjust.notes, *notes_of_averages(written),
+        *_frozen(tensors, written),
+    )  # fmt: skip
+    remembered = (*written, *shifted, *memory.written)
+    report = report_of(plan, options.init, options.outgoing, options.seed, remembered, notes)
+    return replace(report, loss_before=adjust.loss_before, loss_after=adjust.loss_after)
+
+
+def report_of(
+    plan: Plan, init: str, outgoing: str, seed: int, written: tuple[Written, ...],
+    notes: tuple[str, ...],
+) -> ReinitReport:  # fmt: skip
+    """Return the report of what was done, without losses."""
     counts = plan.counts
     return ReinitReport(
         count=sum(counts.values()),
         layers=counts,
-        shares=shares_of(plan, counts),
+        shares=_shares(plan, counts),
         granularity=plan.granularity,
-        init=options.init,
-        outgoing=options.outgoing if plan.granularity == "unit" else "keep",
-        seed=int(options.seed),
-        written=(*written, *shifted, *memory.written),
-        loss_before=adjust.loss_before,
-        loss_after=adjust.loss_after,
-        notes=(
-            *initializer.notes(), *memory.notes, *adjust.notes, *notes_of_averages(written),
-            *_frozen(tensors, written),
-        ),
-    )  # fmt: skip
+        init=init,
+        outgoing=outgoing if plan.granularity == "unit" else "keep",
+        seed=int(seed),
+        written=written,
+        notes=notes,
+    )
 
 
 def _frozen(tensors: Tensors, written: Iterable[Written]) -> tuple[str, ...]:
@@ -216,7 +225,7 @@ def _frozen(tensors: Tensors, written: Iterable[Written]) -> tuple[str, ...]:
     )
 
 
-def shares_of(plan: Plan, counts: dict[str, int]) -> dict[str, float]:
+def _shares(plan: Plan, counts: dict[str, int]) -> dict[str, float]:
     """Return the share of the units of each layer, or of the weights of each tensor."""
     sizes = plan.sizes
     return {name: count / sizes[name] for name, count in counts.items()}
